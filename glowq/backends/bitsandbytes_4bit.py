@@ -1,0 +1,81 @@
+"""bitsandbytes NF4 and FP4 (`Linear4bit`), with and without double quantization."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackendError, RepackedWeightError
+from . import Backend, register
+
+
+def _config(quant_type: str, double: bool) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+@register
+class BitsAndBytes4Bit(Backend):
+    """`bitsandbytes.nn.Linear4bit`."""
+
+    name = "bitsandbytes-4bit"
+    package = "bitsandbytes"
+    extra = "bitsandbytes"
+    presets = {
+        "nf4": partial(_config, "nf4", False),
+        "nf4-double": partial(_config, "nf4", True),
+        "fp4": partial(_config, "fp4", False),
+        "fp4-double": partial(_config, "fp4", True),
+    }
+
+    def matches(self, module: nn.Module) -> bool:
+        bnb = sys.modules.get("bitsandbytes")
+        return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
+
+    def prepare(self, module: nn.Module) -> None:
+        # On AVX512-BF16 CPUs the first forward without gradients repacks the weight in place; from then on
+        # dequantize_4bit and save_pretrained silently produce another weight.
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+    def weight(self, module: nn.Module) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(module.weight.data, self._state(module))
+
+    def codes(self, module: nn.Module) -> Tensor:
+        self._state(module)
+        return module.weight.data.view(torch.uint8)  # type: ignore[union-attr, operator, no-any-return]
+
+    def scheme(self, module: nn.Module) -> str:
+        state = self._state(module)
+        return f"{state.quant_type}, blocks of {state.blocksize}" + (", double quantization" if state.nested else "")
+
+    def packed_bytes(self, module: nn.Module) -> int:
+        state = self._state(module)
+        scales = [state.absmax]
+        if state.nested:
+            scales.append(state.state2.absmax)
+        codes = self.codes(module)
+        return codes.numel() + sum(scale.numel() * scale.element_size() for scale in scales)
+
+    @staticmethod
+    def _state(module: nn.Module) -> Any:
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            raise BackendError("a Linear4bit holds a weight that was never quantized; load it with from_pretrained.")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RepackedWeightError(
+                "a Linear4bit's weight was repacked in place by bitsandbytes' CPU kernel during an earlier forward, "
+                "and can no longer be read back exactly. Load the model again and call glowq before its first forward."
+            )
+        return state

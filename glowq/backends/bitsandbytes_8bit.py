@@ -1,0 +1,55 @@
+"""bitsandbytes LLM.int8() (`Linear8bitLt`)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import BackendError
+from . import Backend, register
+
+
+def _config() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+@register
+class BitsAndBytes8Bit(Backend):
+    """`bitsandbytes.nn.Linear8bitLt` with int8 weights."""
+
+    name = "bitsandbytes-8bit"
+    package = "bitsandbytes"
+    extra = "bitsandbytes"
+    presets = {"int8": _config}
+
+    def matches(self, module: nn.Module) -> bool:
+        bnb = sys.modules.get("bitsandbytes")
+        return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt)
+
+    def weight(self, module: nn.Module) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(module.weight.data, self._scales(module))
+
+    def codes(self, module: nn.Module) -> Tensor:
+        self._scales(module)
+        return module.weight.data  # type: ignore[return-value]
+
+    def scheme(self, module: nn.Module) -> str:
+        return "int8, one scale a row"
+
+    def packed_bytes(self, module: nn.Module) -> int:
+        scales = self._scales(module)
+        return self.codes(module).numel() + scales.numel() * scales.element_size()
+
+    @staticmethod
+    def _scales(module: Any) -> Tensor:
+        # The scales move from the weight to the module's state at its first forward.
+        scales = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
+        if scales is None:
+            raise BackendError("a Linear8bitLt holds a weight that was never quantized; load it with from_pretrained.")
+        return scales  # type: ignore[no-any-return]

@@ -1,0 +1,87 @@
+"""torchao weight tensors inside a plain nn.Linear: int8 and intx (2 to 4 bits in groups)."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import BackendError
+from . import Backend, register
+
+GROUP_SIZE = 64
+
+
+def _int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _intx(bits: int) -> Any:
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.quant_primitives import MappingType
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(
+        IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, f"int{bits}"),
+            granularity=PerGroup(GROUP_SIZE),
+            mapping_type=MappingType.ASYMMETRIC,
+        )
+    )
+
+
+@register
+class TorchAO(Backend):
+    """`nn.Linear` whose weight is a torchao tensor subclass with integer `qdata`."""
+
+    name = "torchao"
+    package = "torchao"
+    extra = "torchao"
+    presets = {"torchao-int8": _int8} | {f"torchao-int{bits}": partial(_intx, bits) for bits in (2, 3, 4)}
+
+    def matches(self, module: nn.Module) -> bool:
+        if not isinstance(module, nn.Linear) or "torchao" not in sys.modules:
+            return False
+        from torchao.utils import TorchAOBaseTensor
+
+        return isinstance(module.weight, TorchAOBaseTensor)
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return module.weight.dequantize()  # type: ignore[union-attr, operator, no-any-return]
+
+    def codes(self, module: nn.Module) -> Tensor:
+        codes = getattr(module.weight, "qdata", None)
+        if codes is None:
+            raise BackendError(
+                f"torchao's {type(module.weight).__name__} keeps no qdata; supported: int8 and intx weight-only."
+            )
+        return codes
+
+    def scheme(self, module: nn.Module) -> str:
+        weight: Any = module.weight
+        block = weight.block_size[-1]
+        grouped = "one scale a row" if block == module.in_features else f"groups of {block}"
+        zero = "asymmetric" if getattr(weight, "zero_point", None) is not None else "symmetric"
+        return f"int{self._bits(module)}, {grouped}, {zero}"
+
+    def packed_bytes(self, module: nn.Module) -> int:
+        weight: Any = module.weight
+        scales = [weight.scale, getattr(weight, "zero_point", None)]
+        return math.ceil(self.codes(module).numel() * self._bits(module) / 8) + sum(
+            scale.numel() * scale.element_size() for scale in scales if scale is not None
+        )
+
+    @staticmethod
+    def _bits(module: nn.Module) -> int:
+        target = getattr(module.weight, "target_dtype", None)
+        digits = re.search(r"int(\d+)$", str(target))
+        return int(digits.group(1)) if digits else 8

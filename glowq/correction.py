@@ -1,0 +1,321 @@
+"""`Correction`: what a calibration produced, as it is saved, loaded, cut and verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .backends import find_backend
+from .config import GlowQConfig
+from .errors import CorrectionError, FingerprintError, ModelNotFoundError, NonFiniteError, RankError
+from .files import read_json, refuse_pickles, write_directory
+from .groups import Group
+from .runtime import GroupFactors
+from .selection import ranks_within
+
+__all__ = ["FACTORS_FILE", "Correction", "fingerprint", "read_factors", "verify_fingerprint"]
+
+FACTORS_FILE = "glowq.safetensors"
+_SAMPLED_CODES = 4096
+
+
+@dataclass
+class Correction:
+    """The factors of every restored group, and where they came from.
+
+    Attributes:
+        factors: one entry a restored group, in the model's order.
+        config: what config.json stores about the correction: base quantizer, base model, groups, method, seed.
+        model_config: the quantized model's own config.json fields, without its quantization.
+        base_bytes: bytes of the quantized weights at their nominal bit width, the denominator of every budget.
+        tokenizer: saved next to the factors, so that the folder works in a pipeline; or None.
+        generation_config: saved next to the factors where the model has one; or None.
+    """
+
+    factors: list[GroupFactors]
+    config: GlowQConfig
+    model_config: dict[str, Any]
+    base_bytes: int
+    tokenizer: Any = None
+    generation_config: Any = None
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Group name -> rank."""
+        return {entry.group.name: entry.rank for entry in self.factors}
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes that the correction adds to the model."""
+        return sum(entry.factor_bytes for entry in self.factors)
+
+    @property
+    def overhead(self) -> float:
+        """`factor_bytes` as a share of the quantized weights' bytes."""
+        return self.factor_bytes / self.base_bytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors as a file holds them: `<group>.right` (r, d) and `<member>.left` (o, r), contiguous, on the CPU."""
+        return factor_tensors(self.factors)
+
+    def cut(self, *, rank: int | None = None, budget: str | int | None = None) -> Correction:
+        """The same correction at smaller ranks: the factors are nested, so that nothing is solved again.
+
+        Args:
+            rank: largest rank a group keeps.
+            budget: share of the quantized weights' bytes ("1%") or bytes ("200MB", 4096) that the factors may take.
+
+        Raises:
+            RankError: rank below 1.
+            ConfigError: the budget cannot be parsed, or is smaller than one rank of the cheapest group.
+        """
+        ranks = self.ranks
+        if rank is not None:
+            if rank < 1:
+                raise RankError(f"rank must be at least 1, found {rank}.")
+            ranks = {name: min(rank, largest) for name, largest in ranks.items()}
+        if budget is not None:
+            ranks = ranks_within(self.factors, ranks, budget, self.base_bytes)
+        factors = [_cut_group(entry, ranks[entry.group.name]) for entry in self.factors if ranks[entry.group.name]]
+        return replace(self, factors=factors, config=self.config.with_groups(describe_groups(factors)))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the small form: config.json, glowq.safetensors, tokenizer files, model card; all of it or nothing.
+
+        The folder loads as a model with plain `from_pretrained` (after `import glowq`); its base is found by name.
+
+        Args:
+            save_directory: created if missing; an empty folder or an earlier correction of the same kind is accepted.
+            push_to_hub: also upload the folder; `kwargs` go to `push_to_hub` (`repo_id` defaults to the folder's name).
+
+        Raises:
+            OutputError: the directory holds other files, cannot be written, or the disk is full.
+        """
+        from .card import correction_card
+
+        target = Path(save_directory)
+        config = {**self.model_config, "transformers_weights": FACTORS_FILE}
+        config["quantization_config"] = self.config.with_format("correction").to_dict()
+
+        def write(folder: Path) -> None:
+            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            (folder / FACTORS_FILE).write_bytes(save(self.tensors(), metadata={"format": "pt"}))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            if self.generation_config is not None:
+                self.generation_config.save_pretrained(folder)
+            (folder / "README.md").write_text(correction_card(self))
+
+        write_directory(target, write)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any) -> str:
+        """Upload the small form to the Hub and return the commit's address.
+
+        Args:
+            repo_id: "name" or "organization/name"; created if missing.
+            private: visibility of a new repository.
+            token: access token; None takes the one that `hf auth login` stored.
+            **kwargs: to `HfApi.upload_folder`, e.g. `commit_message`, `revision`, `create_pr`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "correction")
+            kwargs.setdefault("commit_message", "Upload glowq correction")
+            return str(api.upload_folder(repo_id=repo, folder_path=Path(folder) / "correction", **kwargs))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **hub_kwargs: Any) -> Correction:
+        """Read a saved correction; the model itself is not loaded.
+
+        Args:
+            path: a folder that `save_pretrained` wrote, or a Hub name.
+            **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
+
+        Raises:
+            ModelNotFoundError: no such folder, or it holds no correction.
+            CorrectionError: its files are corrupt, or a factor is missing, extra or misshaped.
+        """
+        from .files import local_snapshot
+
+        folder = local_snapshot(path, **hub_kwargs)
+        refuse_pickles(folder)
+        model_config = read_json(folder / "config.json")
+        stored = model_config.pop("quantization_config", None)
+        if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
+            raise ModelNotFoundError(f"{path}: its config.json names no glowq correction.")
+        config = GlowQConfig.from_dict(stored)
+        if config.format != "correction":
+            raise ModelNotFoundError(
+                f"{path} is a self-contained glowq model, not a correction: load it with from_pretrained."
+            )
+        model_config.pop("transformers_weights", None)
+        factors = read_factors([folder / FACTORS_FILE], config.groups or {})
+        tokenizer = generation = None
+        if (folder / "tokenizer_config.json").is_file():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if (folder / "generation_config.json").is_file():
+            from transformers import GenerationConfig
+
+            generation = GenerationConfig.from_pretrained(folder)
+        return cls(factors, config, model_config, int(config.base_bytes or 0), tokenizer, generation)
+
+
+def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
+    """File tensors of the groups, sorted by name: `<group>.right` and `<member>.left`."""
+    tensors: dict[str, Tensor] = {}
+    for entry in factors:
+        tensors[f"{entry.group.name}.right"] = entry.right
+        tensors.update({f"{member}.left": left for member, left in entry.lefts.items()})
+    return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
+
+
+def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]]:
+    """What config.json says of each group."""
+    return {
+        entry.group.name: {
+            "members": list(entry.group.members),
+            "in_features": entry.group.in_features,
+            "out_features": list(entry.group.out_features),
+            "block": entry.group.block,
+            "rank": entry.rank,
+            "gains": [float(gain) for gain in entry.gains],
+        }
+        for entry in factors
+    }
+
+
+def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
+    """Read and check the factors of `groups` from safetensors files; other tensors in them are left alone.
+
+    Raises:
+        CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
+        NonFiniteError: a factor holds NaN or Inf.
+    """
+    found = _factor_index(files)
+    factors = []
+    for name, stored in groups.items():
+        group = Group(
+            name=name,
+            members=tuple(stored["members"]),
+            in_features=int(stored["in_features"]),
+            out_features=tuple(int(width) for width in stored["out_features"]),
+            block=str(stored["block"]),
+        )
+        rank = int(stored["rank"])
+        right = _take(found, f"{name}.right", (rank, group.in_features))
+        lefts = {
+            member: _take(found, f"{member}.left", (width, rank))
+            for member, width in zip(group.members, group.out_features, strict=True)
+        }
+        factors.append(GroupFactors(group, right, lefts, torch.tensor(stored["gains"], dtype=torch.float64)))
+    if found:
+        raise CorrectionError(
+            f"extra factor {sorted(found)[0]!r} ({len(found)} in all) that no group of config.json names; the file and "
+            "its config.json do not belong together. Download or correct again."
+        )
+    return factors
+
+
+def _factor_index(files: Sequence[Path]) -> dict[str, Path]:
+    index: dict[str, Path] = {}
+    for file in files:
+        if not file.is_file():
+            raise CorrectionError(f"{file} is missing; download the correction again.")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+        except SafetensorError as error:
+            raise CorrectionError(f"{file} is corrupt or truncated ({error}); download the correction again.") from error
+        index.update({name: file for name in names if name.endswith((".right", ".left"))})
+    return index
+
+
+def _take(index: dict[str, Path], name: str, shape: tuple[int, ...]) -> Tensor:
+    file = index.pop(name, None)
+    if file is None:
+        raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
+    with safe_open(file, framework="pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(name)
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise CorrectionError(
+            f"factor {name!r} in {file} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected a float "
+            f"tensor of shape {shape}."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFiniteError(f"factor {name!r} in {file} holds NaN or Inf; download or correct again.")
+    return tensor
+
+
+def _cut_group(entry: GroupFactors, rank: int) -> GroupFactors:
+    lefts = {member: left[:, :rank].contiguous() for member, left in entry.lefts.items()}
+    return replace(entry, right=entry.right[:rank].contiguous(), lefts=lefts, gains=entry.gains[:rank])
+
+
+def fingerprint(model: nn.Module, members: Sequence[str]) -> str:
+    """SHA-256 over a fixed sample of each member's stored codes, its shape and its quantization settings.
+
+    Two models agree exactly when the correction of one is valid for the other: the same weights, quantized the same
+    way. Codes rather than dequantized values are taken, for those do not depend on the device that reads them.
+
+    Raises:
+        ModelNotFoundError: a member does not exist in `model`.
+        FingerprintError: a member is not a quantized module.
+    """
+    from accelerate.utils import align_module_device
+
+    digest = hashlib.sha256()
+    for name in sorted(members):
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise FingerprintError(f"the model has no module {name!r}: this correction was made for another model.") from None
+        backend = find_backend(module)
+        if backend is None:
+            raise FingerprintError(
+                f"{name} is not quantized here, but the correction was made for a quantized module. Load the model with "
+                "the base quantizer that config.json names."
+            )
+        with align_module_device(module):
+            codes = backend.codes(module).detach().reshape(-1)
+            step = max(1, codes.numel() // _SAMPLED_CODES)
+            sample = codes[::step].cpu().contiguous().numpy().tobytes()
+            digest.update(f"{name}|{backend.features(module)}|{backend.scheme(module)}|".encode())
+        digest.update(sample)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def verify_fingerprint(model: nn.Module, config: GlowQConfig) -> None:
+    """Refuse a correction made for other quantized weights.
+
+    Raises:
+        FingerprintError: model and correction do not belong together.
+    """
+    expected = (config.base_model or {}).get("fingerprint")
+    members = [member for group in (config.groups or {}).values() for member in group["members"]]
+    found = fingerprint(model, members)
+    if found != expected:
+        raise FingerprintError(
+            f"the correction was made for quantized weights {expected}, but this model's are {found}: another model, "
+            "another revision, or other quantization settings. Correct this model again with `glowq correct`."
+        )
+
+

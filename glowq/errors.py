@@ -1,0 +1,103 @@
+"""Every way glowq can refuse, by name.
+
+Each message says what was expected, what was found, where, and what to do. All of them derive from
+`GlowQError`, so that a caller (the CLI among them) can tell a refusal from a bug.
+"""
+
+__all__ = [
+    "BackendError",
+    "CalibrationError",
+    "ConfigError",
+    "CorrectionError",
+    "EvaluationError",
+    "FingerprintError",
+    "GlowQError",
+    "ModelNotFoundError",
+    "NonFiniteError",
+    "OutputError",
+    "PickleRefusedError",
+    "RankError",
+    "ReferenceMismatchError",
+    "RepackedWeightError",
+    "TokenizerMismatchError",
+    "UnknownBaseError",
+    "UnsafePathError",
+    "UnsupportedModuleError",
+    "VersionError",
+]
+
+
+class GlowQError(Exception):
+    """Base of every error that glowq raises on purpose."""
+
+
+class ConfigError(GlowQError, ValueError):
+    """A configuration field is unknown, missing, or holds a value that cannot be used."""
+
+
+class VersionError(ConfigError):
+    """A file was written by a newer format than this glowq reads."""
+
+
+class UnsafePathError(ConfigError):
+    """A config or index names a file outside its own folder."""
+
+
+class PickleRefusedError(GlowQError):
+    """A pickled file was offered where only safetensors is read."""
+
+
+class ModelNotFoundError(GlowQError, FileNotFoundError):
+    """A model, checkpoint or file named by the user does not exist."""
+
+
+class OutputError(GlowQError, OSError):
+    """The output directory cannot be written: not empty, not writable, or the disk is full."""
+
+
+class UnknownBaseError(GlowQError, ValueError):
+    """A base quantizer name is not registered, or its library is not installed."""
+
+
+class BackendError(GlowQError, RuntimeError):
+    """A base quantizer's module cannot be read or prepared."""
+
+
+class RepackedWeightError(BackendError):
+    """A quantized weight was rewritten in place by its library's kernel and can no longer be read back."""
+
+
+class UnsupportedModuleError(GlowQError, ValueError):
+    """A module cannot be corrected; the message names it and says why."""
+
+
+class CalibrationError(GlowQError, ValueError):
+    """Calibration text is missing or holds fewer tokens than needed."""
+
+
+class TokenizerMismatchError(GlowQError, ValueError):
+    """The tokenizer produces ids that the model has no embedding for."""
+
+
+class NonFiniteError(GlowQError, ValueError):
+    """NaN or Inf in an activation, weight or factor; the message names the tensor."""
+
+
+class RankError(GlowQError, ValueError):
+    """A rank lies outside 1..min(outputs, inputs) of its group."""
+
+
+class ReferenceMismatchError(GlowQError, ValueError):
+    """The reference model's modules or shapes are not those of the quantized model."""
+
+
+class CorrectionError(GlowQError, ValueError):
+    """A correction's files are corrupt, or a factor is missing, extra or misshaped."""
+
+
+class FingerprintError(CorrectionError):
+    """A correction was made for other quantized weights than those it is being attached to."""
+
+
+class EvaluationError(GlowQError, ValueError):
+    """Models cannot be compared on this data."""

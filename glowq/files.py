@@ -1,0 +1,176 @@
+"""Files in and out: whole directories or nothing, safetensors and JSON only, nothing outside a repository's folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import CorrectionError, GlowQError, ModelNotFoundError, OutputError, PickleRefusedError, UnsafePathError
+
+__all__ = ["check_output", "checkpoint_files", "local_snapshot", "read_json", "refuse_pickles", "safe_join", "write_directory"]
+
+_RESULT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "glowq.safetensors",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        CorrectionError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{path} does not exist; expected the folder of a saved model.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorrectionError(f"{path} is not valid JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise CorrectionError(f"{path} holds {type(value).__name__}, expected a JSON object.")
+    return value
+
+
+def safe_join(folder: Path, name: str) -> Path:
+    """`folder/name`, refused where `name` points outside of `folder`.
+
+    Raises:
+        UnsafePathError: `name` is absolute or climbs out.
+    """
+    pure = PurePosixPath(name.replace("\\", "/"))
+    if pure.is_absolute() or ".." in pure.parts or ":" in name:
+        raise UnsafePathError(f"{name!r} in {folder} points outside its repository; refused.")
+    return folder / pure
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder that offers weights only as pickles.
+
+    Raises:
+        PickleRefusedError: weights in a format that can run code, and no safetensors.
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise PickleRefusedError(
+            f"{folder} offers its weights as {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
+            "safetensors (save_pretrained of a current transformers does)."
+        )
+
+
+def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
+    """The local folder of a model: the folder itself, or the Hub repository's safetensors, JSON and tokenizer files.
+
+    Raises:
+        ModelNotFoundError: neither a folder nor a repository that can be reached or is in the cache.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(os.fspath(name), allow_patterns=patterns, **hub_kwargs))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelNotFoundError(
+            f"{os.fspath(name)!r} is neither a folder nor a Hub repository within reach ({type(error).__name__}). Check "
+            "the name, or `hf auth login` for a private one."
+        ) from error
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """The safetensors shards of a model folder, in the index's order.
+
+    Raises:
+        ModelNotFoundError: no safetensors weights, or a shard is missing.
+        PickleRefusedError: weights only as pickles.
+        UnsafePathError: the index names a file outside the folder.
+    """
+    refuse_pickles(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"]
+    files = [safe_join(folder, name) for name in names]
+    for file in files:
+        if not file.is_file():
+            raise ModelNotFoundError(f"{file} is missing: the checkpoint in {folder} is incomplete.")
+    return [str(file) for file in files]
+
+
+def write_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `target`, then rename it: all of it, or nothing.
+
+    Args:
+        target: final folder; must not exist, be empty, or hold an earlier result of glowq and nothing else.
+        write: fills the folder it is given.
+
+    Raises:
+        OutputError: other files are in the way, the parent cannot be written, or the disk is full.
+    """
+    check_output(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+            fresh.mkdir()
+            write(fresh)
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+    except OSError as error:
+        if isinstance(error, GlowQError):
+            raise
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise OutputError(f"cannot write {target}: {reason}. Nothing was left behind.") from error
+
+
+def check_output(target: Path) -> None:
+    """Refuse early, before hours of work, what `write_directory` would refuse at the end.
+
+    Raises:
+        OutputError: see `write_directory`.
+    """
+    if target.is_file():
+        raise OutputError(f"{target} is a file; expected a folder to write to.")
+    if target.is_dir():
+        foreign = sorted(entry.name for entry in target.iterdir() if not _is_result_file(entry.name))
+        if foreign or (any(target.iterdir()) and not _is_result(target)):
+            what = f"holds {foreign[0]!r}" if foreign else "holds no earlier result of glowq"
+            raise OutputError(f"{target} is not empty and {what}; choose another folder, so that nothing is lost.")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent} is not writable; choose another folder.")
+
+
+def _is_result_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _RESULT_FILES)
+
+
+def _is_result(folder: Path) -> bool:
+    stored = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").is_file() else None
+    return isinstance(stored, dict) and stored.get("quant_method") == "glowq"

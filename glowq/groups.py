@@ -1,0 +1,193 @@
+"""One traced forward -> the groups of modules that read the same tensor.
+
+Two modules share a group when every call of theirs, in order, received the same tensor object at the same version
+(in-place writes counted), inside one decoder block. Names and values play no part: at initialization different
+inputs can hold equal values, and a name says nothing about what a module reads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import find_backend, quantized_modules
+from .errors import UnsupportedModuleError
+
+__all__ = ["Group", "Trace", "blocks", "find_groups", "trace_groups"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that read the same input tensor.
+
+    Attributes:
+        name: the members' common parent and their names under it, "model.layers.0.self_attn.q_proj+k_proj+v_proj".
+        members: full module names, in call order.
+        in_features: width d of the shared input.
+        out_features: each member's width o_i, in the order of `members`.
+        block: name of the decoder block the group lies in, or the member's own name outside of every block.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    block: str
+
+    @property
+    def parent(self) -> str:
+        """Name of the innermost module that holds every member ("" for the model itself)."""
+        return _common_parent(self.members)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward showed: the groups in call order, and why each other candidate was left out."""
+
+    groups: list[Group]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks of `model` (decoder or encoder layers), in module order.
+
+    A transformers model says which classes must not be split over devices; those are its blocks. Elsewhere they are
+    the elements of module lists that are not nested in another list.
+    """
+    kinds: set[str] = set()
+    for module in model.modules():
+        kinds.update(getattr(module, "_no_split_modules", None) or ())
+    named = [name for name, module in model.named_modules() if type(module).__name__ in kinds]
+    if not named:
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        named = [f"{name}.{index}" for name in lists for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+    candidates = set(named)
+    return [name for name in named if not any(parent in candidates for parent in _ancestors(name))]
+
+
+def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Group]:
+    """Groups of linear modules that read the same tensor, found by running `model` once.
+
+    Args:
+        model: any model; its quantized modules are the candidates, or its linear layers where none is quantized.
+        example_inputs: keyword arguments of one forward, e.g. {"input_ids": (1, n) int64}.
+
+    Returns:
+        Groups in the order in which the forward called them; a module that shares its input with no other forms a
+        group of one. Modules that cannot be corrected are left out (see `trace_groups` for the reasons).
+
+    Raises:
+        UnsupportedModuleError: the model has no linear module at all.
+    """
+    return trace_groups(model, example_inputs).groups
+
+
+def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
+    """Like `find_groups`, with the reasons why candidates were left out."""
+    candidates = _candidates(model)
+    calls = _record_calls(model, candidates, example_inputs)
+    block_of = _block_index(model, candidates)
+    skipped: dict[str, str] = {}
+    gathered: dict[tuple[Any, ...], list[str]] = {}
+    for name in sorted(calls, key=lambda name: calls[name][0].order if calls[name] else -1):
+        reason = _refusal(name, candidates[name], calls[name])
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        inputs = tuple((id(call.tensor), call.version) for call in calls[name])
+        gathered.setdefault((block_of[name], inputs), []).append(name)
+    groups = [
+        Group(
+            name=_group_name(members),
+            members=tuple(members),
+            in_features=candidates[members[0]][1],
+            out_features=tuple(candidates[member][0] for member in members),
+            block=block,
+        )
+        for (block, _), members in gathered.items()
+    ]
+    return Trace(groups, skipped)
+
+
+@dataclass(frozen=True)
+class _Call:
+    order: int
+    tensor: Tensor | None  # held until the trace ends, so that its id stays its own
+    version: int
+
+
+def _candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module name -> (out_features, in_features) of every module that could be corrected."""
+    quantized = quantized_modules(model)
+    if quantized:
+        return {name: backend.features(model.get_submodule(name)) for name, backend in quantized.items()}
+    dense = {
+        name: (int(module.out_features), int(module.in_features))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and find_backend(module) is None
+    }
+    if not dense:
+        raise UnsupportedModuleError(f"{type(model).__name__} has no linear module: there is nothing to group.")
+    return dense
+
+
+def _record_calls(
+    model: nn.Module, candidates: Iterable[str], example_inputs: Mapping[str, Any]
+) -> dict[str, list[_Call]]:
+    calls: dict[str, list[_Call]] = {name: [] for name in candidates}
+    clock = iter(range(1 << 62))
+
+    def recorder(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            tensor = args[0] if args and isinstance(args[0], Tensor) else None
+            calls[name].append(_Call(next(clock), tensor, -1 if tensor is None else tensor._version))
+
+        return hook
+
+    training = model.training
+    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+        for name in calls:
+            handle = model.get_submodule(name).register_forward_pre_hook(recorder(name))
+            stack.callback(handle.remove)
+        model.eval()
+        stack.callback(model.train, training)
+        model(**example_inputs)
+    return calls
+
+
+def _refusal(name: str, features: tuple[int, int], calls: list[_Call]) -> str | None:
+    if not calls:
+        return "never called in the traced forward (its weight may be read directly): a hook would do nothing"
+    if any(call.tensor is None for call in calls):
+        return "called without a positional input tensor"
+    if any(call.tensor is not None and call.tensor.shape[-1] != features[1] for call in calls):
+        return f"its input is not {features[1]} wide"
+    return None
+
+
+def _block_index(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    found = set(blocks(model))
+    return {name: next((a for a in _ancestors(name, include_self=True) if a in found), name) for name in names}
+
+
+def _ancestors(name: str, *, include_self: bool = False) -> Iterable[str]:
+    parts = name.split(".")
+    for length in range(len(parts) if include_self else len(parts) - 1, 0, -1):
+        yield ".".join(parts[:length])
+
+
+def _common_parent(members: Iterable[str]) -> str:
+    paths = [member.split(".")[:-1] for member in members]
+    return ".".join(os.path.commonprefix(paths))
+
+
+def _group_name(members: list[str]) -> str:
+    parent = _common_parent(members)
+    local = "+".join(member.removeprefix(f"{parent}.") for member in members)
+    return f"{parent}.{local}" if parent else local

@@ -1,0 +1,292 @@
+"""glowq as a transformers quantizer: it holds the base's quantizer, lets it work, and adds the correction.
+
+`hf_quantizer.quantization_config` stays the base's (transformers, peft and accelerate read its quant_method);
+GlowQConfig lives in `model.config.quantization_config`. Factors are read by glowq itself, never by the weight
+loader: a missing factor there is only a warning and uninitialized memory.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from ..backends import prepare_model, quantized_modules, read_weight
+from ..config import GlowQConfig
+from ..correction import FACTORS_FILE, Correction, factor_tensors, read_factors, verify_fingerprint
+from ..errors import ConfigError, UnsafePathError
+from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
+from ..runtime import GroupFactors, SharedCorrection, attach, attached, detach
+
+__all__ = ["GlowQHfQuantizer", "adopt", "load_correction"]
+
+_FACTOR_KEYS = r"\.(left|right)$"
+
+register_quantization_config("glowq")(GlowQConfig)
+
+
+@register_quantizer("glowq")
+class GlowQHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Delegates to the base quantizer; see the module's text."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: GlowQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        config = quantization_config
+        if config.base is None:
+            raise ConfigError(
+                "GlowQConfig needs a base quantizer: base='nf4', or a transformers quantization config. For a model "
+                "that is quantized already, load it first, then call glowq.correct or glowq.load_correction."
+            )
+        self.glowq_config = config
+        self._base_folder: Path | None = None
+        self._files: list[str] = []
+        if config.is_stored and config.format == "correction":
+            self._base_folder = _base_folder(config)
+            self.pre_quantized = read_json(self._base_folder / "config.json").get("quantization_config") is not None
+        self.base = AutoHfQuantizer.from_config(config.base, pre_quantized=self.pre_quantized)
+        self.quantization_config = config.base
+
+    def preprocess_model(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        """Let the loader read the base's shards where only the correction was named, then let the base do its work."""
+        if checkpoint_files is None:
+            raise ConfigError("glowq corrects checkpoints: load the model with from_pretrained(name_or_path).")
+        self._files = list(checkpoint_files)
+        if self._base_folder is not None:
+            _refuse_outside(self._files, model.config.name_or_path, self.glowq_config)
+            # The loader reads this very list object.
+            checkpoint_files[:] = _base_shards(self._base_folder)
+        elif self.glowq_config.is_stored:
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ()) | {_FACTOR_KEYS}  # type: ignore[arg-type]
+            model._keys_to_ignore_on_load_unexpected = ignored  # type: ignore[assignment]
+        self.base.preprocess_model(model, checkpoint_files=checkpoint_files, **kwargs)
+
+    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Let the base finish, close its traps, then attach the correction: stored, named, or made now."""
+        self.base.postprocess_model(model, **kwargs)
+        prepare_model(model)
+        _drop_irreversible_conversions(model)
+        config = self.glowq_config
+        if config.is_stored:
+            _attach_all(model, config, read_factors([Path(file) for file in self._files], config.groups or {}))
+            model.config.quantization_config = config  # type: ignore[union-attr]
+        elif config.correction is not None:
+            load_correction(model, config.correction, budget=config.budget)
+        elif config.calibration is not None:
+            self._correct_now(model)
+        else:
+            raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
+        return model
+
+    def _correct_now(self, model: nn.Module) -> None:
+        from transformers import AutoTokenizer
+
+        from ..pipeline import correct
+
+        config = self.glowq_config
+        folder = os.path.dirname(self._files[0])
+        source = model.config.name_or_path  # type: ignore[union-attr]
+        correct(
+            model,
+            reference=folder if os.path.isfile(os.path.join(folder, "config.json")) else source,
+            calibration=config.calibration,
+            tokenizer=AutoTokenizer.from_pretrained(source),
+            rank=config.rank,
+            budget=config.budget,
+            method=config.method,
+            calibration_tokens=config.calibration_tokens,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+        )
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+        """The base's keys as they are, the factors under the names that every correction file uses."""
+        state, metadata = self.base.get_state_dict_and_metadata(model)
+        state = dict(model.state_dict() if state is None else state)
+        containers = [f"{name}." for name, module in model.named_modules() if isinstance(module, SharedCorrection)]
+        state = {key: value for key, value in state.items() if not key.startswith(tuple(containers))}
+        metadata = {key: value for key, value in metadata.items() if not key.startswith(tuple(containers))}
+        return {**state, **factor_tensors(_current_factors(model))}, metadata
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """The dense model W' = Q + A B in place of the quantized one, for any base."""
+        dtype = dtype or getattr(model, "dtype", None) or torch.float32
+        added = {
+            member: left.float() @ entry.right.float()
+            for entry in _current_factors(model)
+            for member, left in entry.lefts.items()
+        }
+        detach(model)
+        for name, backend in quantized_modules(model).items():
+            model.set_submodule(name, _dense(backend, name, model.get_submodule(name), added.get(name), dtype))
+        self.remove_quantization_config(model)
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """The base's answer."""
+        return bool(self.base.param_needs_quantization(model, param_name, **kwargs))
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The base's answer."""
+        return bool(self.base.is_serializable(*args, **kwargs))
+
+    @property
+    def is_trainable(self) -> bool:
+        """The base's answer."""
+        return bool(self.base.is_trainable)
+
+
+def _delegate() -> None:
+    """Forward every other public attribute of HfQuantizer to the base, whatever the version of transformers adds."""
+    kept = {"requires_calibration", "remove_quantization_config", "get_modules_to_not_convert"}
+    for name, value in vars(HfQuantizer).items():
+        if name.startswith("_") or name in kept or name in vars(GlowQHfQuantizer):
+            continue
+        if callable(value) and not isinstance(value, type):
+            setattr(GlowQHfQuantizer, name, _forward(name))
+        else:
+            setattr(GlowQHfQuantizer, name, property(lambda self, name=name: getattr(self.base, name)))
+
+
+def _forward(name: str) -> Any:
+    def method(self: GlowQHfQuantizer, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.base, name)(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = "The base's answer."
+    return method
+
+
+_delegate()
+GlowQHfQuantizer.__abstractmethods__ = frozenset()
+
+
+def load_correction(
+    model: nn.Module, path: str | os.PathLike[str], *, budget: str | int | None = None, **hub_kwargs: Any
+) -> Correction:
+    """Attach a saved correction to a quantized model that is already in memory.
+
+    Args:
+        model: quantized as the correction's base was.
+        path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
+        budget: cut the correction to a share of the quantized weights ("1%") or to a size ("200MB").
+        **hub_kwargs: e.g. `revision`, `token`.
+
+    Returns:
+        The correction as attached.
+
+    Raises:
+        CorrectionError: corrupt files, or a factor is missing, extra or misshaped.
+        FingerprintError: the correction was made for other quantized weights.
+        ConfigError: the model carries a correction already, or the budget is too small.
+    """
+    correction = Correction.from_pretrained(path, **hub_kwargs)
+    if attached(model):
+        raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
+    prepare_model(model)
+    verify_fingerprint(model, correction.config)
+    if budget is not None:
+        correction = correction.cut(budget=budget)
+    for entry in correction.factors:
+        attach(model, entry, dtype=_attached_dtype(model))
+    adopt(model, correction.config)
+    return correction
+
+
+def adopt(model: nn.Module, config: GlowQConfig) -> None:
+    """Make an attached model save itself as a self-contained glowq model."""
+    base = getattr(model, "hf_quantizer", None)
+    model_config: Any = model.config
+    stored = config.with_format("full")
+    stored.base = getattr(base, "quantization_config", stored.base)
+    if isinstance(base, GlowQHfQuantizer):
+        base.glowq_config = stored
+    elif isinstance(base, HfQuantizer):
+        quantizer = GlowQHfQuantizer.__new__(GlowQHfQuantizer)
+        quantizer.base = base
+        quantizer.glowq_config = stored
+        quantizer.quantization_config = base.quantization_config
+        quantizer.pre_quantized = True
+        quantizer._base_folder, quantizer._files = None, []
+        model.hf_quantizer = quantizer
+    model_config.quantization_config = stored
+    _drop_irreversible_conversions(model)
+
+
+def _attach_all(model: nn.Module, config: GlowQConfig, factors: list[GroupFactors]) -> None:
+    verify_fingerprint(model, config)
+    for entry in factors:
+        attach(model, entry, dtype=_attached_dtype(model))
+
+
+def _attached_dtype(model: nn.Module) -> torch.dtype:
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _current_factors(model: nn.Module) -> list[GroupFactors]:
+    return [
+        GroupFactors(
+            container.group,
+            container.right.factor.detach(),
+            {
+                member: left.factor.detach()  # type: ignore[union-attr, operator]
+                for member, left in zip(container.group.members, container.lefts, strict=True)
+            },
+            torch.zeros(container.rank, dtype=torch.float64),
+        )
+        for container in attached(model).values()
+    ]
+
+
+def _dense(backend: Any, name: str, module: nn.Module, added: Any, dtype: torch.dtype) -> nn.Linear:
+    weight = read_weight(backend, name, module)
+    if added is not None:
+        weight = weight + added.to(weight.device)
+    bias = module.bias
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)  # type: ignore[operator]
+    return linear
+
+
+def _base_folder(config: GlowQConfig) -> Path:
+    base_model = config.base_model or {}
+    kwargs = {"revision": base_model["revision"]} if base_model.get("revision") else {}
+    return local_snapshot(base_model["name"], **kwargs)
+
+
+def _base_shards(folder: Path) -> list[str]:
+    if (folder / FACTORS_FILE).is_file():
+        raise ConfigError(f"the base {folder} is itself a correction; name the quantized or full-precision model.")
+    return checkpoint_files(folder)
+
+
+def _refuse_outside(files: list[str], source: str, config: GlowQConfig) -> None:
+    """A repository from the Hub must not name a folder of the machine it is loaded on."""
+    name = (config.base_model or {})["name"]
+    if os.path.isabs(name) and not os.path.isdir(source):
+        raise UnsafePathError(
+            f"{source} names the local folder {name!r} as its base; refused. Its author should push the base first."
+        )
+    for file in files:
+        refuse_pickles(Path(file).parent)
+
+
+def _drop_irreversible_conversions(model: nn.Module) -> None:
+    """transformers cannot reverse a base's load conversions; left in place, saving the model again would raise."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [  # type: ignore[assignment]
+            conversion
+            for conversion in conversions
+            if not any(getattr(op, "hf_quantizer", None) is not None for op in getattr(conversion, "operations", ()))
+        ]

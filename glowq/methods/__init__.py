@@ -1,0 +1,92 @@
+"""The solver methods by name: one shared solve, with another statistic or another grouping.
+
+To add a method, write one file in this folder that calls `register`; it is found by its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Literal
+
+from torch import Tensor
+
+from ..errors import CalibrationError, ConfigError
+from ..solver import Factors
+from ..statistics import Moments
+
+__all__ = ["Method", "Statistic", "check_measured", "get_method", "method_names", "register"]
+
+Statistic = Literal["none", "magnitude", "second"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to turn a weight error and its input moments into a low-rank correction.
+
+    Attributes:
+        name: what users write.
+        shared: True for one right factor a group, False for one a module.
+        statistic: what calibration must measure: nothing, the magnitude per input, or the full second moment.
+        solve: (error (O, d), moments, rank, seed) to Factors of that rank.
+        summary: one line for listings.
+        source: the paper.
+    """
+
+    name: str
+    shared: bool
+    statistic: Statistic
+    solve: Callable[[Tensor, Moments, int, int], Factors]
+    summary: str
+    source: str
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Make a method known by its name.
+
+    Raises:
+        ConfigError: another method already has the name.
+    """
+    if method.name in _METHODS:
+        raise ConfigError(f"method {method.name!r} is registered twice; give one of the two another name.")
+    _METHODS[method.name] = method
+    return method
+
+
+def get_method(name: str) -> Method:
+    """The method registered under a name.
+
+    Raises:
+        ConfigError: no method has that name; the message lists those there are.
+    """
+    if name not in _METHODS:
+        raise ConfigError(f"method must be one of {', '.join(method_names())}; found {name!r}.")
+    return _METHODS[name]
+
+
+def method_names() -> list[str]:
+    """The names of every registered method, sorted."""
+    return sorted(_METHODS)
+
+
+def check_measured(moments: Moments, statistic: Statistic) -> None:
+    """Refuse moments that lack what a method minimises, rather than minimise something else.
+
+    Raises:
+        CalibrationError: no token was counted, or the second moment was not streamed.
+    """
+    missing = statistic == "second" and moments.second is None and moments.energy is None
+    if moments.tokens == 0 or missing:
+        raise CalibrationError(
+            f"the {statistic} statistic of the inputs is needed; found {moments.tokens} tokens counted"
+            f"{' and no second moment' if missing else ''}. Calibrate with statistic={statistic!r}."
+        )
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,109 @@
+"""The full-precision reference model: its weights one module at a time, never the whole of it in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
+from .files import checkpoint_files, local_snapshot
+
+__all__ = ["Reference"]
+
+
+class Reference:
+    """Full-precision weights by module name.
+
+    Use as a context manager: a model given by name is mapped from its safetensors files, and each weight is read when
+    it is asked for.
+
+    Args:
+        source: a model in memory, a folder, or a Hub name.
+        model_class: the class to load a named model with: that of the quantized model.
+        **hub_kwargs: e.g. `revision`.
+    """
+
+    def __init__(self, source: Any, model_class: type[nn.Module], **hub_kwargs: Any) -> None:
+        self.source = source
+        self.model_class = model_class
+        self.hub_kwargs = hub_kwargs
+        self._model: nn.Module | None = source if isinstance(source, nn.Module) else None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Reference:
+        if self._model is None:
+            folder = local_snapshot(self.source, **self.hub_kwargs)
+            checkpoint_files(folder)
+            self._model = self._load(folder)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._model = self.source if isinstance(self.source, nn.Module) else None
+        self._exit.close()
+
+    @property
+    def model(self) -> nn.Module:
+        """The reference as a module that can be run; its weights may lie on disk."""
+        if self._model is None:
+            raise RuntimeError("a Reference is used inside its `with` block")
+        return self._model
+
+    def weight(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Full-precision weight of one linear module.
+
+        Args:
+            name: the module's name, the same as in the quantized model.
+            shape: (out_features, in_features) that the quantized module has.
+
+        Returns:
+            float32 tensor of that shape.
+
+        Raises:
+            ReferenceMismatchError: the reference has no such module, or of another shape.
+            UnsupportedModuleError: the module is itself quantized or no linear layer.
+            NonFiniteError: the weight holds NaN or Inf.
+        """
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            raise ReferenceMismatchError(
+                f"the reference has no module {name!r}, which the quantized model has: it is another model. Give the "
+                "full-precision model that the quantized one was made from."
+            ) from None
+        with align_module_device(module):
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
+                raise UnsupportedModuleError(
+                    f"{name} of the reference is a {type(module).__name__} without a plain float weight; the reference "
+                    "must be the full-precision model, not a quantized one."
+                )
+            full = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+            full = full.to(torch.float32, copy=True)
+        if tuple(full.shape) != shape:
+            raise ReferenceMismatchError(
+                f"{name} has shape {tuple(full.shape)} in the reference and {shape} in the quantized model: it is "
+                "another model. Give the full-precision model that the quantized one was made from."
+            )
+        if not bool(torch.isfinite(full).all()):
+            raise NonFiniteError(f"{name} of the reference holds NaN or Inf; the checkpoint is damaged.")
+        return full
+
+    def _load(self, folder: Path) -> nn.Module:
+        from transformers.utils import logging
+
+        offload = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="glowq-reference-"))
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # "Some parameters are on the meta device" is what is wanted here
+        try:
+            return self.model_class.from_pretrained(  # type: ignore[attr-defined, no-any-return]
+                folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True
+            )
+        finally:
+            logging.set_verbosity(verbosity)
