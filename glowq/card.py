@@ -1,13 +1,73 @@
-"""The model card of a saved correction."""
+"""The model card of a saved correction, from the template in `model_cards/`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
     from .correction import Correction
 
+__all__ = ["correction_card"]
+
 
 def correction_card(correction: Correction) -> str:
-    """Text of README.md."""
-    return "# glowq correction\n"
+    """Text of README.md: metadata, what was corrected, what was measured, how to load it.
+
+    Args:
+        correction: its `card` may hold "command" (the exact command line) and "held_out" (the figures of
+            `glowq correct --json`); sections without data are left out. Nothing in it depends on time or machine.
+    """
+    config = correction.config
+    base_model: dict[str, Any] = config.base_model or {}
+    name = str(base_model.get("name", ""))
+    ranks = sorted(set(correction.ranks.values()))
+    data = ModelCardData(
+        base_model=None if Path(name).is_absolute() else name,
+        base_model_relation=None if Path(name).is_absolute() else "quantized",
+        library_name="glowq",
+        tags=["glowq", "quantized", "low-rank-correction"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_templates() / "correction.md"),
+        full=config.format == "full",
+        title=f"{Path(name).name}, corrected by glowq",
+        base_model_name=Path(name).name if Path(name).is_absolute() else name,
+        revision=base_model.get("revision"),
+        base=_base_name(config.base),
+        method=config.method,
+        seed=config.seed,
+        group_count=len(correction.factors),
+        module_count=sum(len(entry.group.members) for entry in correction.factors),
+        ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        factor_bytes=correction.factor_bytes,
+        overhead=f"{correction.overhead:.2%}",
+        calibration_tokens=config.provenance.get("calibration_tokens", "no"),
+        held_out=_held_out(correction.card.get("held_out")),
+        command=correction.card.get("command"),
+        repository="this/repository",
+    )
+    return str(card.content)
+
+
+def _templates() -> Path:
+    """In a wheel the templates lie inside the package, in a checkout beside it."""
+    inside = Path(__file__).parent / "model_cards"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "model_cards"
+
+
+def _base_name(base: Any) -> str:
+    method = getattr(base, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _held_out(figures: dict[str, Any] | None) -> dict[str, str] | None:
+    """The figures as shown; a share of no gap at all is shown as none."""
+    if not figures or figures.get("reference") is None:
+        return None
+    shown = {key: f"{figures[key]:.4f}" for key in ("reference", "quantized", "corrected")}
+    share = figures.get("recovered")
+    return {**shown, "recovered": "no gap" if share is None else f"{share:.1%}"}

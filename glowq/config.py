@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import ConfigError, UnsafePathError, VersionError
+from .errors import ConfigError, UnknownBaseError, UnsafePathError, VersionError
 
 __all__ = ["FORMAT_VERSION", "GlowQConfig"]
 
@@ -18,7 +18,7 @@ FORMATS = ("correction", "full")
 _GROUP_FIELDS = {"members", "in_features", "out_features", "block", "rank", "gains"}
 
 
-class GlowQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class GlowQConfig(QuantizationConfigMixin):
     """Quantization config of a corrected model: pass it to `from_pretrained` to correct while loading.
 
     Args:
@@ -36,6 +36,7 @@ class GlowQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Raises:
         ConfigError: a field is unknown or holds a value that cannot be used.
+        UnknownBaseError: no such base quantizer, or its library is not installed.
         VersionError: written by a newer format.
     """
 
@@ -69,7 +70,7 @@ class GlowQConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ConfigError(_unknown_field(sorted(unknown)[0]))
         if rank is not None and budget is not None:
             raise ConfigError("give either rank or budget, not both.")
-        self.quant_method = "glowq"
+        self.quant_method: Any = "glowq"  # transformers types it as one of its own methods
         self.base = _base(base)
         self.rank = 32 if rank is None and budget is None else rank
         self.budget = budget
@@ -81,10 +82,10 @@ class GlowQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.seed = seed
         self.version = version
         self.format = format
-        self.base_model = None if base_model is None else dict(base_model)
-        self.groups = None if groups is None else {name: dict(group) for name, group in groups.items()}
+        self.base_model = _object("base_model", base_model)
+        self.groups = _object("groups", groups)
         self.base_bytes = base_bytes
-        self.provenance = dict(provenance or {})
+        self.provenance = _object("provenance", provenance) or {}
         self._validate()
 
     def _validate(self) -> None:
@@ -109,11 +110,11 @@ class GlowQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def with_groups(self, groups: Mapping[str, Any]) -> GlowQConfig:
         """A copy that stores other groups."""
-        return GlowQConfig.from_dict({**self.to_dict(), "groups": dict(groups)})
+        return GlowQConfig(**{**self.to_dict(), "groups": dict(groups)})
 
     def with_format(self, format: str) -> GlowQConfig:
         """A copy for the other saved form, "correction" or "full"."""
-        return GlowQConfig.from_dict({**self.to_dict(), "format": format})
+        return GlowQConfig(**{**self.to_dict(), "format": format})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that config.json stores; what only a request needs (texts, ranks asked for) is left out."""
@@ -156,7 +157,10 @@ def _base(base: Any) -> Any:
     if isinstance(base, Mapping):
         from transformers.quantizers.auto import AutoQuantizationConfig
 
-        return AutoQuantizationConfig.from_dict(dict(base))
+        try:
+            return AutoQuantizationConfig.from_dict(dict(base))
+        except (ValueError, TypeError) as error:
+            raise UnknownBaseError(f"base is no quantization config that transformers can read: {error}") from error
     return base
 
 
@@ -176,7 +180,14 @@ def _check_int(name: str, value: Any, least: int, *, optional: bool = False) -> 
         raise ConfigError(f"{name} must be a whole number of at least {least}, found {value!r}.")
 
 
-def _check_group(name: str, group: Mapping[str, Any]) -> None:
+def _object(name: str, value: Any) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} in config.json must be a JSON object, found {type(value).__name__}.")
+    return None if value is None else copy.deepcopy(dict(value))
+
+
+def _check_group(name: str, group: Any) -> None:
+    group = _object(f"group {name!r}", group) or {}
     if set(group) != _GROUP_FIELDS:
         odd = sorted(set(group) ^ _GROUP_FIELDS)[0]
         raise ConfigError(f"group {name!r} in config.json: field {odd!r} is missing or unknown.")
@@ -202,5 +213,3 @@ def _check_base_model(base_model: Mapping[str, Any] | None) -> None:
         raise ConfigError("base_model.name in config.json must be a Hub name or a folder.")
     if ".." in name.replace("\\", "/").split("/"):
         raise UnsafePathError(f"base_model.name {name!r} in config.json climbs out of its folder; refused.")
-
-

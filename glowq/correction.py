@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .backends import find_backend
+from .backends import find_backend, quantized_modules
 from .config import GlowQConfig
 from .errors import CorrectionError, FingerprintError, ModelNotFoundError, NonFiniteError, RankError
 from .files import read_json, refuse_pickles, write_directory
@@ -35,7 +35,7 @@ class Correction:
     """The factors of every restored group, and where they came from.
 
     Attributes:
-        factors: one entry a restored group, in the model's order.
+        factors: one entry a restored group: in the order of the model's forward, or by name where read from files.
         config: what config.json stores about the correction: base quantizer, base model, groups, method, seed.
         model_config: the quantized model's own config.json fields, without its quantization.
         base_bytes: bytes of the quantized weights at their nominal bit width, the denominator of every budget.
@@ -67,7 +67,7 @@ class Correction:
         return self.factor_bytes / self.base_bytes
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors as a file holds them: `<group>.right` (r, d) and `<member>.left` (o, r), contiguous, on the CPU."""
+        """The tensors as a file holds them, on the CPU: `<group>.right` (r, d) and `<member>.left` (o, r)."""
         return factor_tensors(self.factors)
 
     def cut(self, *, rank: int | None = None, budget: str | int | None = None) -> Correction:
@@ -91,7 +91,9 @@ class Correction:
         factors = [_cut_group(entry, ranks[entry.group.name]) for entry in self.factors if ranks[entry.group.name]]
         return replace(self, factors=factors, config=self.config.with_groups(describe_groups(factors)))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write the small form: config.json, glowq.safetensors, tokenizer files, model card; all of it or nothing.
 
         The folder loads as a model with plain `from_pretrained` (after `import glowq`); its base is found by name.
@@ -115,14 +117,17 @@ class Correction:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if self.generation_config is not None:
-                self.generation_config.save_pretrained(folder)
+                # Not its own save_pretrained: that refuses the settings of many published models.
+                (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
             (folder / "README.md").write_text(correction_card(self))
 
         write_directory(target, write)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
+    ) -> str:
         """Upload the small form to the Hub and return the commit's address.
 
         Args:
@@ -244,7 +249,9 @@ def _factor_index(files: Sequence[Path]) -> dict[str, Path]:
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())
         except SafetensorError as error:
-            raise CorrectionError(f"{file} is corrupt or truncated ({error}); download the correction again.") from error
+            raise CorrectionError(
+                f"{file} is corrupt or truncated ({error}); download the correction again."
+            ) from error
         index.update({name: file for name in names if name.endswith((".right", ".left"))})
     return index
 
@@ -270,30 +277,18 @@ def _cut_group(entry: GroupFactors, rank: int) -> GroupFactors:
     return replace(entry, right=entry.right[:rank].contiguous(), lefts=lefts, gains=entry.gains[:rank])
 
 
-def fingerprint(model: nn.Module, members: Sequence[str]) -> str:
-    """SHA-256 over a fixed sample of each member's stored codes, its shape and its quantization settings.
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over a fixed sample of each quantized module's stored codes, its shape and its quantization settings.
 
     Two models agree exactly when the correction of one is valid for the other: the same weights, quantized the same
-    way. Codes rather than dequantized values are taken, for those do not depend on the device that reads them.
-
-    Raises:
-        ModelNotFoundError: a member does not exist in `model`.
-        FingerprintError: a member is not a quantized module.
+    way. Codes rather than dequantized values are taken, for those do not depend on the device that reads them; all
+    quantized modules rather than the corrected ones, so that a correction that was cut keeps its fingerprint.
     """
     from accelerate.utils import align_module_device
 
     digest = hashlib.sha256()
-    for name in sorted(members):
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise FingerprintError(f"the model has no module {name!r}: this correction was made for another model.") from None
-        backend = find_backend(module)
-        if backend is None:
-            raise FingerprintError(
-                f"{name} is not quantized here, but the correction was made for a quantized module. Load the model with "
-                "the base quantizer that config.json names."
-            )
+    for name, backend in sorted(quantized_modules(model).items()):
+        module = model.get_submodule(name)
         with align_module_device(module):
             codes = backend.codes(module).detach().reshape(-1)
             step = max(1, codes.numel() // _SAMPLED_CODES)
@@ -310,12 +305,22 @@ def verify_fingerprint(model: nn.Module, config: GlowQConfig) -> None:
         FingerprintError: model and correction do not belong together.
     """
     expected = (config.base_model or {}).get("fingerprint")
-    members = [member for group in (config.groups or {}).values() for member in group["members"]]
-    found = fingerprint(model, members)
+    for member in (member for group in (config.groups or {}).values() for member in group["members"]):
+        try:
+            module = model.get_submodule(member)
+        except AttributeError:
+            raise FingerprintError(
+                f"the model has no module {member!r}: this correction was made for another model."
+            ) from None
+        if find_backend(module) is None:
+            raise FingerprintError(
+                f"{member} is not quantized here, but the correction was made for a quantized module. Load the model "
+                "with the base quantizer that config.json names."
+            )
+    found = fingerprint(model)
     if found != expected:
         raise FingerprintError(
             f"the correction was made for quantized weights {expected}, but this model's are {found}: another model, "
-            "another revision, or other quantization settings. Correct this model again with `glowq correct`."
+            "another revision, other quantization settings, or weights quantized from another dtype than config.json "
+            "names. Load what the correction was made for, or correct this model again with `glowq correct`."
         )
-
-

@@ -13,7 +13,15 @@ from typing import Any
 
 from .errors import CorrectionError, GlowQError, ModelNotFoundError, OutputError, PickleRefusedError, UnsafePathError
 
-__all__ = ["check_output", "checkpoint_files", "local_snapshot", "read_json", "refuse_pickles", "safe_join", "write_directory"]
+__all__ = [
+    "check_output",
+    "checkpoint_files",
+    "local_snapshot",
+    "read_json",
+    "refuse_pickles",
+    "safe_join",
+    "write_directory",
+]
 
 _RESULT_FILES = (
     "config.json",
@@ -87,15 +95,15 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "model*.safetensors", "glowq.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(os.fspath(name), allow_patterns=patterns, **hub_kwargs))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelNotFoundError(
-            f"{os.fspath(name)!r} is neither a folder nor a Hub repository within reach ({type(error).__name__}). Check "
-            "the name, or `hf auth login` for a private one."
+            f"{os.fspath(name)!r} is neither a folder nor a Hub repository within reach ({type(error).__name__}). "
+            "Check the name, or `hf auth login` for a private one."
         ) from error
 
 
@@ -108,11 +116,9 @@ def checkpoint_files(folder: Path) -> list[str]:
         UnsafePathError: the index names a file outside the folder.
     """
     refuse_pickles(folder)
-    index = folder / "model.safetensors.index.json"
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
     files = [safe_join(folder, name) for name in names]
     for file in files:
         if not file.is_file():
@@ -172,5 +178,6 @@ def _is_result_file(name: str) -> bool:
 
 
 def _is_result(folder: Path) -> bool:
-    stored = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").is_file() else None
+    config = folder / "config.json"
+    stored = read_json(config).get("quantization_config") if config.is_file() else None
     return isinstance(stored, dict) and stored.get("quant_method") == "glowq"

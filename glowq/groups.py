@@ -7,10 +7,11 @@ inputs can hold equal values, and a name says nothing about what a module reads.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .backends import find_backend, quantized_modules
 from .errors import UnsupportedModuleError
 
-__all__ = ["Group", "Trace", "blocks", "find_groups", "trace_groups"]
+__all__ = ["Group", "Trace", "blocks", "evaluating", "find_groups", "trace_groups"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward showed: the groups in call order, and why each other candidate was left out."""
+    """What one forward showed.
+
+    Attributes:
+        groups: in call order.
+        skipped: each candidate that was left out -> why.
+        repeated: whether a group's block ran more than once (layers that share their weights, as ALBERT's do).
+    """
 
     groups: list[Group]
     skipped: dict[str, str] = field(default_factory=dict)
+    repeated: bool = False
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -91,8 +99,8 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
 def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
     """Like `find_groups`, with the reasons why candidates were left out."""
     candidates = _candidates(model)
-    calls = _record_calls(model, candidates, example_inputs)
     block_of = _block_index(model, candidates)
+    calls, runs = _record_calls(model, candidates, set(block_of.values()), example_inputs)
     skipped: dict[str, str] = {}
     gathered: dict[tuple[Any, ...], list[str]] = {}
     for name in sorted(calls, key=lambda name: calls[name][0].order if calls[name] else -1):
@@ -112,7 +120,25 @@ def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
         )
         for (block, _), members in gathered.items()
     ]
-    return Trace(groups, skipped)
+    return Trace(groups, skipped, any(runs[group.block] > 1 for group in groups))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no key/value cache inside; afterwards every module and config is as it was."""
+    training = {module: module.training for module in model.modules()}
+    configs = [getattr(module, "config", None) for module in training]  # a part of the model can have its own
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", None)}.values()
+    try:
+        model.eval()
+        for config in caching:
+            config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for config in caching:
+            config.use_cache = True  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -138,27 +164,36 @@ def _candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _record_calls(
-    model: nn.Module, candidates: Iterable[str], example_inputs: Mapping[str, Any]
-) -> dict[str, list[_Call]]:
+    model: nn.Module, candidates: Iterable[str], stops: Iterable[str], example_inputs: Mapping[str, Any]
+) -> tuple[dict[str, list[_Call]], Counter[str]]:
+    """The calls of every candidate, and how often each of `stops` ran."""
     calls: dict[str, list[_Call]] = {name: [] for name in candidates}
+    runs: Counter[str] = Counter()
     clock = iter(range(1 << 62))
+
+    def counter(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            runs[name] += 1
+
+        return hook
 
     def recorder(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             tensor = args[0] if args and isinstance(args[0], Tensor) else None
-            calls[name].append(_Call(next(clock), tensor, -1 if tensor is None else tensor._version))
+            # A tensor made in inference mode counts no versions; outside of that mode PyTorch forbids writing into it.
+            version = -1 if tensor is None or tensor.is_inference() else tensor._version
+            calls[name].append(_Call(next(clock), tensor, version))
 
         return hook
 
-    training = model.training
-    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad(), evaluating(model):
         for name in calls:
             handle = model.get_submodule(name).register_forward_pre_hook(recorder(name))
             stack.callback(handle.remove)
-        model.eval()
-        stack.callback(model.train, training)
+        for name in stops:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(counter(name)).remove)
         model(**example_inputs)
-    return calls
+    return calls, runs
 
 
 def _refusal(name: str, features: tuple[int, int], calls: list[_Call]) -> str | None:
@@ -183,8 +218,8 @@ def _ancestors(name: str, *, include_self: bool = False) -> Iterable[str]:
 
 
 def _common_parent(members: Iterable[str]) -> str:
-    paths = [member.split(".")[:-1] for member in members]
-    return ".".join(os.path.commonprefix(paths))
+    steps = zip(*(member.split(".")[:-1] for member in members), strict=False)
+    return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps))
 
 
 def _group_name(members: list[str]) -> str:

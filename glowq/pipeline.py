@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import __version__
 from .backends import Backend, prepare_model, read_weight
 from .config import GlowQConfig
 from .correction import Correction, describe_groups, fingerprint
 from .data import batches, read_texts, token_sequences
-from .errors import CalibrationError, ConfigError, RankError, UnsupportedModuleError
-from .groups import Group, trace_groups
+from .errors import CalibrationError, ConfigError, RankError, TokenizerMismatchError, UnsupportedModuleError
+from .groups import Group, Trace, trace_groups
 from .methods import Method, get_method
 from .progress import progress
 from .reference import Reference
@@ -86,15 +88,17 @@ def correct(
             "for example with GlowQConfig(base='nf4')."
         )
     sequences = _sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
-    groups = _groups_of(model, sequences, solver)
+    trace = _trace(model, sequences)
+    groups = trace.groups
     base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
-    ranks = _ranks(groups, rank, budget, base_bytes, _factor_dtype(model))
+    ranks = _ranks(groups, rank, budget, base_bytes, _factor_dtype(model), shared=solver.shared)
     _check_token_count(sequences, ranks)
-    config = _stored_config(model, reference, groups, base_bytes, solver, sequences, seed)
+    config = _stored_config(model, reference, base_bytes, solver, sequences, seed)
     try:
         with Reference(reference, type(model)) as source:
-            run = _Run(model, source, backends, solver, ranks, seed, Resume.open(resume, config, ranks, sequences))
-            factors = run.solve(groups, sequences)
+            store = Resume.open(resume, config, reference, ranks, sequences)
+            run = _Run(model, source, backends, solver, ranks, seed, store)
+            factors = run.solve(_stops(trace), sequences)
     except BaseException:
         detach(model)
         raise
@@ -134,13 +138,13 @@ class _Run:
         self.seed = seed
         self.resume = resume
 
-    def solve(self, groups: Sequence[Group], sequences: Tensor) -> list[GroupFactors]:
+    def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[GroupFactors]:
         """Factors of every group in the order of the walk; each block is corrected before the next one is measured."""
-        stops = _stops(groups)
         solved: list[GroupFactors] = []
         inputs = [_to_model(batch, self.model) for batch in batches(sequences, _batch_size(sequences))]
         work = len(inputs) * len(stops) if self.method.statistic != "none" else len(stops)
-        with progress(total=work, desc="Correcting", unit="block") as bar, BlockWalk(self.model, inputs, list(stops)) as walk:
+        bar = progress(total=work, desc="Correcting", unit="block")
+        with bar, BlockWalk(self.model, inputs, list(stops)) as walk:
             for stop, members in stops.items():
                 done = self.resume.load(stop, members)
                 if done is None:
@@ -171,7 +175,8 @@ class _Run:
         dtype = _factor_dtype(self.model)
         solved: list[GroupFactors] = []
         for group in groups:
-            moments = collectors[group.name].moments() if self.method.statistic != "none" else Moments.unmeasured(group.in_features)
+            measured = self.method.statistic != "none"
+            moments = collectors[group.name].moments() if measured else Moments.unmeasured(group.in_features)
             solved.extend(self._factors(group, errors[group.name], moments, dtype))
         return solved
 
@@ -211,16 +216,17 @@ def _members(group: Group, error: Tensor, moments: Moments) -> Any:
         start += width
 
 
-def _stops(groups: Sequence[Group]) -> dict[str, list[Group]]:
+def _stops(trace: Trace) -> dict[str, list[Group]]:
+    """Where the walk pauses -> the groups measured until there, in the order of the calls."""
+    if trace.repeated:
+        return {"": trace.groups}  # a block that runs again cannot be corrected before it is measured: all at once
     stops: dict[str, list[Group]] = {}
-    for group in groups:
+    for group in trace.groups:
         stops.setdefault(group.block, []).append(group)
     return stops
 
 
-def _sequences(
-    model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int
-) -> Tensor:
+def _sequences(model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int) -> Tensor:
     config = getattr(model, "config", None)
     text_config = config.get_text_config() if config is not None else None
     vocab_size = getattr(text_config, "vocab_size", None)
@@ -230,6 +236,11 @@ def _sequences(
             raise CalibrationError(
                 f"calibration token ids must be whole numbers of shape (n, length), found {calibration.dtype} of shape "
                 f"{tuple(calibration.shape)}."
+            )
+        if vocab_size is not None and int(calibration.max()) >= vocab_size:
+            raise TokenizerMismatchError(
+                f"the calibration tokens hold id {int(calibration.max())}, the model knows 0 to {vocab_size - 1}; "
+                "use the model's own tokenizer."
             )
         return calibration
     if calibration is None:
@@ -241,22 +252,28 @@ def _sequences(
     )
 
 
-def _groups_of(model: nn.Module, sequences: Tensor, method: Method) -> list[Group]:
+def _trace(model: nn.Module, sequences: Tensor) -> Trace:
     example = _to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
     trace = trace_groups(model, example)
     if not trace.groups:
         name, reason = next(iter(trace.skipped.items()))
         raise UnsupportedModuleError(f"no module can be corrected; {name}: {reason}.")
-    return trace.groups
+    return trace
 
 
 def _ranks(
-    groups: Sequence[Group], rank: int | None, budget: str | int | None, base_bytes: int, dtype: torch.dtype
+    groups: Sequence[Group],
+    rank: int | None,
+    budget: str | int | None,
+    base_bytes: int,
+    dtype: torch.dtype,
+    *,
+    shared: bool,
 ) -> dict[str, int]:
     largest = {group.name: min(sum(group.out_features), group.in_features) for group in groups}
     if budget is not None:
         size = torch.empty((), dtype=dtype).element_size()
-        rank = uniform_rank(sum(_rank_values(group) for group in groups) * size, budget, base_bytes)
+        rank = uniform_rank(sum(_rank_values(group, shared) for group in groups) * size, budget, base_bytes)
         rank = min(rank, max(largest.values()))
     rank = 32 if rank is None else rank
     if rank < 1 or rank > max(largest.values()):
@@ -264,8 +281,8 @@ def _ranks(
     return {name: min(rank, most) for name, most in largest.items()}
 
 
-def _rank_values(group: Group) -> int:
-    return sum(group.out_features) + group.in_features
+def _rank_values(group: Group, shared: bool) -> int:
+    return sum(group.out_features) + group.in_features * (1 if shared else len(group.members))
 
 
 def _check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
@@ -282,10 +299,9 @@ def _batch_size(sequences: Tensor) -> int:
 
 
 def _to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(iter(model.get_input_embeddings().parameters())).device if hasattr(model, "get_input_embeddings") else None
-    if device is None or device.type == "meta":
-        return dict(batch)
-    return {name: value.to(device) for name, value in batch.items()}
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else model
+    device = next(iter(embeddings.parameters())).device
+    return dict(batch) if device.type == "meta" else {name: value.to(device) for name, value in batch.items()}
 
 
 def _factor_dtype(model: nn.Module) -> torch.dtype:
@@ -296,21 +312,18 @@ def _factor_dtype(model: nn.Module) -> torch.dtype:
 def _stored_config(
     model: nn.Module,
     reference: Any,
-    groups: Sequence[Group],
     base_bytes: int,
     method: Method,
     sequences: Tensor,
     seed: int,
 ) -> GlowQConfig:
-    members = [member for group in groups for member in group.members]
-    config: Any = getattr(model, "config", None)
-    base = getattr(config, "quantization_config", None)
+    base = getattr(getattr(model, "config", None), "quantization_config", None)
     name, revision = base_identity(model, reference)
     return GlowQConfig(
-        base=base,
+        base=base.base if isinstance(base, GlowQConfig) else base,
         method=method.name,
         seed=seed,
-        base_model={"name": name, "revision": revision, "fingerprint": fingerprint(model, members)},
+        base_model={"name": name, "revision": revision, "fingerprint": fingerprint(model)},
         groups={},
         base_bytes=base_bytes,
         provenance={
@@ -322,14 +335,19 @@ def _stored_config(
 
 
 def base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
-    """Where the base can be loaded from again: the quantized model's own folder or Hub name, and its revision."""
+    """Where the base can be loaded from again: the quantized model's own folder or Hub name, and the cached commit."""
     config: Any = getattr(model, "config", None)
+    earlier = getattr(config, "quantization_config", None)
+    if isinstance(earlier, GlowQConfig) and earlier.base_model is not None:
+        # Loaded with a correction that was detached: its folder is no base.
+        return earlier.base_model["name"], earlier.base_model["revision"]
     name = getattr(config, "_name_or_path", "") or (reference if isinstance(reference, str) else "")
     if not name:
         raise ConfigError("the model does not know where it was loaded from; load it with from_pretrained.")
     if Path(name).is_dir():
         return str(Path(name).resolve()), None
-    return str(name), getattr(config, "_commit_hash", None)
+    cached = try_to_load_from_cache(str(name), "config.json")
+    return str(name), Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
@@ -339,5 +357,3 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     stored.pop("_name_or_path", None)
     stored["architectures"] = [type(model).__name__]
     return stored
-
-

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
 
 from .errors import NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
-from .files import checkpoint_files, local_snapshot
+from .files import checkpoint_files, local_snapshot, read_json
 
 __all__ = ["Reference"]
 
@@ -41,6 +44,10 @@ class Reference:
         if self._model is None:
             folder = local_snapshot(self.source, **self.hub_kwargs)
             checkpoint_files(folder)
+            if read_json(folder / "config.json").get("quantization_config") is not None:
+                raise UnsupportedModuleError(
+                    f"{folder} is quantized; the reference must be the full-precision model that it was made from."
+                )
             self._model = self._load(folder)
         return self
 
@@ -96,14 +103,23 @@ class Reference:
         return full
 
     def _load(self, folder: Path) -> nn.Module:
-        from transformers.utils import logging
-
         offload = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="glowq-reference-"))
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # "Some parameters are on the meta device" is what is wanted here
-        try:
+        with _quiet():
             return self.model_class.from_pretrained(  # type: ignore[attr-defined, no-any-return]
                 folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True
             )
-        finally:
-            logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bar for a model that is only mapped, and no word that its weights stay on disk: they should."""
+    offloading = logging.getLogger("accelerate.big_modeling")
+    level, bars = offloading.level, hf_logging.is_progress_bar_enabled()
+    offloading.setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        offloading.setLevel(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -38,13 +38,15 @@ class Resume:
         cls,
         folder: str | os.PathLike[str] | None,
         config: GlowQConfig,
+        reference: Any,
         ranks: Mapping[str, int],
         sequences: Tensor,
     ) -> Resume:
-        """A store for one run: the same base, ranks, method, seed and calibration tokens give the same key."""
+        """A store for one run: the same base, reference, ranks, method, seed and calibration tokens give one key."""
         if folder is None:
             return cls(None, "")
-        settings = json.dumps([config.to_dict(), dict(ranks)], sort_keys=True, default=str)
+        name = getattr(reference, "name_or_path", reference)
+        settings = json.dumps([config.to_dict(), name, dict(ranks)], sort_keys=True, default=str)
         digest = hashlib.sha256(settings.encode() + sequences.cpu().contiguous().numpy().tobytes())
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)

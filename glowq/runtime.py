@@ -78,9 +78,9 @@ class SharedCorrection(nn.Module):
     """One group's factors and the slot that lets its members share the right product of one input.
 
     The slot serves a member only if the very same tensor object arrives, at the same version, under the same grad and
-    autocast mode, and the member has not used it yet; the last member empties it. Under `torch.inference_mode`
-    tensors keep no version counter, so that an in-place write could not be seen: there every member computes its own
-    product (`torch.no_grad`, which `generate` and pipelines use, shares).
+    autocast mode, and the member has not used it yet; the last member empties it, and so does a backward pass. Under
+    `torch.inference_mode` tensors keep no version counter, so that an in-place write could not be seen: there every
+    member computes its own product (`torch.no_grad`, which `generate` and pipelines use, shares).
     """
 
     def __init__(self, factors: GroupFactors) -> None:
@@ -114,19 +114,26 @@ class SharedCorrection(nn.Module):
             return self._traced_product(index, x)
         if x.is_inference():
             return self.right(x)  # type: ignore[no-any-return]
-        state = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        state = (x._version, x.requires_grad, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         slot = self._slot
-        if slot is not None and slot.source() is x and slot.state == state and index not in slot.used:
+        # The state comes first: a slot that tracing left half used has none, and its source is no weak reference.
+        if slot is not None and slot.state == state and slot.source() is x and index not in slot.used:
             used = slot.used | {index}
             self._slot = None if len(used) == len(self.lefts) else _Slot(slot.source, state, slot.product, used)
             return slot.product
         product = self.right(x)
+        if product.requires_grad:
+            product.register_hook(self._forget)  # backward frees the graph that a later member would share
         self._slot = _Slot(weakref.ref(x), state, product, frozenset((index,)))
         return product  # type: ignore[no-any-return]
 
+    def _forget(self, gradient: Tensor) -> None:
+        self._slot = None
+
     def _traced_product(self, index: int, x: Tensor) -> Tensor:
         # Dynamo follows neither weak references nor versions, and inductor does not merge repeated products; one
-        # traced forward leaves the slot as it found it (empty), so that no guard fails on the next call.
+        # traced forward leaves the slot as it found it (empty), so that no guard fails on the next call. A write into
+        # the input between two members goes unseen here, but `find_groups` never groups such members.
         slot = self._slot
         if slot is not None and slot.source is x and index not in slot.used:
             used = slot.used | {index}

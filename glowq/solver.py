@@ -78,7 +78,8 @@ def factorize(
 
     Returns:
         Factors with left (O, r) and right (r, d) float32 and gains (r,) float64: the error removed by each rank, in
-        squared output units, or in units of loss with `output_moment`.
+        squared output units, or in units of loss with `output_moment`. Large products run in float32, which keeps the
+        residual within 0.1% of the optimum while the first gain is below about a million times that residual.
 
     Raises:
         NonFiniteError: a tensor holds NaN or Inf.

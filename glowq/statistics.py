@@ -154,5 +154,5 @@ def _sequence_magnitude(sequences: Tensor, keep: Tensor | None) -> Tensor:
         per_sequence = absolute.mean(1)
     else:
         counts = keep.sum(1, keepdim=True).clamp_min(1)
-        per_sequence = (absolute * keep.unsqueeze(-1)).sum(1) / counts
+        per_sequence = absolute.masked_fill(~keep.unsqueeze(-1), 0).sum(1) / counts
     return per_sequence.amax(0).to(torch.float64)

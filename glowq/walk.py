@@ -7,13 +7,14 @@ knowing how it calls its blocks; only the activations between two blocks are hel
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from .groups import evaluating
 from .statistics import MomentCollector, collecting
 
 __all__ = ["BlockWalk"]
@@ -45,7 +46,7 @@ class BlockWalk:
     def __enter__(self) -> BlockWalk:
         self._exit.enter_context(torch.inference_mode(False))
         self._exit.enter_context(torch.no_grad())
-        self._exit.enter_context(_evaluating(self.model))
+        self._exit.enter_context(evaluating(self.model))
         for stop in self.stops:
             if stop:
                 handles = _pause_at(self.model.get_submodule(stop), self._order[stop])
@@ -125,22 +126,6 @@ def _pause_at(module: nn.Module, position: int) -> list[Any]:
 
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
-    return [value._version for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no key/value cache, for every module as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    try:
-        model.eval()
-        if use_cache:
-            config.use_cache = False  # type: ignore[union-attr]
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        if use_cache:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    # A tensor made in inference mode counts no versions; outside of that mode PyTorch forbids writing into it.
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_more_rank_never_leaves_more_and_full_rank_restores(outputs: int, inputs
     whole = factorize(error, moment, min(outputs, inputs))
     left = [residual(error, whole.cut(rank), moment) for rank in range(1, min(outputs, inputs) + 1)]
     total = float(spectrum(error, moment).sum())
-    assert all(after <= before + 1e-12 * total for before, after in zip(left, left[1:], strict=False))
+    assert all(after <= before + 1e-12 * total for before, after in pairwise(left))
     torch.testing.assert_close(product(whole), error.double(), rtol=0.0, atol=1e-4)
 
 
@@ -219,13 +220,13 @@ def test_nothing_to_correct_gives_zero_factors(zero: str) -> None:
     assert not factors.gains.any()
 
 
-def test_outlier_energy_a_thousand_times_the_rest_costs_no_accuracy() -> None:
+def test_one_direction_a_hundred_thousand_times_the_residual_costs_no_accuracy() -> None:
     error, moment = layer(400, 256)
     scale = torch.ones(256, dtype=torch.float64)
-    scale[:3] = torch.tensor([3000.0, 1000.0, 300.0])
+    scale[:3] = torch.tensor([300.0, 100.0, 30.0])
     moment = scale[:, None] * moment * scale
     values = spectrum(error, moment)
-    assert float(values[0] / values[16:].sum()) > 1000
+    assert float(values[0] / values[16:].sum()) > 1e5
     assert residual(error, factorize(error, moment, 16), moment) <= 1.001 * float(values[16:].sum())
 
 

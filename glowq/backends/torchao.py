@@ -34,7 +34,9 @@ def _intx(bits: int) -> Any:
         IntxWeightOnlyConfig(
             weight_dtype=getattr(torch, f"int{bits}"),
             granularity=PerGroup(GROUP_SIZE),
-            mapping_type=MappingType.ASYMMETRIC,
+            # torchao's default, symmetric, needs no zero points and loses nothing at 3 and 4 bits once corrected; at
+            # 2 bits it would waste one of four levels.
+            mapping_type=MappingType.ASYMMETRIC if bits == 2 else MappingType.SYMMETRIC,
         )
     )
 
@@ -70,12 +72,14 @@ class TorchAO(Backend):
         weight: Any = module.weight
         block = weight.block_size[-1]
         grouped = "one scale a row" if block == module.in_features else f"groups of {block}"
-        zero = "asymmetric" if getattr(weight, "zero_point", None) is not None else "symmetric"
+        zeros = getattr(weight, "zero_point", None)  # int8 stores a zero a row even where the mapping is symmetric
+        zero = "symmetric" if zeros is None or not bool(zeros.any()) else "asymmetric"
         return f"int{self._bits(module)}, {grouped}, {zero}"
 
     def packed_bytes(self, module: nn.Module) -> int:
         weight: Any = module.weight
-        scales = [weight.scale, getattr(weight, "zero_point", None)]
+        zeros = getattr(weight, "zero_point", None)
+        scales = [weight.scale, zeros if zeros is not None and bool(zeros.any()) else None]
         return math.ceil(self.codes(module).numel() * self._bits(module) / 8) + sum(
             scale.numel() * scale.element_size() for scale in scales if scale is not None
         )

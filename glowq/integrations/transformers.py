@@ -8,18 +8,21 @@ loader: a missing factor there is only a warning and uninitialized memory.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..backends import prepare_model, quantized_modules, read_weight
 from ..config import GlowQConfig
 from ..correction import FACTORS_FILE, Correction, factor_tensors, read_factors, verify_fingerprint
-from ..errors import ConfigError, UnsafePathError
+from ..errors import ConfigError, PickleRefusedError, UnsafePathError
 from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
 from ..runtime import GroupFactors, SharedCorrection, attach, attached, detach
 
@@ -31,7 +34,7 @@ register_quantization_config("glowq")(GlowQConfig)
 
 
 @register_quantizer("glowq")
-class GlowQHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class GlowQHfQuantizer(HfQuantizer):
     """Delegates to the base quantizer; see the module's text."""
 
     requires_calibration = False
@@ -44,28 +47,34 @@ class GlowQHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "GlowQConfig needs a base quantizer: base='nf4', or a transformers quantization config. For a model "
                 "that is quantized already, load it first, then call glowq.correct or glowq.load_correction."
             )
+        if not config.is_stored and config.calibration is None and config.correction is None:
+            raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
         self.glowq_config = config
         self._base_folder: Path | None = None
-        self._files: list[str] = []
+        self._folder = ""
+        self._factors: list[GroupFactors] = []
         if config.is_stored and config.format == "correction":
             self._base_folder = _base_folder(config)
             self.pre_quantized = read_json(self._base_folder / "config.json").get("quantization_config") is not None
         self.base = AutoHfQuantizer.from_config(config.base, pre_quantized=self.pre_quantized)
         self.quantization_config = config.base
 
-    def preprocess_model(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+    def preprocess_model(
+        self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         """Let the loader read the base's shards where only the correction was named, then let the base do its work."""
         if checkpoint_files is None:
             raise ConfigError("glowq corrects checkpoints: load the model with from_pretrained(name_or_path).")
-        self._files = list(checkpoint_files)
+        _refuse_unsafe(checkpoint_files, model.config.name_or_path, self.glowq_config)
+        self._folder = os.path.dirname(checkpoint_files[0])
+        if self.glowq_config.is_stored:
+            self._factors = read_factors([Path(file) for file in checkpoint_files], self.glowq_config.groups or {})
+            ignored = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, _FACTOR_KEYS}
         if self._base_folder is not None:
-            _refuse_outside(self._files, model.config.name_or_path, self.glowq_config)
             # The loader reads this very list object.
             checkpoint_files[:] = _base_shards(self._base_folder)
-        elif self.glowq_config.is_stored:
-            ignored = set(model._keys_to_ignore_on_load_unexpected or ()) | {_FACTOR_KEYS}  # type: ignore[arg-type]
-            model._keys_to_ignore_on_load_unexpected = ignored  # type: ignore[assignment]
-        self.base.preprocess_model(model, checkpoint_files=checkpoint_files, **kwargs)
+        self.base.preprocess_model(model, dtype, checkpoint_files=checkpoint_files, **kwargs)
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Let the base finish, close its traps, then attach the correction: stored, named, or made now."""
@@ -74,14 +83,12 @@ class GlowQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         _drop_irreversible_conversions(model)
         config = self.glowq_config
         if config.is_stored:
-            _attach_all(model, config, read_factors([Path(file) for file in self._files], config.groups or {}))
-            model.config.quantization_config = config  # type: ignore[union-attr]
+            factors, self._factors = self._factors, []
+            _attach_all(model, config, factors)
         elif config.correction is not None:
             load_correction(model, config.correction, budget=config.budget)
-        elif config.calibration is not None:
-            self._correct_now(model)
         else:
-            raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
+            self._correct_now(model)
         return model
 
     def _correct_now(self, model: nn.Module) -> None:
@@ -90,11 +97,10 @@ class GlowQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         from ..pipeline import correct
 
         config = self.glowq_config
-        folder = os.path.dirname(self._files[0])
         source = model.config.name_or_path  # type: ignore[union-attr]
         correct(
             model,
-            reference=folder if os.path.isfile(os.path.join(folder, "config.json")) else source,
+            reference=self._folder if os.path.isfile(os.path.join(self._folder, "config.json")) else source,
             calibration=config.calibration,
             tokenizer=AutoTokenizer.from_pretrained(source),
             rank=config.rank,
@@ -106,13 +112,15 @@ class GlowQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-        """The base's keys as they are, the factors under the names that every correction file uses."""
-        state, metadata = self.base.get_state_dict_and_metadata(model)
-        state = dict(model.state_dict() if state is None else state)
-        containers = [f"{name}." for name, module in model.named_modules() if isinstance(module, SharedCorrection)]
-        state = {key: value for key, value in state.items() if not key.startswith(tuple(containers))}
-        metadata = {key: value for key, value in metadata.items() if not key.startswith(tuple(containers))}
-        return {**state, **factor_tensors(_current_factors(model))}, metadata
+        """The base's keys exactly as it writes them, the factors under the names that every correction file uses."""
+        factors = factor_tensors(_current_factors(model))
+        # Saving asks for this first: a model that was detached since is stored as the plain base that it is again.
+        config: Any = model.config
+        config.quantization_config = self.glowq_config if factors else self.quantization_config
+        with _without_containers(model):
+            state, metadata = self.base.get_state_dict_and_metadata(model)
+            state = model.state_dict() if state is None else state
+        return {**state, **factors}, metadata
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """The dense model W' = Q + A B in place of the quantized one, for any base."""
@@ -125,7 +133,7 @@ class GlowQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         detach(model)
         for name, backend in quantized_modules(model).items():
             model.set_submodule(name, _dense(backend, name, model.get_submodule(name), added.get(name), dtype))
-        self.remove_quantization_config(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -151,7 +159,11 @@ def _delegate() -> None:
         if callable(value) and not isinstance(value, type):
             setattr(GlowQHfQuantizer, name, _forward(name))
         else:
-            setattr(GlowQHfQuantizer, name, property(lambda self, name=name: getattr(self.base, name)))
+            setattr(GlowQHfQuantizer, name, _forward_attribute(name))
+
+
+def _forward_attribute(name: str) -> property:
+    return property(lambda self: getattr(self.base, name))
 
 
 def _forward(name: str) -> Any:
@@ -213,8 +225,8 @@ def adopt(model: nn.Module, config: GlowQConfig) -> None:
         quantizer.glowq_config = stored
         quantizer.quantization_config = base.quantization_config
         quantizer.pre_quantized = True
-        quantizer._base_folder, quantizer._files = None, []
-        model.hf_quantizer = quantizer
+        quantizer._base_folder, quantizer._folder, quantizer._factors = None, "", []
+        model.hf_quantizer = quantizer  # type: ignore[assignment]
     model_config.quantization_config = stored
     _drop_irreversible_conversions(model)
 
@@ -223,6 +235,7 @@ def _attach_all(model: nn.Module, config: GlowQConfig, factors: list[GroupFactor
     verify_fingerprint(model, config)
     for entry in factors:
         attach(model, entry, dtype=_attached_dtype(model))
+    adopt(model, config)
 
 
 def _attached_dtype(model: nn.Module) -> torch.dtype:
@@ -236,13 +249,31 @@ def _current_factors(model: nn.Module) -> list[GroupFactors]:
             container.group,
             container.right.factor.detach(),
             {
-                member: left.factor.detach()  # type: ignore[union-attr, operator]
+                member: left.factor.detach()  # type: ignore[operator]
                 for member, left in zip(container.group.members, container.lefts, strict=True)
             },
             torch.zeros(container.rank, dtype=torch.float64),
         )
         for container in attached(model).values()
     ]
+
+
+@contextmanager
+def _without_containers(model: nn.Module) -> Iterator[None]:
+    """Inside this context the module tree is the base's: some bases store a list of every tensor of the model."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, SharedCorrection)
+    ]
+    try:
+        for parent, name, _ in found:
+            del parent._modules[name]
+        yield
+    finally:
+        for parent, name, child in found:
+            parent._modules[name] = child
 
 
 def _dense(backend: Any, name: str, module: nn.Module, added: Any, dtype: torch.dtype) -> nn.Linear:
@@ -270,15 +301,22 @@ def _base_shards(folder: Path) -> list[str]:
     return checkpoint_files(folder)
 
 
-def _refuse_outside(files: list[str], source: str, config: GlowQConfig) -> None:
-    """A repository from the Hub must not name a folder of the machine it is loaded on."""
-    name = (config.base_model or {})["name"]
-    if os.path.isabs(name) and not os.path.isdir(source):
-        raise UnsafePathError(
-            f"{source} names the local folder {name!r} as its base; refused. Its author should push the base first."
-        )
+def _refuse_unsafe(files: list[str], source: Any, config: GlowQConfig) -> None:
+    """Nothing but safetensors, nothing outside its folder, and no folder of this machine named by the Hub."""
     for file in files:
         refuse_pickles(Path(file).parent)
+        if not file.endswith(".safetensors"):
+            raise PickleRefusedError(f"{file} is not a safetensors file; glowq reads no other weights.")
+    if os.path.isdir(source):
+        root = os.path.abspath(source)
+        outside = [file for file in files if os.path.commonpath([root, os.path.abspath(file)]) != root]
+        if outside:
+            raise UnsafePathError(f"{source} names {outside[0]!r}, which lies outside its folder; refused.")
+    elif config.format == "correction" and os.path.isabs((config.base_model or {})["name"]):
+        raise UnsafePathError(
+            f"{source} names the local folder {(config.base_model or {})['name']!r} as its base; refused. Its author "
+            "should push the base first."
+        )
 
 
 def _drop_irreversible_conversions(model: nn.Module) -> None:

@@ -1,0 +1,100 @@
+"""What a correction costs to make: time against its calibration forwards, and memory above the imports.
+
+    python examples/benchmarks/cost.py
+    python examples/benchmarks/cost.py --base torchao-int3 --calibration-tokens 32768 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import glowq
+from glowq.backends import base_config, prepare_model
+from glowq.data import batches, read_texts, token_sequences
+
+MODEL = Path(__file__).resolve().parents[1] / "stdlib-llama"
+BATCH = 16
+MARGIN = 500_000_000
+
+
+def main() -> None:
+    """Measure one correction in this process; run it again for another base, so that peaks do not mix."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="nf4")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    figures = {"command": sys.argv, "threads": torch.get_num_threads(), **measure(arguments)}
+    if arguments.json:
+        print(json.dumps(figures))
+        return
+    print(
+        f"{figures['base']}: correction {figures['correction_seconds']:.2f} s, its calibration forwards "
+        f"{figures['forward_seconds']:.2f} s: {figures['ratio']:.2f}x\n"
+        f"peak memory above the imports {figures['peak_bytes'] / 1e6:.0f} MB; quantized model + reference's largest "
+        f"block + 500 MB = {figures['allowed_bytes'] / 1e6:.0f} MB"
+    )
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Alternate forwards and corrections of one model; medians."""
+    config = base_config(arguments.base)
+    baseline = psutil.Process().memory_info().rss
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    sequences = token_sequences(
+        read_texts("python-stdlib"), tokenizer, length=256, limit=arguments.calibration_tokens, seed=0
+    )
+    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    prepare_model(model)
+    ratios, corrections, forwards = [], [], []
+    for _ in range(arguments.repeats):
+        forwards.append(forward_seconds(model, sequences))
+        start = time.perf_counter()
+        glowq.correct(model, reference=str(MODEL), calibration=sequences, rank=arguments.rank)
+        corrections.append(time.perf_counter() - start)
+        ratios.append(corrections[-1] / forwards[-1])
+        glowq.detach(model)
+    middle = arguments.repeats // 2
+    stored = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    return {
+        "base": arguments.base,
+        "tokens": sequences.numel(),
+        "correction_seconds": sorted(corrections)[middle],
+        "forward_seconds": sorted(forwards)[middle],
+        "ratio": sorted(ratios)[middle],
+        "ratios": ratios,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline,
+        "allowed_bytes": stored + largest_block_bytes() + MARGIN,
+    }
+
+
+def forward_seconds(model: Any, sequences: torch.Tensor) -> float:
+    """One forward of the quantized model over every calibration sequence."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        for batch in batches(sequences, BATCH):
+            model(**batch, use_cache=False)
+    return time.perf_counter() - start
+
+
+def largest_block_bytes() -> int:
+    """Bytes of the full-precision model's largest decoder layer."""
+    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    layers = reference.model.layers
+    return max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Quantize the bundled model for real, correct it, and show what came back. Run with `make demo`.
+
+Calibration text is the Python standard library on this machine; the figures are of files that were held out of it
+and out of the model's own training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import glowq
+from glowq.backends import base_config
+from glowq.data import read_texts, token_sequences
+from glowq.evaluation import Interval, Score, perplexity, recovered, score_models
+
+MODEL = str(Path(__file__).resolve().parent / "stdlib-llama")
+PROMPT = "def read_file(path):\n    with open("
+BASES = ("nf4", "torchao-int3")
+REPEATS = 5
+
+
+def main() -> None:
+    """Correct the bundled model on each base and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bases", nargs="+", default=BASES, help="base quantizers, see `glowq correct --help`")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=24576, help="held-out tokens that the figures are of")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+
+    console = Console()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = read_texts("python-stdlib")
+    held_out = token_sequences(
+        read_texts("python-stdlib:held-out"), tokenizer, length=256, limit=arguments.tokens, seed=arguments.seed
+    )
+    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    full = score_models({"full precision": reference}, held_out)["full precision"]
+    completions = {"full precision": complete(reference, tokenizer)}
+
+    table = Table(title=f"stdlib-llama on {held_out.numel()} held-out tokens, rank {arguments.rank}")
+    for column in ("base", "full precision", "quantized", "corrected", "gap recovered [95%]", "bytes added", "time added"):
+        table.add_column(column, justify="left" if column == "base" else "right")
+    identical = {}
+    for base in arguments.bases:
+        with console.status(f"{base}: quantizing, correcting, measuring"):
+            model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=base_config(base))
+            correction = glowq.correct(
+                model,
+                reference=MODEL,
+                calibration=texts,
+                tokenizer=tokenizer,
+                rank=arguments.rank,
+                calibration_tokens=arguments.calibration_tokens,
+                sequence_length=256,
+                seed=arguments.seed,
+            )
+            with glowq.disabled(model):
+                quantized = score(reference, model, held_out)
+                completions[base] = complete(model, tokenizer)
+            corrected = score(reference, model, held_out)
+            completions[f"{base}, corrected"] = complete(model, tokenizer)
+            table.add_row(*row(base, model, correction, [full, quantized, corrected], held_out))
+            identical[base] = largest_difference_after_reload(model, correction, held_out[:4])
+    console.print(table)
+    for name, text in completions.items():
+        console.print(f"[bold]{name}[/bold]: {text!r}", highlight=False)
+    for base, difference in identical.items():
+        console.print(f"{base}: saved, loaded with AutoModelForCausalLM.from_pretrained: max |logit difference| = {difference}")
+
+
+def score(reference: Any, model: Any, sequences: torch.Tensor) -> Score:
+    """The model's score against the reference."""
+    return score_models({"reference": reference, "model": model}, sequences)["model"]
+
+
+def row(base: str, model: Any, correction: glowq.Correction, scores: list[Score], sequences: torch.Tensor) -> list[str]:
+    """One base's line of the table."""
+    return [
+        base,
+        *(f"{perplexity(score):.3f}" for score in scores),
+        percent(recovered(*scores)),
+        f"{correction.overhead:.1%}",
+        f"{time_added(model, sequences[:8]):+.0%}",
+    ]
+
+
+def percent(interval: Interval) -> str:
+    """A share with its interval."""
+    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def time_added(model: Any, sequences: torch.Tensor) -> float:
+    """Forward time with the correction over without it, minus one: the median of interleaved pairs."""
+    ratios = []
+    with torch.no_grad():
+        model(sequences)
+        for _ in range(REPEATS):
+            with glowq.disabled(model):
+                plain = seconds(model, sequences)
+            ratios.append(seconds(model, sequences) / plain)
+    return sorted(ratios)[REPEATS // 2] - 1
+
+
+def seconds(model: Any, sequences: torch.Tensor) -> float:
+    """Wall time of one forward."""
+    start = time.perf_counter()
+    model(sequences)
+    return time.perf_counter() - start
+
+
+def complete(model: Any, tokenizer: Any) -> str:
+    """What the model writes after the prompt, greedily."""
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def largest_difference_after_reload(model: Any, correction: glowq.Correction, sequences: torch.Tensor) -> float:
+    """Save the correction, load it as a model by plain transformers, compare logits."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        correction.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        return float((loaded(sequences).logits - model(sequences).logits).abs().max())
+
+
+if __name__ == "__main__":
+    main()

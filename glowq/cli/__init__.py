@@ -1,0 +1,56 @@
+"""The `glowq` command: one thin file a subcommand, over the functions that Python users call."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .correct import correct
+from .evaluate import evaluate
+from .groups import groups
+from .inspect import inspect
+from .run import run
+
+__all__ = ["app", "main"]
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # keeps the examples in one piece, so that they can be copied
+    context_settings=_HELP,
+)
+app.command("correct")(correct)
+app.command("evaluate")(evaluate)
+app.command("groups")(groups)
+app.command("inspect")(inspect)
+# Everything after the program's name belongs to the program, its --help too.
+app.command("run", context_settings={**_HELP, "allow_interspersed_args": False})(run)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from .. import __version__
+
+        typer.echo(f"glowq {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Give quantized language models their accuracy back with group-shared low-rank correction.
+
+    Exit status: 0 done, 1 failed, 2 wrong usage.
+    """
+
+
+def main() -> None:
+    """Entry point of the `glowq` command."""
+    app(prog_name="glowq")

@@ -1,0 +1,5 @@
+"""`python -m glowq.cli`: the same as the `glowq` command."""
+
+from . import main
+
+main()

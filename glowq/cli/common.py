@@ -1,0 +1,148 @@
+"""What every command shares: its common options, and how results and errors leave the process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from ..errors import ConfigError, GlowQError
+
+__all__ = [
+    "BudgetOption",
+    "JsonOption",
+    "ModelArgument",
+    "SeedOption",
+    "command_line",
+    "finite",
+    "grid",
+    "one_line",
+    "peak_rss_bytes",
+    "session",
+]
+
+
+def _check_budget(value: str | None) -> str | None:
+    from ..selection import parse_budget
+
+    try:
+        if value is not None:
+            parse_budget(value, 10**12)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    return value
+
+
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(callback=_check_budget, help="Bytes to spend: a share of the quantized weights (1.5%) or 200MB."),
+]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]
+Show = Callable[[dict[str, Any], Callable[[], Any]], None]
+
+_WIDTH = 160  # of tables that do not go to a terminal
+
+
+@contextmanager
+def session(as_json: bool) -> Iterator[Show]:
+    """Run a command: its result alone reaches stdout, and a `GlowQError` ends it with one line and status 1.
+
+    Args:
+        as_json: print the result as JSON rather than for people.
+
+    Yields:
+        show(result, render): call it once at the end; `render` returns what rich shows to people.
+    """
+    results: list[tuple[dict[str, Any], Callable[[], Any]]] = []
+    try:
+        with _stdout_to_stderr():
+            _quiet_progress_bars()
+            yield lambda result, render: results.append((result, render))
+    except GlowQError as error:
+        print(f"glowq: error: {one_line(error)}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    for result, render in results:
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _print_rich(render())
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Libraries print, C libraries among them: lend them stderr."""
+    stdout: TextIO = sys.stdout
+    if stdout != sys.__stdout__:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _quiet_progress_bars() -> None:
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        disable_progress_bars()
+
+
+def _print_rich(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False).print(renderable)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def command_line() -> str:
+    """The command as it was typed, quoted for a shell."""
+    return shlex.join(["glowq", *sys.argv[1:]])
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None (JSON's null) where it is NaN or infinite."""
+    return value if math.isfinite(value) else None
+
+
+def grid(rows: Mapping[str, Any]) -> Any:
+    """A table of two columns, name and value."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has had resident so far."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

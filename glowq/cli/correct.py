@@ -1,0 +1,149 @@
+"""`glowq correct`: quantize a model if asked to, correct it, measure what that gave, and save it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..errors import OutputError
+from .common import BudgetOption, JsonOption, ModelArgument, SeedOption, command_line, grid, peak_rss_bytes, session
+from .held_out import held_out_figures, held_out_rows, parted_sequences, reference_score
+from .loading import load_config, load_model, load_tokenizer, reference_name, scores_text
+
+__all__ = ["correct"]
+
+
+def correct(
+    model: ModelArgument,
+    calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
+    output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
+    base: Annotated[str, typer.Option(help="Quantizer, e.g. nf4; none: MODEL is quantized already.")] = "none",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every group; 32 if no budget is given.")] = None,
+    budget: BudgetOption = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Solver method.")] = "glowq",
+    format: Annotated[
+        Literal["correction", "full"], typer.Option(help="A small correction, or the corrected model in one piece.")
+    ] = "correction",
+    seed: SeedOption = 0,
+    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens used; an eighth is held out.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Correct a model's quantization error and save the correction.
+
+    \b
+    Examples:
+      glowq correct org/model --base nf4 --calibration notes.txt --output corrected
+      glowq correct org/model-gptq --reference org/model --calibration notes.txt --output corrected --budget 1.5%
+    """
+    if rank is not None and budget is not None:
+        raise typer.BadParameter("give either --rank or --budget, not both.")
+    with session(json) as show:
+        from .. import correct as correct_model
+        from ..backends import base_config
+        from ..files import check_output
+        from ..methods import get_method
+
+        started = time.monotonic()
+        target = Path(output).resolve()
+        kept = target.with_name(f"{target.name}.resume")
+        check_output(target)
+        if resume:
+            _check_kept(kept)
+        get_method(method)
+        quantization = None if base == "none" else base_config(base)
+        config = load_config(model)
+        source = reference_name(model, config, quantization is not None, reference)
+        tokenizer = load_tokenizer(model, source)
+        train, held = parted_sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
+        score = reference_score(source, held) if _is_measured(model, config) else None
+        corrected = load_model(model, config, quantization)
+        correction = correct_model(
+            corrected,
+            reference=source,
+            calibration=train,
+            tokenizer=tokenizer,
+            rank=rank,
+            budget=budget,
+            method=method,
+            seed=seed,
+            resume=kept if resume else None,
+        )
+        held_out = None if score is None else held_out_figures(score, corrected, held, seed)
+        result = {
+            "output": output,
+            "groups": len(correction.ranks),
+            "ranks": correction.ranks,
+            "factor_bytes": correction.factor_bytes,
+            "base_bytes": correction.base_bytes,
+            "overhead": correction.overhead,
+            "calibration_tokens": train.numel(),
+            "held_out": held_out,
+            "command": command_line(),
+            "seed": seed,
+        }
+        correction.card = _card_facts(result)
+        _save(correction, corrected, target, format)
+        if resume:
+            shutil.rmtree(kept)
+        result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())
+        show(result, lambda: _table(result))
+
+
+def _check_kept(folder: Path) -> None:
+    """The folder is removed in the end: it must hold nothing but finished blocks."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.suffix not in (".json", ".safetensors", ".tmp"):
+            raise OutputError(
+                f"{folder} holds {entry.name!r}, which is no finished block; move it, or choose another OUT."
+            )
+
+
+def _is_measured(model: str, config: Any) -> bool:
+    if not scores_text(config):
+        print(f"glowq: note: {model} predicts no next token: nothing is measured on held-out text.", file=sys.stderr)
+    return scores_text(config)
+
+
+def _card_facts(result: dict[str, Any]) -> dict[str, Any]:
+    """What the model card repeats: nothing that another run of the same command would give otherwise."""
+    held_out = result["held_out"]
+    defined = held_out is not None and held_out["recovered"] is not None
+    facts = {key: result[key] for key in ("command", "overhead", "calibration_tokens", "seed")}
+    return {**facts, "held_out": held_out if defined else None}
+
+
+def _save(correction: Any, model: Any, target: Path, format: str) -> None:
+    from ..card import correction_card
+    from ..files import write_directory
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        correction.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(correction_card(correction))
+
+    if format == "full":
+        correction.config = correction.config.with_format("full")
+        write_directory(target, write)
+    else:
+        correction.save_pretrained(target)
+
+
+def _table(result: dict[str, Any]) -> Any:
+    rows = {
+        "output": result["output"],
+        "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
+        "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
+        "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
+        "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
+    }
+    return grid({**rows, **held_out_rows(result["held_out"])})

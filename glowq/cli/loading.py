@@ -1,0 +1,128 @@
+"""Models, configs and tokenizers by name, with every failure turned into one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, GlowQError, ModelNotFoundError
+from ..files import refuse_pickles
+from .common import one_line
+
+__all__ = ["load_config", "load_model", "load_tokenizer", "loading", "reference_name", "scores_text", "token_limits"]
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what libraries raise when they cannot load `name` into an error of ours, on one line."""
+    try:
+        yield
+    except GlowQError:
+        raise
+    except OSError as error:
+        raise ModelNotFoundError(f"{name!r} cannot be loaded: {one_line(error)}") from error
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def load_config(name: str) -> Any:
+    """The transformers config of a folder or Hub name.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        PickleRefusedError: the folder holds its weights only as pickles.
+        ConfigError: a model type that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    if Path(name).is_dir():
+        refuse_pickles(Path(name))
+    try:
+        with loading(name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except ModelNotFoundError as error:
+        if Path(name).is_dir():
+            raise
+        raise ModelNotFoundError(f"no folder {name!r}, and no such model within reach on the Hub; {error}") from error
+
+
+def load_model(name: str, config: Any, quantization_config: Any = None) -> Any:
+    """A model of the class that its config names, ready to run.
+
+    Args:
+        name: folder or Hub name.
+        config: what `load_config(name)` returned.
+        quantization_config: quantize while loading.
+    """
+    import torch
+
+    from ..backends import prepare_model
+
+    options = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if torch.cuda.is_available():
+        options["device_map"] = "auto"
+    with loading(name):
+        model = _model_class(config).from_pretrained(name, dtype="auto", use_safetensors=True, **options)
+    prepare_model(model)
+    return model.eval()
+
+
+def _model_class(config: Any) -> Any:
+    """The class of config.json's `architectures`, else the auto class for the model type."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if found is not None:
+        return found
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+
+
+def scores_text(config: Any) -> bool:
+    """Whether the model is one whose perplexity can be measured: a decoder that predicts the next token."""
+    found = _model_class(config)
+    causal = found.can_generate() if hasattr(found, "can_generate") else found.__name__ == "AutoModelForCausalLM"
+    return bool(causal) and not getattr(config, "is_encoder_decoder", False)
+
+
+def token_limits(config: Any, sequence_length: int) -> tuple[int, int | None]:
+    """The longest usable sequence, at most `sequence_length`, and the vocabulary size where the config tells."""
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or sequence_length
+    return min(sequence_length, most), getattr(text, "vocab_size", None)
+
+
+def load_tokenizer(*names: str | None) -> Any:
+    """The tokenizer of the first of `names` that has one.
+
+    Raises:
+        ModelNotFoundError: none has.
+    """
+    from transformers import AutoTokenizer
+
+    given = [name for name in names if name]
+    for name in given:
+        if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+            with loading(name):
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
+
+
+def reference_name(model: str, config: Any, quantize: bool, reference: str | None) -> str:
+    """Name of the full-precision model; refuses what does not fit together."""
+    stored = getattr(config, "quantization_config", None)
+    kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if str(kind) == "glowq":
+        raise ConfigError(f"{model} carries a glowq correction already; correct the model behind it.")
+    if stored is None and not quantize:
+        raise ConfigError(f"{model} is not quantized: name the quantizer to use, for example --base nf4.")
+    if stored is not None and quantize:
+        raise ConfigError(f"{model} is quantized already ({kind}): leave out --base and give --reference.")
+    if stored is not None and reference is None:
+        raise ConfigError(f"{model} is quantized ({kind}): give --reference, the full-precision model behind it.")
+    return reference or model

@@ -1,0 +1,150 @@
+"""Fixtures that every test file shares: the bundled model, tiny models built from configs, random corrections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from glowq.groups import Group, find_groups
+from glowq.runtime import GroupFactors, attach
+
+BUNDLED = Path(__file__).parents[1] / "examples" / "stdlib-llama"
+TEXT = "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n        return file.read()\n\n" * 12
+
+Factory = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet() -> None:
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no accelerator")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Path:
+    """Folder of the bundled 8-block Llama (hidden size 256)."""
+    return BUNDLED
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(BUNDLED)
+
+
+@pytest.fixture(scope="session")
+def token_ids(tokenizer: Any) -> Tensor:
+    """Token ids of real text, shape (4, 48)."""
+    return tokenizer(TEXT, return_tensors="pt").input_ids[:, : 4 * 48].reshape(4, 48)
+
+
+@pytest.fixture
+def tiny_llama() -> Factory:
+    """Builds a random Llama in evaluation mode: 2 blocks, hidden size 32, vocabulary 64."""
+
+    def build(**changes: Any) -> LlamaForCausalLM:
+        settings: dict[str, Any] = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+        }
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_ids() -> Tensor:
+    """Token ids below 64, shape (2, 7)."""
+    return torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def random_factors() -> Factory:
+    """Builds random factors of one group, large enough to change what the model says."""
+
+    def build(group: Group, rank: int = 3, dtype: torch.dtype = torch.float32, scale: float = 0.3) -> GroupFactors:
+        generator = torch.Generator().manual_seed(len(group.name))
+
+        def draw(*shape: int) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+        lefts = {m: draw(width, rank) for m, width in zip(group.members, group.out_features, strict=True)}
+        return GroupFactors(group, draw(rank, group.in_features), lefts, torch.ones(rank, dtype=torch.float64))
+
+    return build
+
+
+class Trio(nn.Module):
+    """Three linear layers of one input, eight wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 6), nn.Linear(8, 4), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+@pytest.fixture
+def trio(random_factors: Factory) -> Trio:
+    """A group of three with a correction attached."""
+    model = Trio()
+    attach(model, random_factors(Group("q+k+v", ("q", "k", "v"), 8, (6, 4, 5), "")))
+    return model
+
+
+@pytest.fixture(scope="session")
+def correct_randomly(random_factors: Factory) -> Factory:
+    """Attaches random factors to every group of a model; returns what was attached."""
+
+    def build(model: nn.Module, ids: Tensor, **options: Any) -> list[GroupFactors]:
+        factors = [random_factors(group, **options) for group in find_groups(model, {"input_ids": ids})]
+        for entry in factors:
+            attach(model, entry)
+        return factors
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def fold() -> Factory:
+    """Oracle of a corrected dense model: writes W + A B into a model's own weights."""
+
+    def write(model: nn.Module, factors: list[GroupFactors]) -> nn.Module:
+        with torch.no_grad():
+            for entry in factors:
+                for member, left in entry.lefts.items():
+                    weight = model.get_submodule(member).weight
+                    weight.add_((left.double() @ entry.right.double()).to(weight))
+        return model
+
+    return write

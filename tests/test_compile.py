@@ -1,0 +1,163 @@
+"""torch.compile and torch.export: one right product a group in the graph, no recompilation, eager's numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glowq.runtime import attached, detach, disabled
+
+Factory = Callable[..., Any]
+BLOCKS = 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def corrected(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> nn.Module:
+    model = tiny_llama(use_cache=False)
+    correct_randomly(model, tiny_ids)
+    return model
+
+
+class Counting:
+    """A backend that runs the graph as it is and counts its linear products by their weights' shape."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Counter[tuple[int, ...]]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        shapes = {
+            node: tuple(node.meta["example_value"].shape)
+            for node in graph.graph.nodes
+            if node.op == "placeholder" and isinstance(node.meta.get("example_value"), Tensor)
+        }
+        linears = [node for node in graph.graph.nodes if node.op == "call_function" and "linear" in str(node.target)]
+        uses = Counter(shapes[node.args[1]] for node in linears)
+        self.graphs.append(uses)
+        return graph.forward
+
+
+def right_products(uses: Counter[tuple[int, ...]], rank: int = 3) -> int:
+    return sum(count for shape, count in uses.items() if shape[0] == rank)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_one_graph_with_one_right_product_a_group(corrected: nn.Module, tiny_ids: Tensor, gradients: bool) -> None:
+    backend = Counting()
+    compiled = torch.compile(corrected, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(gradients):
+        expected = corrected(tiny_ids).logits
+        for _ in range(3):
+            torch.testing.assert_close(compiled(tiny_ids).logits, expected)
+    (uses,) = backend.graphs
+    groups = len(attached(corrected))
+    assert groups == 4 * BLOCKS + 1
+    assert right_products(uses) == groups
+    assert sum(count for shape, count in uses.items() if shape[-1] == 3) == 7 * BLOCKS + 1
+    assert all(part._slot is None for part in attached(corrected).values())
+
+
+def test_the_traced_autograd_graph_equals_eager(corrected: nn.Module, tiny_ids: Tensor) -> None:
+    compiled = torch.compile(corrected, fullgraph=True, backend="aot_eager")
+    embeddings = corrected.get_input_embeddings()(tiny_ids).detach()
+    results = []
+    for model in (corrected, compiled):
+        x = embeddings.clone().requires_grad_()
+        logits = model(inputs_embeds=x).logits
+        logits.square().mean().backward()
+        results.append((logits.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_another_length_compiles_at_most_once_more(corrected: nn.Module) -> None:
+    backend = Counting()
+    compiled = torch.compile(corrected, fullgraph=True, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for length in (5, 9, 17, 33):
+            ids = torch.arange(2 * length).reshape(2, length) % 64
+            torch.testing.assert_close(compiled(ids).logits, corrected(ids).logits)
+    assert len(backend.graphs) == 1
+
+
+def test_disabling_and_detaching_are_seen(corrected: nn.Module, tiny_ids: Tensor) -> None:
+    compiled = torch.compile(corrected, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(tiny_ids).logits
+        with disabled(corrected):
+            plain = corrected(tiny_ids).logits
+            torch.testing.assert_close(compiled(tiny_ids).logits, plain)
+        torch.testing.assert_close(compiled(tiny_ids).logits, before)
+        detach(corrected)
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.compile(corrected, backend="eager")(tiny_ids).logits, plain)
+
+
+def test_eager_and_compiled_calls_alternate(corrected: nn.Module, tiny_ids: Tensor) -> None:
+    compiled = torch.compile(corrected, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for seed in range(4):
+            ids = (tiny_ids + seed) % 64
+            torch.testing.assert_close(compiled(ids).logits, corrected(ids).logits)
+
+
+def test_one_compiled_member_among_eager_ones(trio: nn.Module) -> None:
+    x = torch.randn(3, 8)
+    expected = trio(x)
+    trio.q.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(trio(x), expected)
+        torch.testing.assert_close(trio(x.clone()), expected)
+
+
+def test_a_graph_break_between_members(trio: nn.Module) -> None:
+    def broken(x: Tensor) -> Tensor:
+        first = trio.q(x)
+        torch._dynamo.graph_break()
+        return torch.cat([first, trio.k(x), trio.v(x)], -1)
+
+    compiled = torch.compile(broken, backend="eager")
+    for _ in range(3):
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(compiled(x), trio(x))
+
+
+def test_export_keeps_one_right_product_a_group(corrected: nn.Module, tiny_ids: Tensor) -> None:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = corrected
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.model(input_ids).logits  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        program = torch.export.export(Logits(), (tiny_ids,))
+        torch.testing.assert_close(program.module()(tiny_ids), corrected(tiny_ids).logits)
+    rights = {name for name in program.state_dict if name.endswith("right.factor")}
+    signature = program.graph_signature.inputs_to_parameters
+    uses = [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function"
+        and any(signature.get(argument.name) in rights for argument in node.all_input_nodes)
+    ]
+    assert len(rights) == len(uses) == len(attached(corrected))
+
+
+@pytest.mark.slow
+def test_inductor_equals_eager(trio: nn.Module) -> None:
+    compiled = torch.compile(trio, fullgraph=True)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), trio(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,206 @@
+"""Streamed moments against float64 sums over all tokens at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glowq.errors import CalibrationError, NonFiniteError
+from glowq.groups import Group, find_groups
+from glowq.statistics import MomentCollector, Moments, collecting
+
+WIDTH = 6
+GROUP = Group("layer", ("layer",), WIDTH, (3, 1), "layer")
+
+
+class Model(nn.Module):
+    """One linear layer, called `times` times a forward."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 4)
+        self.times = times
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.layer(x * (index + 1)) for index in range(self.times)]
+
+
+def batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Uneven batches of correlated tokens with one outlier channel."""
+    mix = torch.randn(WIDTH, WIDTH) + torch.tensor([0, 0, 20, 0, 0, 0])
+    return [(torch.randn(*shape, WIDTH) @ mix).to(dtype) for shape in ((2, 5), (1, 9), (3, 1))]
+
+
+def measure(inputs: list[Tensor], masks: list[Tensor | None] | None = None, **options: Any) -> Moments:
+    model = Model(options.pop("times", 1)).to(inputs[0].dtype)
+    collector = MomentCollector(GROUP, options.pop("statistic", "second"), **options)
+    with collecting(model, [collector]) as feed, torch.no_grad():
+        for x, mask in zip(inputs, masks or [None] * len(inputs), strict=True):
+            feed.mask = mask
+            model(x)
+    return collector.moments()
+
+
+def close(found: Tensor | None, exact: Tensor) -> None:
+    assert found is not None
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
+
+
+def second(x: Tensor) -> Tensor:
+    return x.double().T @ x.double() / len(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_second_moment_is_the_mean_over_all_tokens(dtype: torch.dtype) -> None:
+    inputs = batches(dtype)
+    tokens = torch.cat([x.flatten(0, 1) for x in inputs])
+    moments = measure(inputs)
+    assert moments.tokens == len(tokens) == 22
+    close(moments.second, second(tokens))
+    close(moments.mean_square, second(tokens).diagonal())
+    assert moments.energy is None
+
+
+def test_padding_is_left_out() -> None:
+    inputs = batches()
+    masks = [torch.ones(x.shape[:2], dtype=torch.long) for x in inputs]
+    masks[0][0, :3] = 0
+    masks[1][0, 7:] = 0
+    masks[2][1] = 0
+    real = torch.cat([x[mask.bool()] for x, mask in zip(inputs, masks, strict=True)])
+    for x, mask in zip(inputs, masks, strict=True):
+        x[~mask.bool()] = 1e4
+    moments = measure(inputs, masks)
+    assert moments.tokens == len(real) == 16
+    close(moments.second, second(real))
+    per_sequence = [
+        row[keep.bool()].double().abs().mean(0)
+        for x, m in zip(inputs, masks, strict=True)
+        for row, keep in zip(x, m, strict=True)
+        if keep.any()
+    ]
+    close(moments.magnitude, torch.stack(per_sequence).amax(0))
+
+
+def test_what_lies_in_the_padding_does_not_matter_even_if_it_is_nan() -> None:
+    x = torch.randn(2, 4, WIDTH)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    clean = measure([x], [mask])
+    x[0, :2] = float("nan")
+    damaged = measure([x], [mask])
+    for name in ("second", "mean_square", "magnitude"):
+        assert torch.equal(getattr(damaged, name), getattr(clean, name))
+
+
+@pytest.mark.parametrize("statistic", ["second", "magnitude", "none"])
+def test_magnitude_is_the_largest_mean_of_a_sequence(statistic: str) -> None:
+    inputs = batches()
+    moments = measure(inputs, statistic=statistic)
+    close(moments.magnitude, torch.cat([x.double().abs().mean(1) for x in inputs]).amax(0))
+    assert (moments.second is None) == (statistic != "second")
+
+
+def test_energy_is_the_error_under_the_second_moment() -> None:
+    inputs, error = batches(), torch.randn(4, WIDTH)
+    moments = measure(inputs, error=error)
+    tokens = torch.cat([x.flatten(0, 1) for x in inputs])
+    exact = error.double() @ second(tokens) @ error.double().T
+    close(moments.energy, exact)
+    assert moments.second is None
+    close(moments.rows(1, 3).energy, exact[1:3, 1:3])
+    whole = measure(inputs)
+    assert whole.rows(1, 3) is whole
+
+
+def test_a_member_called_twice_counts_twice() -> None:
+    inputs = batches()
+    tokens = torch.cat([x.flatten(0, 1) for x in inputs])
+    moments = measure(inputs, times=2)
+    assert moments.tokens == 2 * len(tokens)
+    close(moments.second, second(torch.cat([tokens, 2 * tokens])))
+
+
+def test_flattened_tokens_are_still_masked() -> None:
+    x = torch.randn(2, 5, WIDTH)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    moments = measure([x.flatten(0, 1)], [mask])
+    assert moments.tokens == 7
+    close(moments.second, second(x[mask.bool()]))
+
+
+def test_a_mask_of_other_tokens_is_ignored() -> None:
+    x = torch.randn(2, 5, WIDTH)
+    assert measure([x], [torch.zeros(2, 4)]).tokens == 10
+
+
+def test_a_whole_batch_of_padding_counts_nothing() -> None:
+    x = torch.randn(2, 5, WIDTH)
+    moments = measure([x * 100, x], [torch.zeros(2, 5), torch.ones(2, 5)])
+    assert moments.tokens == 10
+    close(moments.second, second(x.flatten(0, 1)))
+
+
+def test_long_sums_lose_no_digits() -> None:
+    x = torch.rand(1, 64, WIDTH)
+    x[..., 0] *= 1e-3
+    collector = MomentCollector(GROUP, "second")
+    for _ in range(3000):
+        collector.update(x)
+    close(collector.moments().second, second(x[0]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_activation_names_the_module(tiny_llama: Callable[..., Any], tiny_ids: Tensor, value: float) -> None:
+    model = tiny_llama()
+    (group,) = [g for g in find_groups(model, {"input_ids": tiny_ids}) if g.name.endswith("layers.1.mlp.down_proj")]
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    collector = MomentCollector(group, "second")
+    with collecting(model, [collector]):
+        model(tiny_ids)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj: its input holds NaN or Inf"):
+        collector.moments()
+
+
+def test_no_token_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match="layer: no calibration token reached this module"):
+        MomentCollector(GROUP, "second").moments()
+    with pytest.raises(CalibrationError, match="no calibration token"):
+        measure([torch.randn(1, 3, WIDTH)], [torch.zeros(1, 3)])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_go_also_on_exceptions(fails: bool) -> None:
+    model = Model()
+    collector = MomentCollector(GROUP, "second")
+    if fails:
+        with pytest.raises(RuntimeError), collecting(model, [collector]):
+            model(torch.randn(1, 2, WIDTH + 1))
+    else:
+        with collecting(model, [collector]):
+            model(torch.randn(1, 2, WIDTH))
+    assert not model.layer._forward_pre_hooks
+    counted = collector.tokens
+    model(torch.randn(1, 2, WIDTH))
+    assert collector.tokens == counted
+
+
+def test_the_input_is_neither_changed_nor_tracked() -> None:
+    x = torch.randn(1, 3, WIDTH, requires_grad=True)
+    before = x.detach().clone()
+    collector = MomentCollector(GROUP, "second")
+    collector.update(x)
+    found = collector.moments()
+    assert torch.equal(x, before)
+    assert not any(value.requires_grad for value in (found.second, found.mean_square, found.magnitude))
+
+
+def test_unmeasured_moments_hold_no_token() -> None:
+    moments = Moments.unmeasured(WIDTH)
+    assert moments.tokens == 0
+    assert moments.mean_square.shape == moments.magnitude.shape == (WIDTH,)
