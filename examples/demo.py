@@ -7,13 +7,14 @@ and out of the model's own training.
 from __future__ import annotations
 
 import argparse
-import logging
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24576, help="held-out tokens that the figures are of")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -50,9 +52,9 @@ def main() -> None:
     full = score_models({"full precision": reference}, held_out)["full precision"]
     completions = {"full precision": complete(reference, tokenizer)}
 
-    table = Table(title=f"stdlib-llama on {held_out.numel()} held-out tokens, rank {arguments.rank}")
-    for column in ("base", "full precision", "quantized", "corrected", "gap recovered [95%]", "bytes added", "time added"):
-        table.add_column(column, justify="left" if column == "base" else "right")
+    table = Table(title=f"stdlib-llama, perplexity on {held_out.numel()} held-out tokens, rank {arguments.rank}")
+    for column in ("base", "full", "quantized", "corrected", "gap recovered", "bytes", "time"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "base" else "right")
     identical = {}
     for base in arguments.bases:
         with console.status(f"{base}: quantizing, correcting, measuring"):
@@ -78,7 +80,9 @@ def main() -> None:
     for name, text in completions.items():
         console.print(f"[bold]{name}[/bold]: {text!r}", highlight=False)
     for base, difference in identical.items():
-        console.print(f"{base}: saved, loaded with AutoModelForCausalLM.from_pretrained: max |logit difference| = {difference}")
+        console.print(
+            f"{base}: saved, loaded with AutoModelForCausalLM.from_pretrained: max |logit difference| = {difference}"
+        )
 
 
 def score(reference: Any, model: Any, sequences: torch.Tensor) -> Score:
@@ -92,7 +96,7 @@ def row(base: str, model: Any, correction: glowq.Correction, scores: list[Score]
         base,
         *(f"{perplexity(score):.3f}" for score in scores),
         percent(recovered(*scores)),
-        f"{correction.overhead:.1%}",
+        f"+{correction.overhead:.1%}",
         f"{time_added(model, sequences[:8]):+.0%}",
     ]
 

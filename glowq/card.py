@@ -17,7 +17,7 @@ def correction_card(correction: Correction) -> str:
     """Text of README.md: metadata, what was corrected, what was measured, how to load it.
 
     Args:
-        correction: its `card` may hold "command" (the exact command line) and "held_out" (the figures of
+        correction: its config's provenance may hold "command" (the exact command line) and "held_out" (the figures of
             `glowq correct --json`); sections without data are left out. Nothing in it depends on time or machine.
     """
     config = correction.config
@@ -46,8 +46,8 @@ def correction_card(correction: Correction) -> str:
         factor_bytes=correction.factor_bytes,
         overhead=f"{correction.overhead:.2%}",
         calibration_tokens=config.provenance.get("calibration_tokens", "no"),
-        held_out=_held_out(correction.card.get("held_out")),
-        command=correction.card.get("command"),
+        held_out=_held_out(config.provenance.get("held_out")),
+        command=config.provenance.get("command"),
         repository="this/repository",
     )
     return str(card.content)

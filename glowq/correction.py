@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .backends import find_backend, quantized_modules
 from .config import GlowQConfig
-from .errors import CorrectionError, FingerprintError, ModelNotFoundError, NonFiniteError, RankError
+from .errors import ConfigError, CorrectionError, FingerprintError, ModelNotFoundError, NonFiniteError, RankError
 from .files import read_json, refuse_pickles, write_directory
 from .groups import Group
 from .runtime import GroupFactors
@@ -49,7 +49,6 @@ class Correction:
     base_bytes: int
     tokenizer: Any = None
     generation_config: Any = None
-    card: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -109,7 +108,7 @@ class Correction:
 
         target = Path(save_directory)
         config = {**self.model_config, "transformers_weights": FACTORS_FILE}
-        config["quantization_config"] = self.config.with_format("correction").to_dict()
+        config["quantization_config"] = self.config.to_dict()
 
         def write(folder: Path) -> None:
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -135,9 +134,18 @@ class Correction:
             private: visibility of a new repository.
             token: access token; None takes the one that `hf auth login` stored.
             **kwargs: to `HfApi.upload_folder`, e.g. `commit_message`, `revision`, `create_pr`.
+
+        Raises:
+            ConfigError: the base is a folder of this machine, which nobody else can load.
         """
         from huggingface_hub import HfApi
 
+        base = str((self.config.base_model or {}).get("name", ""))
+        if os.path.isabs(base):
+            raise ConfigError(
+                f"the base of this correction is the local folder {base!r}, which nobody else can load. Push the base "
+                "first, then set correction.config.base_model['name'] to its Hub name and ['revision'] to its commit."
+            )
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:

@@ -136,5 +136,3 @@ def _score(logp: Tensor, reference: Tensor, ids: Tensor) -> Score:
     kl = (reference.exp() * (reference - logp)).sum(-1)
     top1 = (logp.argmax(-1) == reference.argmax(-1)).double()
     return Score(nll.double().mean(1), kl.double().mean(1), top1.mean(1))
-
-

@@ -159,26 +159,22 @@ class _Run:
 
     def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[GroupFactors]:
         errors = {group.name: self._error(group) for group in groups}
-        collectors = {
-            group.name: MomentCollector(
-                group,
-                self.method.statistic,
-                errors[group.name] if sum(group.out_features) < group.in_features else None,
-            )
-            for group in groups
-        }
-        if self.method.statistic != "none":
-            for _ in walk.collect(stop, list(collectors.values())):
-                bar.update()
-        else:
+        moments = dict.fromkeys(errors, Moments(tokens=0))
+        if self.method.statistic == "none":
             bar.update()
-        dtype = _factor_dtype(self.model)
+        else:
+            collectors = [self._collector(group, errors[group.name]) for group in groups]
+            for _ in walk.collect(stop, collectors):
+                bar.update()
+            moments = {collector.group.name: collector.moments() for collector in collectors}
         solved: list[GroupFactors] = []
         for group in groups:
-            measured = self.method.statistic != "none"
-            moments = collectors[group.name].moments() if measured else Moments.unmeasured(group.in_features)
-            solved.extend(self._factors(group, errors[group.name], moments, dtype))
+            solved.extend(self._factors(group, errors[group.name], moments[group.name], _factor_dtype(self.model)))
         return solved
+
+    def _collector(self, group: Group, error: Tensor) -> MomentCollector:
+        narrow = sum(group.out_features) < group.in_features  # then E S E^T is smaller than S
+        return MomentCollector(group, self.method.statistic, error if narrow else None)
 
     def _error(self, group: Group) -> Tensor:
         """Stacked weight error E = W - Q of the group, shape (O, d), float32."""
@@ -323,6 +319,7 @@ def _stored_config(
         base=base.base if isinstance(base, GlowQConfig) else base,
         method=method.name,
         seed=seed,
+        format="correction",
         base_model={"name": name, "revision": revision, "fingerprint": fingerprint(model)},
         groups={},
         base_bytes=base_bytes,

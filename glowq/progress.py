@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 __all__ = ["progress"]
 

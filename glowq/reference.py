@@ -105,7 +105,7 @@ class Reference:
     def _load(self, folder: Path) -> nn.Module:
         offload = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="glowq-reference-"))
         with _quiet():
-            return self.model_class.from_pretrained(  # type: ignore[attr-defined, no-any-return]
+            return self.model_class.from_pretrained(  # type: ignore[attr-defined]
                 folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True
             )
 

@@ -109,11 +109,11 @@ class SharedCorrection(nn.Module):
 
     def _product(self, index: int, x: Tensor) -> Tensor:
         if len(self.lefts) == 1:
-            return self.right(x)  # type: ignore[no-any-return]
+            return self.right(x)
         if torch.compiler.is_compiling():
             return self._traced_product(index, x)
         if x.is_inference():
-            return self.right(x)  # type: ignore[no-any-return]
+            return self.right(x)
         state = (x._version, x.requires_grad, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         slot = self._slot
         # The state comes first: a slot that tracing left half used has none, and its source is no weak reference.
@@ -125,7 +125,7 @@ class SharedCorrection(nn.Module):
         if product.requires_grad:
             product.register_hook(self._forget)  # backward frees the graph that a later member would share
         self._slot = _Slot(weakref.ref(x), state, product, frozenset((index,)))
-        return product  # type: ignore[no-any-return]
+        return product
 
     def _forget(self, gradient: Tensor) -> None:
         self._slot = None
@@ -141,7 +141,7 @@ class SharedCorrection(nn.Module):
             return slot.product
         product = self.right(x)
         self._slot = _Slot(x, (), product, frozenset((index,)))
-        return product  # type: ignore[no-any-return]
+        return product
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slot": None}
@@ -161,7 +161,7 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self.container.enabled:
             return output
-        return self.container(self.index, args[0], output)  # type: ignore[no-any-return]
+        return self.container(self.index, args[0], output)
 
 
 def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None = None) -> SharedCorrection:

@@ -24,7 +24,8 @@ _BLOCK = 16  # columns multiplied at a time
 _GUARD = 16  # Ritz vectors beyond the rank handed to the final float64 Rayleigh-Ritz step
 _TOLERANCE = 3e-4  # stop once a block removes less than this share of what any correction must leave
 _JITTER = 1e-6  # share of a Ritz value that float32 products cannot resolve
-_FLOOR = 1e-10  # share of the largest Ritz value below which no further block is worth its products
+_FLOOR = 1e-3  # in units of the working dtype's rounding of the largest Ritz value: less cannot be told from noise
+_SINGLE_SPREAD = 1e5  # first gain over what is left, beyond which float32 products lose the 0.1%
 _EXACT = 1e-12  # gains under this share of the largest are rounding: the exact rank ended before
 
 
@@ -78,8 +79,8 @@ def factorize(
 
     Returns:
         Factors with left (O, r) and right (r, d) float32 and gains (r,) float64: the error removed by each rank, in
-        squared output units, or in units of loss with `output_moment`. Large products run in float32, which keeps the
-        residual within 0.1% of the optimum while the first gain is below about a million times that residual.
+        squared output units, or in units of loss with `output_moment`. Large products run in float32, and again in
+        float64 where the first gain is so far above the residual that float32 would lose the 0.1%.
 
     Raises:
         NonFiniteError: a tensor holds NaN or Inf.
@@ -98,7 +99,10 @@ def factorize(
     else:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(error.shape[0], _BLOCK, generator=generator, dtype=torch.float64)
-        basis = _krylov(problem, rank, start.to(error.device), size)
+        basis, spread = _krylov(problem, rank, start.to(error.device), size)
+        if spread > _SINGLE_SPREAD:
+            problem = _Problem.build(error, moment, energy, output_moment, damping, torch.float64)
+            basis, _ = _krylov(problem, rank, start.to(error.device), size)
     return _finish(problem, basis, rank)
 
 
@@ -122,9 +126,9 @@ def weighted_error(error: Tensor, factors: Factors, moment: Tensor | None) -> fl
 class _Problem:
     """M = L^T X N X^T L in units near 1, where X N X^T is E S E^T; the streamed form has X = I and N = E S E^T."""
 
-    error: Tensor  # E, (O, d), float32
+    error: Tensor  # E, (O, d), in the working dtype
     inner: Tensor | None  # N as given
-    thin: Tensor | None  # N in float32
+    thin: Tensor | None  # N in the working dtype
     root: Tensor | None  # L: lower triangular (O, O), or its diagonal (O,), float64
     streamed: bool
     scale: float  # power of two that brings X near 1
@@ -133,7 +137,12 @@ class _Problem:
 
     @staticmethod
     def build(
-        error: Tensor, moment: Tensor | None, energy: Tensor | None, output_moment: Tensor | None, damping: float
+        error: Tensor,
+        moment: Tensor | None,
+        energy: Tensor | None,
+        output_moment: Tensor | None,
+        damping: float,
+        working: torch.dtype = torch.float32,
     ) -> _Problem:
         streamed = energy is not None
         inner = energy if streamed else moment
@@ -143,12 +152,12 @@ class _Problem:
         scale = 1.0 if streamed else scale
         root = _root(output_moment.double() * outer, damping) if alive and output_moment is not None else None
         unit = 1.0 / scale / scale / weight / outer if alive else 0.0
-        thin = None if inner is None else inner.float()
-        return _Problem(error.float(), inner, thin, root, streamed, scale, weight, unit)
+        thin = None if inner is None else inner.to(working)
+        return _Problem(error.to(working), inner, thin, root, streamed, scale, weight, unit)
 
     def apply(self, block: Tensor) -> Tensor:
-        """M Q, shape (O, b), float64, for Q (O, b); the large products run in float32."""
-        image = _times(self.root, block).float()
+        """M Q, shape (O, b), float64, for Q (O, b); the large products run in the working dtype."""
+        image = _times(self.root, block).to(self.error.dtype)
         if not self.streamed:
             image = self.error.T @ image * self.scale
         image = _times(self.thin, image) * self.weight
@@ -159,7 +168,7 @@ class _Problem:
     def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """E^T L U, shape (d, m), unscaled, and U^T M U, shape (m, m), both float64, for U (O, m)."""
         lifted = _times(self.root, basis)
-        pulled = (self.error.T @ lifted.float()).double()
+        pulled = (self.error.T @ lifted.to(self.error.dtype)).double()
         outside = (lifted if self.streamed else pulled) * self.scale
         return pulled, outside.T @ _times(self.inner, outside) * self.weight
 
@@ -172,11 +181,16 @@ class _Problem:
         return _times(frame, _leading(wide @ _times(self.inner, wide.T)))
 
 
-def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> Tensor:
-    """Leading Ritz vectors of M from a block Krylov space that grows until another block stops paying."""
+def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> tuple[Tensor, float]:
+    """Leading Ritz vectors of M from a block Krylov space that grows until another block stops paying.
+
+    Returns:
+        The vectors, and how many times the first Ritz value exceeds the sum of those left out.
+    """
     block: Tensor = torch.linalg.qr(start)[0]
     basis: Tensor = block[:, :0]
     small, before = block.new_empty(0, 0), block.new_zeros(rank)
+    floor = _FLOOR * torch.finfo(problem.error.dtype).eps
     while block.shape[1] > 0:
         basis = torch.cat([basis, block], dim=1)
         image = problem.apply(block)
@@ -186,12 +200,13 @@ def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> Tensor:
             values = torch.linalg.eigvalsh(small).flip(0)
             gained = (values[:rank] * (1 - _JITTER) - before).clamp_min(0).sum()
             # Interlacing: the Ritz values left out bound from below what the best correction of this rank leaves.
-            if gained <= _TOLERANCE * values[rank:].clamp_min(0).sum() + _FLOOR * values[0]:
+            if gained <= _TOLERANCE * values[rank:].clamp_min(0).sum() + floor * values[0]:
                 break
             before = values[:rank]
         block = _fresh(basis, image - basis @ coupling)[:, : size - small.shape[0]]
-    vectors = _leading(small)[:, : rank + _GUARD]
-    return basis @ vectors
+    values, vectors = torch.linalg.eigh(small)
+    spread = float(values[-1] / values[: max(0, len(values) - rank)].clamp_min(0).sum().clamp_min(1e-300))
+    return basis @ vectors.flip(1)[:, : rank + _GUARD], spread
 
 
 def _fresh(basis: Tensor, image: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ knowing how it calls its blocks; only the activations between two blocks are hel
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class BlockWalk:
             forward.throw(GreenletExit)
 
 
-class _PausedForward(greenlet):
+class _PausedForward(greenlet):  # type: ignore[misc]
     """One batch's forward; `position` is the number of the block that it is paused in, -1 before the first."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
@@ -94,7 +94,8 @@ class _PausedForward(greenlet):
     def advance(self, position: int) -> None:
         """Run on to the exit of block number `position`, or to the end of the forward."""
         while self.position < position and not self.dead:
-            self.switch()
+            with _own_autocast():
+                self.switch()
 
 
 def _pause_at(module: nn.Module, position: int) -> list[Any]:
@@ -110,7 +111,8 @@ def _pause_at(module: nn.Module, position: int) -> list[Any]:
         # A block that writes into its own input cannot be repeated: its first output stands.
         repeatable = forward.versions == _versions(args, kwargs)
         forward.position = position
-        forward.parent.switch()
+        with _own_autocast():
+            forward.parent.switch()
         if not repeatable:
             return None
         forward.repeating = True
@@ -123,6 +125,20 @@ def _pause_at(module: nn.Module, position: int) -> list[Any]:
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, with_kwargs=True),
     ]
+
+
+@contextmanager
+def _own_autocast() -> Iterator[None]:
+    """Autocast belongs to the thread, not to a greenlet: afterwards it is what it was, whoever ran in between."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, enabled, dtype in before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
 
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:

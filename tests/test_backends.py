@@ -17,7 +17,6 @@ from glowq.backends import (
     find_backend,
     prepare_model,
     quantized_modules,
-    read_bias,
     read_weight,
 )
 from glowq.errors import BackendError, NonFiniteError, RepackedWeightError, UnknownBaseError
@@ -185,10 +184,6 @@ def test_a_plain_linear_belongs_to_no_backend() -> None:
     module = nn.Linear(4, 3)
     assert find_backend(module) is None
     assert quantized_modules(nn.Sequential(module)) == {}
-    bias = read_bias(module)
-    assert bias is not None
-    assert torch.equal(bias, module.bias)
-    assert read_bias(nn.Linear(4, 3, bias=False)) is None
 
 
 @pytest.mark.parametrize(("name", "near"), [("nf5", "nf4"), ("torchao-int5", "torchao-int4"), ("in8", "int8")])

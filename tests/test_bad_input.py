@@ -252,7 +252,6 @@ def test_a_broken_correction(saved: Any, model: Any, damage: str, door: str, tmp
 
 def test_what_is_no_correction(saved: Any, source: Path, model: Any, tmp_path: Path) -> None:
     for path, message in (
-        (tmp_path / "none", "neither a folder nor a Hub repository"),
         (source, "names no glowq correction"),
         (saved[1] / "full", "self-contained glowq model"),
         (tmp_path, "config.json does not exist"),

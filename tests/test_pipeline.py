@@ -19,6 +19,7 @@ from glowq.groups import trace_groups
 from glowq.methods import get_method, method_names
 from glowq.runtime import attached
 from glowq.solver import factorize
+from glowq.statistics import MomentCollector, Moments
 
 SOLVER = "glowq.methods.glowq.factorize"
 
@@ -201,6 +202,22 @@ def test_an_encoder(kind: str, groups: int, tmp_path: Path) -> None:
     for form in ("correction", "full"):
         loaded = AutoModel.from_pretrained(tmp_path / form)
         assert torch.equal(states(loaded), states(model))
+
+
+def test_every_call_of_a_shared_block_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: dict[str, int] = {}
+    measure = MomentCollector.moments
+
+    def moments(self: MomentCollector) -> Moments:
+        counted[self.group.members[0].rpartition(".")[2]] = self.tokens
+        return measure(self)
+
+    monkeypatch.setattr(MomentCollector, "moments", moments)
+    folder = encoder("albert", tmp_path / "albert")
+    model = AutoModel.from_pretrained(folder, quantization_config=glowq.GlowQConfig(base="nf4").base)
+    glowq.correct(model, reference=folder, calibration=tokens(64), rank=4)
+    assert counted["embedding_hidden_mapping_in"] == 64 * 32
+    assert counted["query"] == counted["ffn"] == counted["ffn_output"] == 3 * 64 * 32
 
 
 def test_a_block_that_runs_again_makes_the_model_one_stop(tmp_path: Path) -> None:

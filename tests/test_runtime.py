@@ -35,6 +35,13 @@ def expected(model: nn.Module, member: str, x: Tensor) -> Tensor:
     return x.detach().double() @ weight.T + layer.bias.detach().double()
 
 
+def input_gradient(model: nn.Module, member: str) -> Tensor:
+    """Gradient of the sum of the outputs with respect to one token, float64."""
+    probe = torch.cat([torch.eye(8), torch.zeros(1, 8)])
+    outputs = expected(model, member, probe).sum(1)
+    return outputs[:8] - outputs[8]
+
+
 def right(model: nn.Module, member: str, x: Tensor, y: Tensor) -> bool:
     return torch.allclose(y.double(), expected(model, member, x), rtol=0, atol=1e-5)
 
@@ -160,13 +167,18 @@ def test_inference_mode_shares_nothing_and_is_right(trio: nn.Module) -> None:
     assert container(trio)._slot is None
 
 
-def test_a_product_of_another_mode_is_not_used(trio: nn.Module) -> None:
+def test_a_product_without_a_graph_is_not_used_where_gradients_are_wanted(trio: nn.Module) -> None:
     x = torch.randn(3, 8, requires_grad=True)
     with torch.no_grad():
         trio.q(x)
-    assert trio.k(x).requires_grad
+    trio.k(x).sum().backward()
+    torch.testing.assert_close(x.grad.double(), input_gradient(trio, "k").expand(3, 8), rtol=0, atol=1e-5)
+
+
+def test_a_half_precision_product_is_not_used_outside_of_autocast(trio: nn.Module) -> None:
+    x = torch.randn(3, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        trio.q(x)
+        assert not right(trio, "q", x, trio.q(x))
     assert right(trio, "v", x, trio.v(x))
 
 
@@ -174,9 +186,7 @@ def test_an_input_that_asks_for_gradients_later_gets_all_of_them(trio: nn.Module
     x = torch.randn(3, 8)
     trio.q(x)
     trio.k(x.requires_grad_()).sum().backward()
-    probe = torch.eye(8, dtype=torch.float64)
-    weight = (expected(trio, "k", probe) - trio.k.bias.detach()).T
-    torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(3, 8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), input_gradient(trio, "k").expand(3, 8), rtol=0, atol=1e-5)
 
 
 def test_members_whose_gradients_are_taken_one_by_one(trio: nn.Module) -> None:

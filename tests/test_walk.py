@@ -197,6 +197,19 @@ def test_inference_mode_outside_does_not_matter(tiny_llama: Factory, random_fact
         same(walked(model, uneven(), random_factors), exact)
 
 
+def test_a_forward_under_autocast_is_alone_in_it(tiny_llama: Factory, random_factors: Factory) -> None:
+    model, twin = tiny_llama(), tiny_llama()
+    for each in (model, twin):
+        each.forward = torch.autocast("cpu", torch.bfloat16)(each.forward)
+    stops = by_block(find_groups(model, uneven()[0]))
+    with BlockWalk(model, uneven(), list(stops)) as walk:
+        for stop in stops:
+            for _ in walk.collect(stop, []):
+                assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+    same(walked(model, uneven(), random_factors), ordinary(twin, uneven(), random_factors))
+
+
 class InPlace(nn.Module):
     """A block that writes into its own input and gives it back."""
 

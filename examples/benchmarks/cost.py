@@ -1,7 +1,7 @@
 """What a correction costs to make: time against its calibration forwards, and memory above the imports.
 
-    python examples/benchmarks/cost.py
-    python examples/benchmarks/cost.py --base torchao-int3 --calibration-tokens 32768 --json
+python examples/benchmarks/cost.py
+python examples/benchmarks/cost.py --base torchao-int3 --calibration-tokens 32768 --json
 """
 
 from __future__ import annotations

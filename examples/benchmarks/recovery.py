@@ -1,7 +1,7 @@
 """How much of the perplexity gap each method recovers on the bundled model, at one rank, on held-out text.
 
-    python examples/benchmarks/recovery.py
-    python examples/benchmarks/recovery.py --bases torchao-int3 --methods glowq qera --rank 32 --json
+python examples/benchmarks/recovery.py
+python examples/benchmarks/recovery.py --bases torchao-int3 --methods glowq qera --rank 32 --json
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,6 @@ __all__ = [
     "find_backend",
     "prepare_model",
     "quantized_modules",
-    "read_bias",
     "read_weight",
     "register",
 ]
@@ -46,14 +46,14 @@ class Backend(ABC):
     name: ClassVar[str]
     package: ClassVar[str]
     extra: ClassVar[str]
-    presets: ClassVar[dict[str, Callable[[], Any]]] = {}
+    presets: ClassVar[Mapping[str, Callable[[], Any]]] = MappingProxyType({})
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is this backend's; must not import the library."""
 
     @abstractmethod
-    def weight(self, module: nn.Module) -> Tensor:
+    def weight(self, module: Any) -> Tensor:
         """The weight that the module's kernel multiplies by, shape (out_features, in_features), any float dtype.
 
         Raises:
@@ -61,23 +61,23 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def codes(self, module: nn.Module) -> Tensor:
+    def codes(self, module: Any) -> Tensor:
         """The stored integer codes, any shape: what a fingerprint is taken of."""
 
     @abstractmethod
-    def scheme(self, module: nn.Module) -> str:
+    def scheme(self, module: Any) -> str:
         """The quantization settings in words, equal for equal settings ("nf4, blocks of 64")."""
 
     @abstractmethod
-    def packed_bytes(self, module: nn.Module) -> int:
+    def packed_bytes(self, module: Any) -> int:
         """Bytes of the weight at its nominal bit width plus its scales, however the library stores it."""
 
-    def prepare(self, module: nn.Module) -> None:
+    def prepare(self, module: Any) -> None:  # noqa: B027 - most libraries set no trap
         """Close the library's traps before the module is read, run or saved; called once after loading."""
 
-    def features(self, module: nn.Module) -> tuple[int, int]:
+    def features(self, module: Any) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        return int(module.out_features), int(module.in_features)
 
 
 _REGISTRY: dict[str, Backend] = {}
@@ -135,12 +135,6 @@ def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
             f"{name}: the dequantized weight holds NaN or Inf; its quantization scales are damaged. Quantize it again."
         )
     return weight
-
-
-def read_bias(module: nn.Module) -> Tensor | None:
-    """A module's bias, shape (out_features,), or None."""
-    bias = getattr(module, "bias", None)
-    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def _presets() -> dict[str, Backend]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class BitsAndBytes4Bit(Backend):
     name = "bitsandbytes-4bit"
     package = "bitsandbytes"
     extra = "bitsandbytes"
-    presets = {
+    presets: ClassVar = {
         "nf4": partial(_config, "nf4", False),
         "nf4-double": partial(_config, "nf4", True),
         "fp4": partial(_config, "fp4", False),
@@ -42,25 +42,25 @@ class BitsAndBytes4Bit(Backend):
         bnb = sys.modules.get("bitsandbytes")
         return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
 
-    def prepare(self, module: nn.Module) -> None:
+    def prepare(self, module: Any) -> None:
         # On AVX512-BF16 CPUs the first forward without gradients repacks the weight in place; from then on
         # dequantize_4bit and save_pretrained silently produce another weight.
-        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        module.support_avx512bf16_for_cpu = False
 
-    def weight(self, module: nn.Module) -> Tensor:
+    def weight(self, module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(module.weight.data, self._state(module))
 
-    def codes(self, module: nn.Module) -> Tensor:
+    def codes(self, module: Any) -> Tensor:
         self._state(module)
-        return module.weight.data.view(torch.uint8)  # type: ignore[union-attr, operator, no-any-return]
+        return module.weight.data.view(torch.uint8)
 
-    def scheme(self, module: nn.Module) -> str:
+    def scheme(self, module: Any) -> str:
         state = self._state(module)
         return f"{state.quant_type}, blocks of {state.blocksize}" + (", double quantization" if state.nested else "")
 
-    def packed_bytes(self, module: nn.Module) -> int:
+    def packed_bytes(self, module: Any) -> int:
         state = self._state(module)
         scales = [state.absmax]
         if state.nested:
@@ -69,7 +69,7 @@ class BitsAndBytes4Bit(Backend):
         return codes.numel() + sum(scale.numel() * scale.element_size() for scale in scales)
 
     @staticmethod
-    def _state(module: nn.Module) -> Any:
+    def _state(module: Any) -> Any:
         state = getattr(module.weight, "quant_state", None)
         if state is None:
             raise BackendError("a Linear4bit holds a weight that was never quantized; load it with from_pretrained.")

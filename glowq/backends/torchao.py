@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ class TorchAO(Backend):
     name = "torchao"
     package = "torchao"
     extra = "torchao"
-    presets = {"torchao-int8": _int8} | {f"torchao-int{bits}": partial(_intx, bits) for bits in (2, 3, 4)}
+    presets: ClassVar = {"torchao-int8": _int8} | {f"torchao-int{bits}": partial(_intx, bits) for bits in (2, 3, 4)}
 
     def matches(self, module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear) or "torchao" not in sys.modules:
@@ -57,10 +57,10 @@ class TorchAO(Backend):
 
         return isinstance(module.weight, TorchAOBaseTensor)
 
-    def weight(self, module: nn.Module) -> Tensor:
-        return module.weight.dequantize()  # type: ignore[union-attr, operator, no-any-return]
+    def weight(self, module: Any) -> Tensor:
+        return module.weight.dequantize()
 
-    def codes(self, module: nn.Module) -> Tensor:
+    def codes(self, module: Any) -> Tensor:
         codes = getattr(module.weight, "qdata", None)
         if codes is None:
             raise BackendError(
@@ -68,7 +68,7 @@ class TorchAO(Backend):
             )
         return codes
 
-    def scheme(self, module: nn.Module) -> str:
+    def scheme(self, module: Any) -> str:
         weight: Any = module.weight
         block = weight.block_size[-1]
         grouped = "one scale a row" if block == module.in_features else f"groups of {block}"
@@ -76,7 +76,7 @@ class TorchAO(Backend):
         zero = "symmetric" if zeros is None or not bool(zeros.any()) else "asymmetric"
         return f"int{self._bits(module)}, {grouped}, {zero}"
 
-    def packed_bytes(self, module: nn.Module) -> int:
+    def packed_bytes(self, module: Any) -> int:
         weight: Any = module.weight
         zeros = getattr(weight, "zero_point", None)
         scales = [weight.scale, zeros if zeros is not None and bool(zeros.any()) else None]
@@ -85,7 +85,7 @@ class TorchAO(Backend):
         )
 
     @staticmethod
-    def _bits(module: nn.Module) -> int:
+    def _bits(module: Any) -> int:
         target = getattr(module.weight, "target_dtype", None)
         digits = re.search(r"int(\d+)$", str(target))
         return int(digits.group(1)) if digits else 8

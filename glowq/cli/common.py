@@ -116,9 +116,9 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def command_line() -> str:
-    """The command as it was typed, quoted for a shell."""
-    return shlex.join(["glowq", *sys.argv[1:]])
+def command_line(renamed: Mapping[str, str] | None = None) -> str:
+    """The command as it was typed, quoted for a shell; arguments in `renamed` under their other name."""
+    return shlex.join(["glowq", *((renamed or {}).get(word, word) for word in sys.argv[1:])])
 
 
 def finite(value: float) -> float | None:

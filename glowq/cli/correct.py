@@ -91,7 +91,10 @@ def correct(
             "command": command_line(),
             "seed": seed,
         }
-        correction.card = _card_facts(result)
+        # Without the folder's name, so that the same command gives the same files wherever they are written.
+        facts = {"command": command_line({output: "OUT"}), "held_out": held_out}
+        for config in (correction.config, corrected.config.quantization_config):
+            config.provenance.update(facts)
         _save(correction, corrected, target, format)
         if resume:
             shutil.rmtree(kept)
@@ -112,14 +115,6 @@ def _is_measured(model: str, config: Any) -> bool:
     if not scores_text(config):
         print(f"glowq: note: {model} predicts no next token: nothing is measured on held-out text.", file=sys.stderr)
     return scores_text(config)
-
-
-def _card_facts(result: dict[str, Any]) -> dict[str, Any]:
-    """What the model card repeats: nothing that another run of the same command would give otherwise."""
-    held_out = result["held_out"]
-    defined = held_out is not None and held_out["recovered"] is not None
-    facts = {key: result[key] for key in ("command", "overhead", "calibration_tokens", "seed")}
-    return {**facts, "held_out": held_out if defined else None}
 
 
 def _save(correction: Any, model: Any, target: Path, format: str) -> None:

@@ -78,13 +78,14 @@ def check_measured(moments: Moments, statistic: Statistic) -> None:
     """Refuse moments that lack what a method minimises, rather than minimise something else.
 
     Raises:
-        CalibrationError: no token was counted, or the second moment was not streamed.
+        CalibrationError: no token was counted, or what the method needs was not streamed.
     """
-    missing = statistic == "second" and moments.second is None and moments.energy is None
+    found = (moments.magnitude,) if statistic == "magnitude" else (moments.second, moments.energy)
+    missing = all(value is None for value in found)
     if moments.tokens == 0 or missing:
         raise CalibrationError(
             f"the {statistic} statistic of the inputs is needed; found {moments.tokens} tokens counted"
-            f"{' and no second moment' if missing else ''}. Calibrate with statistic={statistic!r}."
+            f"{f' and no {statistic}' if missing else ''}. Calibrate with statistic={statistic!r}."
         )
 
 

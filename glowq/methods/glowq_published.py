@@ -28,13 +28,13 @@ def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
     Source: GlowQ (arXiv 2603.25385) sec. 3; the shrinkage keeps its S^(-1/2) finite.
     """
     check_measured(moments, "second")
-    level = _SHRINKAGE * moments.mean_square.mean()
+    assert moments.mean_square is not None
+    level = _SHRINKAGE * moments.mean_square
     if moments.energy is not None:
         wide = error.to(moments.energy.dtype)
         energy = (1 - _SHRINKAGE) * moments.energy + level * (wide @ wide.T)
         return factorize(error, None, rank, energy=energy, seed=seed)
-    if moments.second is None:
-        raise AssertionError("check_measured lets through one of energy and second")
+    assert moments.second is not None
     shrunk = (1 - _SHRINKAGE) * moments.second
     shrunk.diagonal().add_(level)
     return factorize(error, shrunk, rank, seed=seed)

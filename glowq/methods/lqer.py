@@ -26,6 +26,7 @@ def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
     Source: LQER (arXiv 2402.02446) sec. 3.2; the paper's normalisation of a is a constant and changes no minimiser.
     """
     check_measured(moments, "magnitude")
+    assert moments.magnitude is not None
     return factorize(error, moments.magnitude.square(), rank, seed=seed)
 
 
