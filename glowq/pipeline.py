@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from . import __version__
-from .backends import Backend, prepare_model, read_weight
+from .backends import prepare_model
+from .block_solver import BlockSolver, factor_dtype, stops_of, to_model
 from .config import GlowQConfig
-from .correction import Correction, describe_groups, fingerprint
-from .data import batches, read_texts, token_sequences
-from .errors import CalibrationError, ConfigError, RankError, TokenizerMismatchError, UnsupportedModuleError
-from .groups import Group, Trace, trace_groups
+from .correction import Correction, describe_groups
+from .data import read_texts, token_sequences
+from .errors import CalibrationError, ConfigError, TokenizerMismatchError, UnsupportedModuleError
+from .fingerprint import fingerprint
+from .groups import Trace, trace_groups
 from .methods import Method, get_method
-from .progress import progress
 from .reference import Reference
 from .resume import Resume
-from .runtime import GroupFactors, attach, attached, detach
-from .selection import uniform_rank
-from .statistics import MomentCollector, Moments
-from .walk import BlockWalk
+from .runtime import attached, detach
+from .selection import uniform_ranks
 
 __all__ = ["correct"]
 
 _TRACE_TOKENS = 8
-_BATCH_TOKENS = 4096
 
 
 def correct(
@@ -89,16 +85,16 @@ def correct(
         )
     sequences = _sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
     trace = _trace(model, sequences)
-    groups = trace.groups
     base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
-    ranks = _ranks(groups, rank, budget, base_bytes, _factor_dtype(model), shared=solver.shared)
+    itemsize = factor_dtype(model).itemsize
+    ranks = uniform_ranks(trace.groups, rank, budget, base_bytes, itemsize, shared=solver.shared)
     _check_token_count(sequences, ranks)
     config = _stored_config(model, reference, base_bytes, solver, sequences, seed)
     try:
         with Reference(reference, type(model)) as source:
             store = Resume.open(resume, config, reference, ranks, sequences)
-            run = _Run(model, source, backends, solver, ranks, seed, store)
-            factors = run.solve(_stops(trace), sequences)
+            run = BlockSolver(model, source, backends, solver, ranks, seed, store)
+            factors = run.solve(stops_of(trace), sequences)
     except BaseException:
         detach(model)
         raise
@@ -115,111 +111,6 @@ def correct(
 
     adopt(model, config)
     return correction
-
-
-class _Run:
-    """The walk of one `correct` call."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        reference: Reference,
-        backends: Mapping[str, Backend],
-        method: Method,
-        ranks: Mapping[str, int],
-        seed: int,
-        resume: Resume,
-    ) -> None:
-        self.model = model
-        self.reference = reference
-        self.backends = backends
-        self.method = method
-        self.ranks = ranks
-        self.seed = seed
-        self.resume = resume
-
-    def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[GroupFactors]:
-        """Factors of every group in the order of the walk; each block is corrected before the next one is measured."""
-        solved: list[GroupFactors] = []
-        inputs = [_to_model(batch, self.model) for batch in batches(sequences, _batch_size(sequences))]
-        work = len(inputs) * len(stops) if self.method.statistic != "none" else len(stops)
-        bar = progress(total=work, desc="Correcting", unit="block")
-        with bar, BlockWalk(self.model, inputs, list(stops)) as walk:
-            for stop, members in stops.items():
-                done = self.resume.load(stop, members)
-                if done is None:
-                    done = self._solve_block(walk, stop, members, bar)
-                    self.resume.save(stop, done)
-                else:
-                    bar.update(len(inputs))
-                for entry in done:
-                    attach(self.model, entry)
-                solved.extend(done)
-        return solved
-
-    def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[GroupFactors]:
-        errors = {group.name: self._error(group) for group in groups}
-        moments = dict.fromkeys(errors, Moments(tokens=0))
-        if self.method.statistic == "none":
-            bar.update()
-        else:
-            collectors = [self._collector(group, errors[group.name]) for group in groups]
-            for _ in walk.collect(stop, collectors):
-                bar.update()
-            moments = {collector.group.name: collector.moments() for collector in collectors}
-        solved: list[GroupFactors] = []
-        for group in groups:
-            solved.extend(self._factors(group, errors[group.name], moments[group.name], _factor_dtype(self.model)))
-        return solved
-
-    def _collector(self, group: Group, error: Tensor) -> MomentCollector:
-        narrow = sum(group.out_features) < group.in_features  # then E S E^T is smaller than S
-        return MomentCollector(group, self.method.statistic, error if narrow else None)
-
-    def _error(self, group: Group) -> Tensor:
-        """Stacked weight error E = W - Q of the group, shape (O, d), float32."""
-        rows = []
-        for name, width in zip(group.members, group.out_features, strict=True):
-            quantized = read_weight(self.backends[name], name, self.model.get_submodule(name))
-            full = self.reference.weight(name, (width, group.in_features))
-            rows.append(full.to(quantized.device) - quantized)
-        return torch.cat(rows)
-
-    def _factors(self, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype) -> list[GroupFactors]:
-        parts = [(group, error, moments)] if self.method.shared else list(_members(group, error, moments))
-        solved = []
-        for part, part_error, part_moments in parts:
-            rank = min(self.ranks[group.name], part_error.shape[0], part_error.shape[1])
-            result = self.method.solve(part_error, part_moments, rank, self.seed)
-            lefts = result.left.to(dtype).cpu().split(list(part.out_features))
-            solved.append(
-                GroupFactors(
-                    part,
-                    result.right.to(dtype).cpu(),
-                    {member: left.contiguous() for member, left in zip(part.members, lefts, strict=True)},
-                    result.gains.cpu(),
-                )
-            )
-        return solved
-
-
-def _members(group: Group, error: Tensor, moments: Moments) -> Any:
-    """Each member as a group of one, for methods that share nothing."""
-    start = 0
-    for name, width in zip(group.members, group.out_features, strict=True):
-        single = Group(name, (name,), group.in_features, (width,), group.block)
-        yield single, error[start : start + width], moments.rows(start, start + width)
-        start += width
-
-
-def _stops(trace: Trace) -> dict[str, list[Group]]:
-    """Where the walk pauses -> the groups measured until there, in the order of the calls."""
-    if trace.repeated:
-        return {"": trace.groups}  # a block that runs again cannot be corrected before it is measured: all at once
-    stops: dict[str, list[Group]] = {}
-    for group in trace.groups:
-        stops.setdefault(group.block, []).append(group)
-    return stops
 
 
 def _sequences(model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int) -> Tensor:
@@ -249,36 +140,12 @@ def _sequences(model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, 
 
 
 def _trace(model: nn.Module, sequences: Tensor) -> Trace:
-    example = _to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
+    example = to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
     trace = trace_groups(model, example)
     if not trace.groups:
         name, reason = next(iter(trace.skipped.items()))
         raise UnsupportedModuleError(f"no module can be corrected; {name}: {reason}.")
     return trace
-
-
-def _ranks(
-    groups: Sequence[Group],
-    rank: int | None,
-    budget: str | int | None,
-    base_bytes: int,
-    dtype: torch.dtype,
-    *,
-    shared: bool,
-) -> dict[str, int]:
-    largest = {group.name: min(sum(group.out_features), group.in_features) for group in groups}
-    if budget is not None:
-        size = torch.empty((), dtype=dtype).element_size()
-        rank = uniform_rank(sum(_rank_values(group, shared) for group in groups) * size, budget, base_bytes)
-        rank = min(rank, max(largest.values()))
-    rank = 32 if rank is None else rank
-    if rank < 1 or rank > max(largest.values()):
-        raise RankError(f"rank must lie between 1 and {max(largest.values())} for this model, found {rank}.")
-    return {name: min(rank, most) for name, most in largest.items()}
-
-
-def _rank_values(group: Group, shared: bool) -> int:
-    return sum(group.out_features) + group.in_features * (1 if shared else len(group.members))
 
 
 def _check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
@@ -288,21 +155,6 @@ def _check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
             f"{sequences.numel()} calibration tokens are too few for rank {max(ranks.values())}: at least {needed} are "
             "needed, and some ten thousand are better. Give longer text or a smaller rank."
         )
-
-
-def _batch_size(sequences: Tensor) -> int:
-    return max(1, _BATCH_TOKENS // sequences.shape[1])
-
-
-def _to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else model
-    device = next(iter(embeddings.parameters())).device
-    return dict(batch) if device.type == "meta" else {name: value.to(device) for name, value in batch.items()}
-
-
-def _factor_dtype(model: nn.Module) -> torch.dtype:
-    dtype = getattr(model, "dtype", torch.float32)
-    return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.bfloat16
 
 
 def _stored_config(

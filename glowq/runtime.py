@@ -21,7 +21,16 @@ from torch.utils.hooks import RemovableHandle
 from .errors import ConfigError
 from .groups import Group
 
-__all__ = ["GroupFactors", "SharedCorrection", "attach", "attached", "detach", "disabled"]
+__all__ = [
+    "GroupFactors",
+    "SharedCorrection",
+    "attach",
+    "attached",
+    "attached_factors",
+    "detach",
+    "disabled",
+    "set_aside",
+]
 
 CONTAINER = "glowq_"
 
@@ -217,6 +226,40 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for container, enabled in zip(containers, before, strict=True):
             container.enabled = enabled
+
+
+def attached_factors(model: nn.Module) -> list[GroupFactors]:
+    """The factors of every correction attached to `model`, in module order; their gains are not kept there."""
+    return [
+        GroupFactors(
+            container.group,
+            container.right.factor.detach(),
+            {
+                member: left.factor.detach()  # type: ignore[operator]
+                for member, left in zip(container.group.members, container.lefts, strict=True)
+            },
+            torch.zeros(container.rank, dtype=torch.float64),
+        )
+        for container in attached(model).values()
+    ]
+
+
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Inside this context the module tree is the base's: some bases store a list of every tensor of the model."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, SharedCorrection)
+    ]
+    try:
+        for parent, name, _ in found:
+            del parent._modules[name]
+        yield
+    finally:
+        for parent, name, child in found:
+            parent._modules[name] = child
 
 
 def _container_name(group: Group) -> str:

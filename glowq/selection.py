@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from .errors import ConfigError
+from .errors import ConfigError, RankError
+from .groups import Group
 from .runtime import GroupFactors
 
-__all__ = ["parse_budget", "ranks_within", "uniform_rank"]
+__all__ = ["parse_budget", "ranks_within", "uniform_rank", "uniform_ranks"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -55,6 +56,43 @@ def uniform_rank(rank_bytes: int, budget: str | int, base_bytes: int) -> int:
             f"({rank_bytes / base_bytes:.2%}); give at least that."
         )
     return available // rank_bytes
+
+
+def uniform_ranks(
+    groups: Sequence[Group],
+    rank: int | None,
+    budget: str | int | None,
+    base_bytes: int,
+    itemsize: int,
+    *,
+    shared: bool,
+) -> dict[str, int]:
+    """Group name -> rank, the same for all, lowered where a group allows less.
+
+    Args:
+        groups: the groups to restore.
+        rank: rank asked for; 32 if neither it nor `budget` is given.
+        budget: largest uniform rank within these bytes, see `parse_budget`.
+        base_bytes: bytes of the quantized weights.
+        itemsize: bytes of one factor value.
+        shared: one right factor a group, or one a member.
+
+    Raises:
+        RankError: rank below 1, or above what any group allows.
+        ConfigError: see `uniform_rank`.
+    """
+    largest = {group.name: min(sum(group.out_features), group.in_features) for group in groups}
+    if budget is not None:
+        rank = uniform_rank(sum(_rank_values(group, shared) for group in groups) * itemsize, budget, base_bytes)
+        rank = min(rank, max(largest.values()))
+    rank = 32 if rank is None else rank
+    if rank < 1 or rank > max(largest.values()):
+        raise RankError(f"rank must lie between 1 and {max(largest.values())} for this model, found {rank}.")
+    return {name: min(rank, most) for name, most in largest.items()}
+
+
+def _rank_values(group: Group, shared: bool) -> int:
+    return sum(group.out_features) + group.in_features * (1 if shared else len(group.members))
 
 
 def ranks_within(

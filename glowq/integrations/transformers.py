@@ -8,8 +8,6 @@ loader: a missing factor there is only a warning and uninitialized memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..backends import prepare_model, quantized_modules, read_weight
 from ..config import GlowQConfig
-from ..correction import FACTORS_FILE, Correction, factor_tensors, read_factors, verify_fingerprint
+from ..correction import FACTORS_FILE, Correction, factor_tensors, read_factors
 from ..errors import ConfigError, PickleRefusedError, UnsafePathError
 from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
-from ..runtime import GroupFactors, SharedCorrection, attach, attached, detach
+from ..fingerprint import verify_fingerprint
+from ..runtime import GroupFactors, attach, attached, attached_factors, detach, set_aside
 
 __all__ = ["GlowQHfQuantizer", "adopt", "load_correction"]
 
@@ -113,11 +112,11 @@ class GlowQHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         """The base's keys exactly as it writes them, the factors under the names that every correction file uses."""
-        factors = factor_tensors(_current_factors(model))
+        factors = factor_tensors(attached_factors(model))
         # Saving asks for this first: a model that was detached since is stored as the plain base that it is again.
         config: Any = model.config
         config.quantization_config = self.glowq_config if factors else self.quantization_config
-        with _without_containers(model):
+        with set_aside(model):
             state, metadata = self.base.get_state_dict_and_metadata(model)
             state = model.state_dict() if state is None else state
         return {**state, **factors}, metadata
@@ -127,7 +126,7 @@ class GlowQHfQuantizer(HfQuantizer):
         dtype = dtype or getattr(model, "dtype", None) or torch.float32
         added = {
             member: left.float() @ entry.right.float()
-            for entry in _current_factors(model)
+            for entry in attached_factors(model)
             for member, left in entry.lefts.items()
         }
         detach(model)
@@ -241,39 +240,6 @@ def _attach_all(model: nn.Module, config: GlowQConfig, factors: list[GroupFactor
 def _attached_dtype(model: nn.Module) -> torch.dtype:
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
     return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
-
-
-def _current_factors(model: nn.Module) -> list[GroupFactors]:
-    return [
-        GroupFactors(
-            container.group,
-            container.right.factor.detach(),
-            {
-                member: left.factor.detach()  # type: ignore[operator]
-                for member, left in zip(container.group.members, container.lefts, strict=True)
-            },
-            torch.zeros(container.rank, dtype=torch.float64),
-        )
-        for container in attached(model).values()
-    ]
-
-
-@contextmanager
-def _without_containers(model: nn.Module) -> Iterator[None]:
-    """Inside this context the module tree is the base's: some bases store a list of every tensor of the model."""
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, SharedCorrection)
-    ]
-    try:
-        for parent, name, _ in found:
-            del parent._modules[name]
-        yield
-    finally:
-        for parent, name, child in found:
-            parent._modules[name] = child
 
 
 def _dense(backend: Any, name: str, module: nn.Module, added: Any, dtype: torch.dtype) -> nn.Linear:

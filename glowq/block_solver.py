@@ -1,0 +1,157 @@
+"""Error and moments of each block -> its factors, in the order of the walk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .backends import Backend, read_weight
+from .data import batches
+from .groups import Group, Trace
+from .methods import Method
+from .progress import progress
+from .reference import Reference
+from .resume import Resume
+from .runtime import GroupFactors, attach
+from .statistics import MomentCollector, Moments
+from .walk import BlockWalk
+
+__all__ = ["BlockSolver", "factor_dtype", "stops_of", "to_model"]
+
+_BATCH_TOKENS = 4096
+
+
+class BlockSolver:
+    """Solves a model's groups block by block, attaching each block's correction before the next one is measured.
+
+    Args:
+        model: quantized; corrected in place.
+        reference: full-precision weights.
+        backends: module name -> backend of every quantized module.
+        method: how a group's error and moments become factors.
+        ranks: group name -> rank.
+        seed: of the solver.
+        resume: keeps finished blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: Reference,
+        backends: Mapping[str, Backend],
+        method: Method,
+        ranks: Mapping[str, int],
+        seed: int,
+        resume: Resume,
+    ) -> None:
+        self.model = model
+        self.reference = reference
+        self.backends = backends
+        self.method = method
+        self.ranks = ranks
+        self.seed = seed
+        self.resume = resume
+
+    def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[GroupFactors]:
+        """Factors of every group in the order of the walk; each block is corrected before the next one is measured."""
+        solved: list[GroupFactors] = []
+        inputs = [to_model(batch, self.model) for batch in batches(sequences, _batch_size(sequences))]
+        work = len(inputs) * len(stops) if self.method.statistic != "none" else len(stops)
+        bar = progress(total=work, desc="Correcting", unit="block")
+        with bar, BlockWalk(self.model, inputs, list(stops)) as walk:
+            for stop, members in stops.items():
+                done = self.resume.load(stop, members)
+                if done is None:
+                    done = self._solve_block(walk, stop, members, bar)
+                    self.resume.save(stop, done)
+                else:
+                    bar.update(len(inputs))
+                for entry in done:
+                    attach(self.model, entry)
+                solved.extend(done)
+        return solved
+
+    def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[GroupFactors]:
+        errors = {group.name: self._error(group) for group in groups}
+        moments = dict.fromkeys(errors, Moments(tokens=0))
+        if self.method.statistic == "none":
+            bar.update()
+        else:
+            collectors = [self._collector(group, errors[group.name]) for group in groups]
+            for _ in walk.collect(stop, collectors):
+                bar.update()
+            moments = {collector.group.name: collector.moments() for collector in collectors}
+        solved: list[GroupFactors] = []
+        for group in groups:
+            solved.extend(self._factors(group, errors[group.name], moments[group.name], factor_dtype(self.model)))
+        return solved
+
+    def _collector(self, group: Group, error: Tensor) -> MomentCollector:
+        narrow = sum(group.out_features) < group.in_features  # then E S E^T is smaller than S
+        return MomentCollector(group, self.method.statistic, error if narrow else None)
+
+    def _error(self, group: Group) -> Tensor:
+        """Stacked weight error E = W - Q of the group, shape (O, d), float32."""
+        rows = []
+        for name, width in zip(group.members, group.out_features, strict=True):
+            quantized = read_weight(self.backends[name], name, self.model.get_submodule(name))
+            full = self.reference.weight(name, (width, group.in_features))
+            rows.append(full.to(quantized.device) - quantized)
+        return torch.cat(rows)
+
+    def _factors(self, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype) -> list[GroupFactors]:
+        parts = [(group, error, moments)] if self.method.shared else list(_members(group, error, moments))
+        solved = []
+        for part, part_error, part_moments in parts:
+            rank = min(self.ranks[group.name], part_error.shape[0], part_error.shape[1])
+            result = self.method.solve(part_error, part_moments, rank, self.seed)
+            lefts = result.left.to(dtype).cpu().split(list(part.out_features))
+            solved.append(
+                GroupFactors(
+                    part,
+                    result.right.to(dtype).cpu(),
+                    {member: left.contiguous() for member, left in zip(part.members, lefts, strict=True)},
+                    result.gains.cpu(),
+                )
+            )
+        return solved
+
+
+def _members(group: Group, error: Tensor, moments: Moments) -> Any:
+    """Each member as a group of one, for methods that share nothing."""
+    start = 0
+    for name, width in zip(group.members, group.out_features, strict=True):
+        single = Group(name, (name,), group.in_features, (width,), group.block)
+        yield single, error[start : start + width], moments.rows(start, start + width)
+        start += width
+
+
+def stops_of(trace: Trace) -> dict[str, list[Group]]:
+    """Where the walk pauses -> the groups measured until there, in the order of the calls."""
+    if trace.repeated:
+        return {"": trace.groups}  # a block that runs again cannot be corrected before it is measured: all at once
+    stops: dict[str, list[Group]] = {}
+    for group in trace.groups:
+        stops.setdefault(group.block, []).append(group)
+    return stops
+
+
+def _batch_size(sequences: Tensor) -> int:
+    return max(1, _BATCH_TOKENS // sequences.shape[1])
+
+
+def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch on the device of the model's embeddings."""
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else model
+    device = next(iter(embeddings.parameters())).device
+    return dict(batch) if device.type == "meta" else {name: value.to(device) for name, value in batch.items()}
+
+
+def factor_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model's factors are stored: its own."""
+    dtype = getattr(model, "dtype", torch.float32)
+    return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.bfloat16
