@@ -170,6 +170,20 @@ def test_a_corrected_model_can_be_offloaded(corrected: Any, tiny_ids: Tensor, wh
         assert part.right.factor.is_meta
 
 
+def test_a_corrected_model_can_be_dispatched_over_devices(corrected: Any, tiny_ids: Tensor, tmp_path: Path) -> None:
+    from accelerate import dispatch_model
+
+    with torch.no_grad():
+        before = corrected(tiny_ids).logits
+        device_map = {name: "cpu" for name, _ in corrected.named_children()} | {"model.layers.1": "disk"}
+        del device_map["model"]
+        device_map |= {f"model.{name}": "cpu" for name, _ in corrected.model.named_children() if name != "layers"}
+        device_map |= {"model.layers.0": "cpu"}
+        dispatch_model(corrected, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+        assert next(corrected.model.layers[1].parameters()).is_meta
+        assert torch.equal(corrected(tiny_ids).logits, before)
+
+
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_an_offloaded_model_can_be_corrected(
     corrected: Any, tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory, where: str, tmp_path: Path

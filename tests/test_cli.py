@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,7 +30,9 @@ WIDTHS = ["--tokens", "512", "--sequence-length", "64"]
 
 def call(*arguments):
     """A command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="glowq")
+    typed = [str(argument) for argument in arguments]
+    with patch.object(sys, "argv", ["glowq", *typed]):
+        return CliRunner().invoke(app, typed, prog_name="glowq")
 
 
 def result_of(*arguments):
@@ -122,12 +125,14 @@ class TestCorrect:
         assert held_out["recovered"] == pytest.approx((held_out["quantized"] - held_out["corrected"]) / gap)
         assert held_out["recovered_ci95"][0] <= held_out["recovered"] <= held_out["recovered_ci95"][1]
 
-    def test_same_command_gives_the_same_bytes(self, correction, notes, folder):
-        again = folder / "again"
-        done = call("correct", MODEL, "--base", "nf4", "--calibration", notes, "--output", again, *SIZES)
+    def test_same_command_gives_the_same_bytes(self, correction, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        command = ["correct", MODEL, "--base", "nf4", "--calibration", "notes.txt", "--output", "again", *SIZES]
+        assert call(*command, "--json").exit_code == 0
+        for name in ("glowq.safetensors", "config.json", "README.md"):
+            assert (folder / "again" / name).read_bytes() == (correction / name).read_bytes()
+        done = call(*command)
         assert done.exit_code == 0, done.stderr
-        for name in ("glowq.safetensors", "config.json"):
-            assert (again / name).read_bytes() == (correction / name).read_bytes()
         assert "held-out tokens" in done.stdout
 
     def test_loads_back_with_plain_transformers(self, correction):

@@ -162,6 +162,13 @@ def test_generation_is_the_saved_models(saved: Any, loaded: Any) -> None:
     assert torch.equal(loaded.generate(ids, **options), saved[0].generate(ids, **options))
 
 
+@pytest.mark.parametrize("form", ["correction", "full"])
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=str)
+def test_a_device_map_changes_nothing(saved: Any, form: str, device_map: Any) -> None:
+    model, _, folder = saved
+    assert gap(load(folder / form, device_map=device_map), logits(model)) == 0.0
+
+
 def test_a_text_generation_pipeline(saved: Any, source: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     text = pipeline("text-generation", model=str(saved[2] / "correction"))("def area(", **options)
