@@ -8,8 +8,7 @@ from .config import GlowQConfig
 from .correction import Correction
 from .errors import GlowQError
 from .groups import Group, find_groups
-from .integrations.transformers import load_correction
-from .pipeline import correct
+from .integrations.transformers import correct, load_correction
 from .runtime import detach, disabled
 
 __all__ = [

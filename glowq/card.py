@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-if TYPE_CHECKING:
-    from .correction import Correction
+from .config import GlowQConfig
+from .runtime import GroupFactors
 
 __all__ = ["correction_card"]
 
 
-def correction_card(correction: Correction) -> str:
+def correction_card(config: GlowQConfig, factors: Sequence[GroupFactors], base_bytes: int) -> str:
     """Text of README.md: metadata, what was corrected, what was measured, how to load it.
 
     Args:
-        correction: its config's provenance may hold "command" (the exact command line) and "held_out" (the figures of
+        config: its provenance may hold "command" (the exact command line) and "held_out" (the figures of
             `glowq correct --json`); sections without data are left out. Nothing in it depends on time or machine.
+        factors: one entry a restored group.
+        base_bytes: bytes of the quantized weights.
     """
-    config = correction.config
+    factor_bytes = sum(entry.factor_bytes for entry in factors)
     base_model: dict[str, Any] = config.base_model or {}
     name = str(base_model.get("name", ""))
-    ranks = sorted(set(correction.ranks.values()))
+    ranks = sorted({entry.rank for entry in factors})
     data = ModelCardData(
         base_model=None if Path(name).is_absolute() else name,
         base_model_relation=None if Path(name).is_absolute() else "quantized",
@@ -40,11 +43,11 @@ def correction_card(correction: Correction) -> str:
         base=_base_name(config.base),
         method=config.method,
         seed=config.seed,
-        group_count=len(correction.factors),
-        module_count=sum(len(entry.group.members) for entry in correction.factors),
+        group_count=len(factors),
+        module_count=sum(len(entry.group.members) for entry in factors),
         ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-        factor_bytes=correction.factor_bytes,
-        overhead=f"{correction.overhead:.2%}",
+        factor_bytes=factor_bytes,
+        overhead=f"{factor_bytes / base_bytes:.2%}",
         calibration_tokens=config.provenance.get("calibration_tokens", "no"),
         held_out=_held_out(config.provenance.get("held_out")),
         command=config.provenance.get("command"),

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .card import correction_card
 from .config import GlowQConfig
 from .errors import ConfigError, CorrectionError, ModelNotFoundError, NonFiniteError, RankError
 from .files import read_json, refuse_pickles, write_directory
@@ -66,6 +67,10 @@ class Correction:
         """The tensors as a file holds them, on the CPU: `<group>.right` (r, d) and `<member>.left` (o, r)."""
         return factor_tensors(self.factors)
 
+    def model_card(self) -> str:
+        """Text of README.md: metadata, what was corrected, what was measured, how to load it."""
+        return correction_card(self.config, self.factors, self.base_bytes)
+
     def cut(self, *, rank: int | None = None, budget: str | int | None = None) -> Correction:
         """The same correction at smaller ranks: the factors are nested, so that nothing is solved again.
 
@@ -101,8 +106,6 @@ class Correction:
         Raises:
             OutputError: the directory holds other files, cannot be written, or the disk is full.
         """
-        from .card import correction_card
-
         target = Path(save_directory)
         config = {**self.model_config, "transformers_weights": FACTORS_FILE}
         config["quantization_config"] = self.config.to_dict()
@@ -115,7 +118,7 @@ class Correction:
             if self.generation_config is not None:
                 # Not its own save_pretrained: that refuses the settings of many published models.
                 (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
-            (folder / "README.md").write_text(correction_card(self))
+            (folder / "README.md").write_text(self.model_card())
 
         write_directory(target, write)
         if push_to_hub:

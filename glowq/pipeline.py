@@ -98,19 +98,14 @@ def correct(
     except BaseException:
         detach(model)
         raise
-    config = config.with_groups(describe_groups(factors))
-    correction = Correction(
+    return Correction(
         factors=factors,
-        config=config,
+        config=config.with_groups(describe_groups(factors)),
         model_config=_model_config(model),
         base_bytes=base_bytes,
         tokenizer=tokenizer,
         generation_config=getattr(model, "generation_config", None),
     )
-    from .integrations.transformers import adopt
-
-    adopt(model, config)
-    return correction
 
 
 def _sequences(model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int) -> Tensor:

@@ -118,13 +118,12 @@ def _is_measured(model: str, config: Any) -> bool:
 
 
 def _save(correction: Any, model: Any, target: Path, format: str) -> None:
-    from ..card import correction_card
     from ..files import write_directory
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         correction.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(correction_card(correction))
+        (folder / "README.md").write_text(correction.model_card())
 
     if format == "full":
         correction.config = correction.config.with_format("full")

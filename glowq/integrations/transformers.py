@@ -8,8 +8,10 @@ loader: a missing factor there is only a warning and uninitialized memory.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, cast
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .. import pipeline
 from ..backends import prepare_model, quantized_modules, read_weight
 from ..config import GlowQConfig
 from ..correction import FACTORS_FILE, Correction, factor_tensors, read_factors
@@ -25,7 +28,9 @@ from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
 from ..fingerprint import verify_fingerprint
 from ..runtime import GroupFactors, attach, attached, attached_factors, detach, set_aside
 
-__all__ = ["GlowQHfQuantizer", "adopt", "load_correction"]
+__all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
+
+_P = ParamSpec("_P")
 
 _FACTOR_KEYS = r"\.(left|right)$"
 
@@ -92,8 +97,6 @@ class GlowQHfQuantizer(HfQuantizer):
 
     def _correct_now(self, model: nn.Module) -> None:
         from transformers import AutoTokenizer
-
-        from ..pipeline import correct
 
         config = self.glowq_config
         source = model.config.name_or_path  # type: ignore[union-attr]
@@ -176,6 +179,19 @@ def _forward(name: str) -> Any:
 
 _delegate()
 GlowQHfQuantizer.__abstractmethods__ = frozenset()
+
+
+def _adopting(solve: Callable[_P, Correction]) -> Callable[_P, Correction]:
+    @wraps(solve)
+    def correct(*args: _P.args, **kwargs: _P.kwargs) -> Correction:
+        correction = solve(*args, **kwargs)
+        adopt(cast(nn.Module, args[0] if args else kwargs["model"]), correction.config)
+        return correction
+
+    return correct
+
+
+correct = _adopting(pipeline.correct)  # what `glowq.correct` is: afterwards the model saves itself with its correction
 
 
 def load_correction(

@@ -6,32 +6,10 @@ the singular values and left vectors of E S^(1/2): the minimiser is QERA-exact's
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..solver import Factors, factorize
-from ..statistics import Moments
-from . import Method, check_measured, register
+from . import Method, register
+from .qera import solve
 
 __all__ = ["solve"]
-
-
-def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
-    """Minimise trace((E - AB) S (E - AB)^T) for one module.
-
-    Args:
-        error: weight error E of the module, shape (o, d).
-        moments: holds `second` (d, d), or `energy` (o, o); squared activation units.
-        rank: rank kept, 1 <= rank <= min(o, d).
-        seed: of the iteration's start.
-
-    Raises:
-        CalibrationError: the moments lack what is minimised.
-
-    Source: EoRA (arXiv 2410.21271), eigenspace projection.
-    """
-    check_measured(moments, "second")
-    return factorize(error, moments.second, rank, energy=moments.energy, seed=seed)
-
 
 register(
     Method(

@@ -12,7 +12,7 @@ __all__ = ["solve"]
 
 
 def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
-    """Minimise ||E - AB||_F over a whole group.
+    """Minimise ||E - AB||_F over the stacked members.
 
     Args:
         error: stacked weight error E of the group, shape (O, d).
