@@ -42,7 +42,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
-    console = Console()
+    console = Console(width=max(96, Console().width))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     texts = read_texts("python-stdlib")
     held_out = token_sequences(

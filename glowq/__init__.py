@@ -4,12 +4,17 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from .config import GlowQConfig
-from .correction import Correction
-from .errors import GlowQError
-from .groups import Group, find_groups
-from .integrations.transformers import correct, load_correction
-from .runtime import detach, disabled
+from .progress import quiet
+
+# transformers imports every quantization library that is installed; what they say of optional kernels that they do
+# not find is nothing that a user of glowq could act on.
+with quiet("torchao", "torch.utils._pytree"):
+    from .config import GlowQConfig
+    from .correction import Correction
+    from .errors import GlowQError
+    from .groups import Group, find_groups
+    from .integrations.transformers import correct, load_correction
+    from .runtime import detach, disabled
 
 __all__ = [
     "Correction",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .backends import Backend, read_weight
 from .data import batches
+from .errors import ReferenceMismatchError
 from .groups import Group, Trace
 from .methods import Method
 from .progress import progress
@@ -23,6 +24,7 @@ from .walk import BlockWalk
 __all__ = ["BlockSolver", "factor_dtype", "stops_of", "to_model"]
 
 _BATCH_TOKENS = 4096
+_LEAST_SIMILARITY = 0.5  # 2-bit rounding keeps 0.88, an unrelated weight has 0
 
 
 class BlockSolver:
@@ -99,8 +101,9 @@ class BlockSolver:
         rows = []
         for name, width in zip(group.members, group.out_features, strict=True):
             quantized = read_weight(self.backends[name], name, self.model.get_submodule(name))
-            full = self.reference.weight(name, (width, group.in_features))
-            rows.append(full.to(quantized.device) - quantized)
+            full = self.reference.weight(name, (width, group.in_features)).to(quantized.device)
+            _refuse_strangers(name, full, quantized)
+            rows.append(full - quantized)
         return torch.cat(rows)
 
     def _factors(self, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype) -> list[GroupFactors]:
@@ -119,6 +122,16 @@ class BlockSolver:
                 )
             )
         return solved
+
+
+def _refuse_strangers(name: str, full: Tensor, quantized: Tensor) -> None:
+    """A quantized weight points where its full-precision weight does, down to 2 bits and below."""
+    alike = float(torch.nn.functional.cosine_similarity(full.flatten(), quantized.flatten(), dim=0))
+    if alike < _LEAST_SIMILARITY and bool(full.any()) and bool(quantized.any()):
+        raise ReferenceMismatchError(
+            f"{name} of the reference has cosine similarity {alike:.2f} with the quantized weight: the shapes agree, "
+            "but it is another model. Give the full-precision model that the quantized one was made from."
+        )
 
 
 def _members(group: Group, error: Tensor, moments: Moments) -> Any:

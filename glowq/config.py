@@ -94,6 +94,10 @@ class GlowQConfig(QuantizationConfigMixin):
         _check_int("sequence_length", self.sequence_length, 2)
         _check_int("seed", self.seed, 0)
         _check_int("version", self.version, 1)
+        if not self.is_stored:
+            from .methods import get_method
+
+            get_method(self.method)
         if self.format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}, found {self.format!r}.")
         if self.correction is not None and self.calibration is not None:

@@ -28,7 +28,7 @@ __all__ = ["FACTORS_FILE", "Correction", "describe_groups", "factor_tensors", "r
 FACTORS_FILE = "glowq.safetensors"
 
 
-@dataclass
+@dataclass(repr=False)
 class Correction:
     """The factors of every restored group, and where they came from.
 
@@ -62,6 +62,11 @@ class Correction:
     def overhead(self) -> float:
         """`factor_bytes` as a share of the quantized weights' bytes."""
         return self.factor_bytes / self.base_bytes
+
+    def __repr__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "empty"
+        return f"Correction({len(self.factors)} groups, {shown}, {self.factor_bytes} bytes, +{self.overhead:.2%})"
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors as a file holds them, on the CPU: `<group>.right` (r, d) and `<member>.left` (o, r)."""

@@ -42,6 +42,11 @@ class Group:
     block: str
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Member name -> (out_features, in_features)."""
+        return {name: (width, self.in_features) for name, width in zip(self.members, self.out_features, strict=True)}
+
+    @property
     def parent(self) -> str:
         """Name of the innermost module that holds every member ("" for the model itself)."""
         return _common_parent(self.members)

@@ -92,6 +92,7 @@ def correct(
     config = _stored_config(model, reference, base_bytes, solver, sequences, seed)
     try:
         with Reference(reference, type(model)) as source:
+            source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
             store = Resume.open(resume, config, reference, ranks, sequences)
             run = BlockSolver(model, source, backends, solver, ranks, seed, store)
             factors = run.solve(stops_of(trace), sequences)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from .errors import NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
 from .files import checkpoint_files, local_snapshot, read_json
+from .progress import quiet
 
 __all__ = ["Reference"]
 
@@ -62,6 +62,19 @@ class Reference:
             raise RuntimeError("a Reference is used inside its `with` block")
         return self._model
 
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse another model at once, from the modules alone, before any weight is read.
+
+        Args:
+            shapes: module name -> (out_features, in_features) that the quantized module has.
+
+        Raises:
+            ReferenceMismatchError: the reference lacks a module, or has it in another shape.
+            UnsupportedModuleError: a module is itself quantized or no linear layer.
+        """
+        for name, shape in shapes.items():
+            self._module(name, shape)
+
     def weight(self, name: str, shape: tuple[int, int]) -> Tensor:
         """Full-precision weight of one linear module.
 
@@ -73,10 +86,18 @@ class Reference:
             float32 tensor of that shape.
 
         Raises:
-            ReferenceMismatchError: the reference has no such module, or of another shape.
-            UnsupportedModuleError: the module is itself quantized or no linear layer.
+            ReferenceMismatchError, UnsupportedModuleError: see `check`.
             NonFiniteError: the weight holds NaN or Inf.
         """
+        module = self._module(name, shape)
+        with align_module_device(module):
+            weight = module.weight.detach()
+            full = (weight.T if isinstance(module, Conv1D) else weight).to(torch.float32, copy=True)
+        if not bool(torch.isfinite(full).all()):
+            raise NonFiniteError(f"{name} of the reference holds NaN or Inf; the checkpoint is damaged.")
+        return full
+
+    def _module(self, name: str, shape: tuple[int, int]) -> Any:
         try:
             module = self.model.get_submodule(name)
         except AttributeError:
@@ -84,23 +105,19 @@ class Reference:
                 f"the reference has no module {name!r}, which the quantized model has: it is another model. Give the "
                 "full-precision model that the quantized one was made from."
             ) from None
-        with align_module_device(module):
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
-                raise UnsupportedModuleError(
-                    f"{name} of the reference is a {type(module).__name__} without a plain float weight; the reference "
-                    "must be the full-precision model, not a quantized one."
-                )
-            full = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
-            full = full.to(torch.float32, copy=True)
-        if tuple(full.shape) != shape:
-            raise ReferenceMismatchError(
-                f"{name} has shape {tuple(full.shape)} in the reference and {shape} in the quantized model: it is "
-                "another model. Give the full-precision model that the quantized one was made from."
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
+            raise UnsupportedModuleError(
+                f"{name} of the reference is a {type(module).__name__} without a plain float weight; the reference "
+                "must be the full-precision model, not a quantized one."
             )
-        if not bool(torch.isfinite(full).all()):
-            raise NonFiniteError(f"{name} of the reference holds NaN or Inf; the checkpoint is damaged.")
-        return full
+        found = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
+        if found != shape:
+            raise ReferenceMismatchError(
+                f"{name} has shape {found} in the reference and {shape} in the quantized model: it is another model. "
+                "Give the full-precision model that the quantized one was made from."
+            )
+        return module
 
     def _load(self, folder: Path) -> nn.Module:
         offload = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="glowq-reference-"))
@@ -113,13 +130,11 @@ class Reference:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No loading bar for a model that is only mapped, and no word that its weights stay on disk: they should."""
-    offloading = logging.getLogger("accelerate.big_modeling")
-    level, bars = offloading.level, hf_logging.is_progress_bar_enabled()
-    offloading.setLevel(logging.ERROR)
+    bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with quiet("accelerate.big_modeling"):
+            yield
     finally:
-        offloading.setLevel(level)
         if bars:
             hf_logging.enable_progress_bar()

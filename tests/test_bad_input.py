@@ -88,6 +88,9 @@ def test_a_wrong_reference(model: Any, source: Path, tmp_path: Path) -> None:
     narrow = tiny_llama(tmp_path / "narrow", intermediate_size=192)
     with pytest.raises(errors.ReferenceMismatchError, match=r"\(192, 128\) in the reference and \(256, 128\)"):
         correct(model, narrow)
+    stranger = tiny_llama(tmp_path / "stranger", seed=1)
+    with pytest.raises(errors.ReferenceMismatchError, match=r"q_proj of the reference has cosine similarity -?0\.0"):
+        correct(model, stranger)
     short = tiny_llama(tmp_path / "short", num_hidden_layers=1)
     with pytest.raises(errors.ReferenceMismatchError, match=r"no module 'model\.layers\.1\."):
         correct(model, short)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ..errors import ConfigError, GlowQError
+from ..progress import quiet
 
 __all__ = [
     "BudgetOption",
@@ -64,7 +65,7 @@ def session(as_json: bool) -> Iterator[Show]:
     """
     results: list[tuple[dict[str, Any], Callable[[], Any]]] = []
     try:
-        with _stdout_to_stderr():
+        with _stdout_to_stderr(), quiet("bitsandbytes"):
             _quiet_progress_bars()
             yield lambda result, render: results.append((result, render))
     except GlowQError as error:
@@ -116,9 +117,9 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def command_line(renamed: Mapping[str, str] | None = None) -> str:
-    """The command as it was typed, quoted for a shell; arguments in `renamed` under their other name."""
-    return shlex.join(["glowq", *((renamed or {}).get(word, word) for word in sys.argv[1:])])
+def command_line() -> str:
+    """The command as it was typed, quoted for a shell."""
+    return shlex.join(["glowq", *sys.argv[1:]])
 
 
 def finite(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import time
@@ -10,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..backends import base_names
 from ..errors import OutputError
+from ..methods import method_names
 from .common import BudgetOption, JsonOption, ModelArgument, SeedOption, command_line, grid, peak_rss_bytes, session
 from .held_out import held_out_figures, held_out_rows, parted_sequences, reference_score
 from .loading import load_config, load_model, load_tokenizer, reference_name, scores_text
@@ -22,13 +25,15 @@ def correct(
     model: ModelArgument,
     calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
     output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
-    base: Annotated[str, typer.Option(help="Quantizer, e.g. nf4; none: MODEL is quantized already.")] = "none",
+    base: Annotated[
+        str, typer.Option(help=f"Quantizer: {', '.join(base_names())}; none: MODEL is quantized already.")
+    ] = "none",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every group; 32 if no budget is given.")] = None,
     budget: BudgetOption = None,
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
     ] = None,
-    method: Annotated[str, typer.Option(help="Solver method.")] = "glowq",
+    method: Annotated[str, typer.Option(help=f"Solver method: {', '.join(method_names())}.")] = "glowq",
     format: Annotated[
         Literal["correction", "full"], typer.Option(help="A small correction, or the corrected model in one piece.")
     ] = "correction",
@@ -92,7 +97,8 @@ def correct(
             "seed": seed,
         }
         # Without the folder's name, so that the same command gives the same files wherever they are written.
-        facts = {"command": command_line({output: "OUT"}), "held_out": held_out}
+        command = command_line().replace(f"--output {shlex.quote(output)}", "--output OUT")
+        facts = {"command": command, "held_out": held_out}
         for config in (correction.config, corrected.config.quantization_config):
             config.provenance.update(facts)
         _save(correction, corrected, target, format)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["held_out_figures", "held_out_rows", "parted_sequences", "reference_score"]
 
 _HELD_OUT = 1 / 8  # of the calibration sequences
+_LEAST_SEQUENCES = 8  # resampling fewer gives no interval worth the name
 
 
 def parted_sequences(
@@ -50,7 +51,7 @@ def held_out_figures(reference: Score, model: Any, held: Tensor, seed: int) -> d
     return {
         **{name: finite(perplexity(score)) for name, score in scores.items()},
         "recovered": finite(share.value),
-        "recovered_ci95": [finite(share.low), finite(share.high)],
+        "recovered_ci95": None if len(held) < _LEAST_SEQUENCES else [finite(share.low), finite(share.high)],
         "tokens": held.numel(),
     }
 
@@ -63,8 +64,9 @@ def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
     def text(value: float | None, form: str) -> str:
         return "undefined" if value is None else format(value, form)
 
-    low, high = (text(value, ".1%") for value in figures["recovered_ci95"])
+    limits = figures["recovered_ci95"]
+    interval = "" if limits is None else f" [{text(limits[0], '.1%')}, {text(limits[1], '.1%')}]"
     return {
         **{f"{name} perplexity": text(figures[name], ".4f") for name in ("reference", "quantized", "corrected")},
-        "recovered": f"{text(figures['recovered'], '.1%')} [{low}, {high}] on {figures['tokens']:,} held-out tokens",
+        "recovered": f"{text(figures['recovered'], '.1%')}{interval} on {figures['tokens']:,} held-out tokens",
     }
