@@ -114,7 +114,7 @@ class SharedCorrection(nn.Module):
             Q x + A_i (B x), shape and dtype of `output`.
         """
         correction = self.lefts[index](self._product(index, x))
-        return output + (correction if correction.dtype == output.dtype else correction.to(output.dtype))
+        return correction.to(output.dtype).add_(output)  # in place into the fresh product: the output may be anybody's
 
     def _product(self, index: int, x: Tensor) -> Tensor:
         if len(self.lefts) == 1:

@@ -78,13 +78,13 @@ class MomentCollector:
     def _add_second(self, sequences: Tensor, keep: Tensor | None) -> None:
         rows = sequences.flatten(0, 1) if keep is None else sequences[keep]
         single = rows.to(torch.float32)
-        with _bfloat16_products(rows.dtype):
-            # E is rounded here, which turns the leading subspace by far less than a second moment's own sampling error.
-            product = single.T @ single if self.error is None else single @ self.error.to(rows.device).T
         if self.error is not None:
             square = torch.linalg.vector_norm(single).to(torch.float64).square()
             self._square = square if self._square is None else self._square.add_(square)
-            product = product.T @ product
+        with _bfloat16_products(rows.dtype):
+            # Exact for S. E and E x are rounded, which costs the residual less than 1e-5 (tests/test_statistics.py).
+            seen = single if self.error is None else single @ self.error.to(rows.device).T
+            product = seen.T @ seen
         # Products in float32, sums over batches in float64: long calibrations lose no digits.
         product = product.to(torch.float64)
         self._matrix = product if self._matrix is None else self._matrix.add_(product)

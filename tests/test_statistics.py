@@ -210,3 +210,19 @@ def test_the_input_is_neither_changed_nor_tracked() -> None:
     found = collector.moments()
     assert torch.equal(x, before)
     assert not any(value.requires_grad for value in (found.second, found.mean_square))
+
+
+def test_rounded_energy_finds_the_same_subspace() -> None:
+    """bfloat16 inputs: what the streamed energy's leading directions leave, against the exact energy's own."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(96, 96, generator=generator) * torch.logspace(0, -2, 96)
+    x = (torch.randn(8, 256, 96, generator=generator) @ mix).bfloat16()
+    error = torch.randn(48, 96, generator=generator) * 0.01
+    collector = MomentCollector(Group("block.a", ("block.a",), 96, (48,), "block"), "second", error)
+    collector.update(x)
+    exact = error.double() @ second(x.flatten(0, 1)) @ error.double().T
+    vectors = torch.linalg.eigh(collector.moments().energy).eigenvectors
+    leading = vectors[:, -8:]
+    left = exact.trace() - (leading.T @ exact @ leading).trace()
+    best = torch.linalg.eigvalsh(exact)[:-8].sum()
+    assert float(left / best) < 1 + 1e-5

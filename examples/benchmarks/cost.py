@@ -34,8 +34,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="one leaves the ratio to the work, not the scheduler")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     figures = {"command": sys.argv, "threads": torch.get_num_threads(), **measure(arguments)}
     if arguments.json:
         print(json.dumps(figures))
