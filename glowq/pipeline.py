@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .backends import prepare_model
-from .block_solver import BlockSolver, factor_dtype, stops_of, to_model
+from .block_solver import BlockSolver, stops_of, to_model
 from .config import GlowQConfig
 from .correction import Correction, describe_groups
 from .data import read_texts, token_sequences
@@ -22,7 +22,7 @@ from .groups import Trace, trace_groups
 from .methods import Method, get_method
 from .reference import Reference
 from .resume import Resume
-from .runtime import attached, detach
+from .runtime import attached, detach, factor_dtype
 from .selection import uniform_ranks
 
 __all__ = ["correct"]

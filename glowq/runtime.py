@@ -29,6 +29,7 @@ __all__ = [
     "attached_factors",
     "detach",
     "disabled",
+    "factor_dtype",
     "set_aside",
 ]
 
@@ -260,6 +261,12 @@ def set_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in found:
             parent._modules[name] = child
+
+
+def factor_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's factors, in memory and on disk: its own."""
+    dtype = getattr(model, "dtype", torch.float32)
+    return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.bfloat16
 
 
 def _container_name(group: Group) -> str:

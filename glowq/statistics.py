@@ -121,7 +121,7 @@ class MomentCollector:
 def _bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """Let the CPU multiply in bfloat16 and add in float32 where the activations are bfloat16 anyway.
 
-    Products of bfloat16 numbers are exact in float32. With bfloat16 instructions this halves the time of a moment.
+    Products of bfloat16 numbers are exact in float32. Processors with bfloat16 instructions are faster that way.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     before = getattr(matmul, "fp32_precision", None)

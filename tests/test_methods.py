@@ -115,7 +115,7 @@ def test_without_calibration_the_others_refuse(name: str) -> None:
 @pytest.mark.parametrize("name", SECOND)
 def test_without_a_second_moment_they_do_not_fall_back_to_plain_svd(name: str) -> None:
     error, moments = measured()
-    with pytest.raises(CalibrationError, match="found 500 tokens counted and no second"):
+    with pytest.raises(CalibrationError, match="found 500 tokens counted and no second moment"):
         get_method(name).solve(error, replace(moments, second=None), RANK, 0)
 
 

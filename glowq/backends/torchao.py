@@ -34,8 +34,7 @@ def _intx(bits: int) -> Any:
         IntxWeightOnlyConfig(
             weight_dtype=getattr(torch, f"int{bits}"),
             granularity=PerGroup(GROUP_SIZE),
-            # torchao's default, symmetric, needs no zero points and loses nothing at 3 and 4 bits once corrected; at
-            # 2 bits it would waste one of four levels.
+            # torchao's default, symmetric, needs no zero points; at 2 bits it would waste one of four levels.
             mapping_type=MappingType.ASYMMETRIC if bits == 2 else MappingType.SYMMETRIC,
         )
     )

@@ -26,7 +26,7 @@ from ..correction import FACTORS_FILE, Correction, factor_tensors, read_factors
 from ..errors import ConfigError, PickleRefusedError, UnsafePathError
 from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
 from ..fingerprint import verify_fingerprint
-from ..runtime import GroupFactors, attach, attached, attached_factors, detach, set_aside
+from ..runtime import GroupFactors, attach, attached, attached_factors, detach, factor_dtype, set_aside
 
 __all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
 
@@ -217,12 +217,9 @@ def load_correction(
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     prepare_model(model)
-    verify_fingerprint(model, correction.config)
     if budget is not None:
         correction = correction.cut(budget=budget)
-    for entry in correction.factors:
-        attach(model, entry, dtype=_attached_dtype(model))
-    adopt(model, correction.config)
+    _attach_all(model, correction.config, correction.factors)
     return correction
 
 
@@ -249,13 +246,8 @@ def adopt(model: nn.Module, config: GlowQConfig) -> None:
 def _attach_all(model: nn.Module, config: GlowQConfig, factors: list[GroupFactors]) -> None:
     verify_fingerprint(model, config)
     for entry in factors:
-        attach(model, entry, dtype=_attached_dtype(model))
+        attach(model, entry, dtype=factor_dtype(model))
     adopt(model, config)
-
-
-def _attached_dtype(model: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def _dense(backend: Any, name: str, module: nn.Module, added: Any, dtype: torch.dtype) -> nn.Linear:

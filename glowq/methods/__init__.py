@@ -82,10 +82,11 @@ def check_measured(moments: Moments, statistic: Statistic) -> None:
     """
     found = (moments.magnitude,) if statistic == "magnitude" else (moments.second, moments.energy)
     missing = all(value is None for value in found)
+    wanted = "magnitude" if statistic == "magnitude" else "second moment"
     if moments.tokens == 0 or missing:
         raise CalibrationError(
             f"the {statistic} statistic of the inputs is needed; found {moments.tokens} tokens counted"
-            f"{f' and no {statistic}' if missing else ''}. Calibrate with statistic={statistic!r}."
+            f"{f' and no {wanted}' if missing else ''}. Calibrate with statistic={statistic!r}."
         )
 
 
