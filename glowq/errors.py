@@ -23,6 +23,7 @@ __all__ = [
     "UnknownBaseError",
     "UnsafePathError",
     "UnsupportedModuleError",
+    "UntestedVersionWarning",
     "VersionError",
 ]
 
@@ -101,3 +102,7 @@ class FingerprintError(CorrectionError):
 
 class EvaluationError(GlowQError, ValueError):
     """Models cannot be compared on this data."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """A library's version lies outside the range that glowq is tested with; said once for each library."""

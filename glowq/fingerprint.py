@@ -28,11 +28,11 @@ def fingerprint(model: nn.Module) -> str:
     for name, backend in sorted(quantized_modules(model).items()):
         module = model.get_submodule(name)
         with align_module_device(module):
-            codes = backend.codes(module).detach().reshape(-1)
-            step = max(1, codes.numel() // _SAMPLED_CODES)
-            sample = codes[::step].cpu().contiguous().numpy().tobytes()
             digest.update(f"{name}|{backend.features(module)}|{backend.scheme(module)}|".encode())
-        digest.update(sample)
+            for codes in backend.codes(module):
+                flat = codes.detach().reshape(-1)
+                step = max(1, flat.numel() // _SAMPLED_CODES)
+                digest.update(flat[::step].cpu().contiguous().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 

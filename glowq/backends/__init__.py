@@ -6,78 +6,36 @@ A backend is one file in this folder that calls `register` once. Nothing else in
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import pkgutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError, UnknownBaseError
+from ..errors import BackendError, NonFiniteError, UnknownBaseError, UntestedVersionWarning
+from ._backend import Backend, Scheme
 
 __all__ = [
     "Backend",
+    "Scheme",
+    "backend_of",
     "base_config",
     "base_names",
+    "check_installed",
     "find_backend",
     "prepare_model",
     "quantized_modules",
     "read_weight",
     "register",
 ]
-
-
-class Backend(ABC):
-    """One base quantizer's module kind.
-
-    Attributes:
-        name: how `glowq inspect` calls it.
-        package: the import name of the library that owns the module.
-        extra: the pip extra of glowq that installs the library.
-        presets: `--base` names -> factory of the transformers quantization config that produces such modules.
-    """
-
-    name: ClassVar[str]
-    package: ClassVar[str]
-    extra: ClassVar[str]
-    presets: ClassVar[Mapping[str, Callable[[], Any]]] = MappingProxyType({})
-
-    @abstractmethod
-    def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is this backend's; must not import the library."""
-
-    @abstractmethod
-    def weight(self, module: Any) -> Tensor:
-        """The weight that the module's kernel multiplies by, shape (out_features, in_features), any float dtype.
-
-        Raises:
-            BackendError: the weight cannot be read exactly.
-        """
-
-    @abstractmethod
-    def codes(self, module: Any) -> Tensor:
-        """The stored integer codes, any shape: what a fingerprint is taken of."""
-
-    @abstractmethod
-    def scheme(self, module: Any) -> str:
-        """The quantization settings in words, equal for equal settings ("nf4, blocks of 64")."""
-
-    @abstractmethod
-    def packed_bytes(self, module: Any) -> int:
-        """Bytes of the weight at its nominal bit width plus its scales, however the library stores it."""
-
-    def prepare(self, module: Any) -> None:  # noqa: B027 - most libraries set no trap
-        """Close the library's traps before the module is read, run or saved; called once after loading."""
-
-    def features(self, module: Any) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return int(module.out_features), int(module.in_features)
 
 
 _REGISTRY: dict[str, Backend] = {}
@@ -92,7 +50,8 @@ def register(cls: type[Backend]) -> type[Backend]:
 @cache
 def _discover() -> None:
     for entry in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{entry.name}")
+        if not entry.name.startswith("_"):
+            importlib.import_module(f"{__name__}.{entry.name}")
 
 
 def _backends() -> Iterator[Backend]:
@@ -105,6 +64,11 @@ def find_backend(module: nn.Module) -> Backend | None:
     return next((backend for backend in _backends() if backend.matches(module)), None)
 
 
+def backend_of(method: str) -> Backend | None:
+    """The backend behind a `quant_method` of config.json, or None where glowq has none."""
+    return next((backend for backend in _backends() if method in backend.methods), None)
+
+
 def quantized_modules(model: nn.Module) -> dict[str, Backend]:
     """Every quantized linear layer of `model`, name -> backend, in module order."""
     found = ((name, find_backend(module)) for name, module in model.named_modules())
@@ -114,8 +78,10 @@ def quantized_modules(model: nn.Module) -> dict[str, Backend]:
 def prepare_model(model: nn.Module) -> dict[str, Backend]:
     """Make every quantized module of `model` safe to read, run and save; returns `quantized_modules(model)`."""
     modules = quantized_modules(model)
+    dtype = getattr(model, "dtype", torch.float32)
     for name, backend in modules.items():
-        backend.prepare(model.get_submodule(name))
+        _warn_untested(backend)
+        backend.prepare(model.get_submodule(name), dtype)
     return modules
 
 
@@ -126,15 +92,58 @@ def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
         float32 tensor of shape (out_features, in_features).
 
     Raises:
-        NonFiniteError: the weight holds NaN or Inf (damaged scales).
+        BackendError: the weight cannot be read exactly, or a scale is zero where the library writes none.
+        NonFiniteError: the scales or the weight hold NaN or Inf.
     """
     with align_module_device(module), torch.no_grad():
+        for scale in backend.scales(module):
+            _check_scales(backend, name, scale)
         weight = backend.weight(module).detach().to(torch.float32)
     if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteError(
-            f"{name}: the dequantized weight holds NaN or Inf; its quantization scales are damaged. Quantize it again."
-        )
+        raise NonFiniteError(f"{name}: the dequantized weight holds NaN or Inf. Quantize the model again.")
     return weight
+
+
+def _check_scales(backend: Backend, name: str, scales: Tensor) -> None:
+    values = scales.float()
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(f"{name}: its quantization scales hold NaN or Inf. Download or quantize the model again.")
+    if not backend.zero_scales and not bool(values.all()):
+        raise BackendError(
+            f"{name}: {int((values == 0).sum())} of its {values.numel()} quantization scales are zero, which {backend.name} "
+            "never writes: the checkpoint is damaged. Download or quantize the model again."
+        )
+
+
+def check_installed(backend: Backend, wanted_by: str) -> None:
+    """Refuse where a backend's library is absent.
+
+    Args:
+        wanted_by: what needs it, for the message ("base 'nf4'").
+
+    Raises:
+        UnknownBaseError: the library is not installed; the message says which extra installs it.
+    """
+    if importlib.util.find_spec(backend.package) is None:
+        raise UnknownBaseError(
+            f"{wanted_by} needs {backend.package}, which is not installed: pip install 'glowq[{backend.extra}]'"
+        )
+
+
+@cache
+def _warn_untested(backend: Backend) -> None:
+    """One word, once, where the library's version is none of those that glowq is tested with."""
+    if not backend.tested:
+        return
+    distribution = importlib.metadata.packages_distributions().get(backend.package, [backend.package])[0]
+    installed = importlib.metadata.version(distribution)
+    if not SpecifierSet(backend.tested).contains(installed, prereleases=True):
+        warnings.warn(
+            f"{distribution} {installed} is outside the versions that glowq is tested with ({backend.tested}); if "
+            "weights are read back wrongly, please report it.",
+            UntestedVersionWarning,
+            stacklevel=2,
+        )
 
 
 def _presets() -> dict[str, Backend]:
@@ -158,8 +167,5 @@ def base_config(name: str) -> Any:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UnknownBaseError(f"unknown base quantizer {name!r}; expected one of {', '.join(sorted(presets))}.{hint}")
     backend = presets[name]
-    if importlib.util.find_spec(backend.package) is None:
-        raise UnknownBaseError(
-            f"base {name!r} needs {backend.package}, which is not installed: pip install 'glowq[{backend.extra}]'"
-        )
+    check_installed(backend, f"base {name!r}")
     return backend.presets[name]()

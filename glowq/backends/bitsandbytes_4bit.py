@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError, RepackedWeightError
-from . import Backend, register
+from . import Backend, Scheme, register
 
 
 def _config(quant_type: str, double: bool) -> Any:
@@ -31,6 +31,9 @@ class BitsAndBytes4Bit(Backend):
     name = "bitsandbytes-4bit"
     package = "bitsandbytes"
     extra = "bitsandbytes"
+    tested = ">=0.48,<0.51"
+    methods = ("bitsandbytes",)
+    zero_scales = True  # a block of zeros has absmax zero
     presets: ClassVar = {
         "nf4": partial(_config, "nf4", False),
         "nf4-double": partial(_config, "nf4", True),
@@ -42,7 +45,7 @@ class BitsAndBytes4Bit(Backend):
         bnb = sys.modules.get("bitsandbytes")
         return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
 
-    def prepare(self, module: Any) -> None:
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:
         # On AVX512-BF16 CPUs the first forward without gradients repacks the weight in place; from then on
         # dequantize_4bit and save_pretrained silently produce another weight.
         module.support_avx512bf16_for_cpu = False
@@ -52,21 +55,17 @@ class BitsAndBytes4Bit(Backend):
 
         return dequantize_4bit(module.weight.data, self._state(module))
 
-    def codes(self, module: Any) -> Tensor:
+    def codes(self, module: Any) -> list[Tensor]:
         self._state(module)
-        return module.weight.data.view(torch.uint8)
+        return [module.weight.data.view(torch.uint8)]
 
-    def scheme(self, module: Any) -> str:
+    def scales(self, module: Any) -> list[Tensor]:
         state = self._state(module)
-        return f"{state.quant_type}, blocks of {state.blocksize}" + (", double quantization" if state.nested else "")
+        return [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
 
-    def packed_bytes(self, module: Any) -> int:
+    def scheme(self, module: Any) -> Scheme:
         state = self._state(module)
-        scales = [state.absmax]
-        if state.nested:
-            scales.append(state.state2.absmax)
-        codes = self.codes(module)
-        return codes.numel() + sum(scale.numel() * scale.element_size() for scale in scales)
+        return Scheme(state.quant_type, 4, state.blocksize, ("double quantization",) if state.nested else ())
 
     @staticmethod
     def _state(module: Any) -> Any:

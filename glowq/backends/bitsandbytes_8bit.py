@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from . import Backend, register
+from . import Backend, Scheme, register
 
 
 def _config() -> Any:
@@ -24,6 +24,8 @@ class BitsAndBytes8Bit(Backend):
     name = "bitsandbytes-8bit"
     package = "bitsandbytes"
     extra = "bitsandbytes"
+    tested = ">=0.48,<0.51"
+    zero_scales = True
     presets: ClassVar = {"int8": _config}
 
     def matches(self, module: nn.Module) -> bool:
@@ -35,16 +37,15 @@ class BitsAndBytes8Bit(Backend):
 
         return int8_vectorwise_dequant(module.weight.data, self._scales(module))
 
-    def codes(self, module: Any) -> Tensor:
+    def codes(self, module: Any) -> list[Tensor]:
         self._scales(module)
-        return module.weight.data
+        return [module.weight.data]
 
-    def scheme(self, module: Any) -> str:
-        return "int8, one scale a row"
+    def scales(self, module: Any) -> list[Tensor]:
+        return [self._scales(module)]
 
-    def packed_bytes(self, module: Any) -> int:
-        scales = self._scales(module)
-        return self.codes(module).numel() + scales.numel() * scales.element_size()
+    def scheme(self, module: Any) -> Scheme:
+        return Scheme("int8", 8, None)
 
     @staticmethod
     def _scales(module: Any) -> Tensor:

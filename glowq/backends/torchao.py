@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from . import Backend, register
+from . import Backend, Scheme, register
 
 GROUP_SIZE = 64
 
@@ -47,6 +46,8 @@ class TorchAO(Backend):
     name = "torchao"
     package = "torchao"
     extra = "torchao"
+    tested = ">=0.15,<0.19"
+    methods = ("torchao",)
     presets: ClassVar = {"torchao-int8": _int8} | {f"torchao-int{bits}": partial(_intx, bits) for bits in (2, 3, 4)}
 
     def matches(self, module: nn.Module) -> bool:
@@ -59,29 +60,33 @@ class TorchAO(Backend):
     def weight(self, module: Any) -> Tensor:
         return module.weight.dequantize()
 
-    def codes(self, module: Any) -> Tensor:
+    def codes(self, module: Any) -> list[Tensor]:
         codes = getattr(module.weight, "qdata", None)
         if codes is None:
             raise BackendError(
                 f"torchao's {type(module.weight).__name__} keeps no qdata; supported: int8 and intx weight-only."
             )
-        return codes
+        return [codes]
 
-    def scheme(self, module: Any) -> str:
+    def scales(self, module: Any) -> list[Tensor]:
+        return [module.weight.scale]
+
+    def scheme(self, module: Any) -> Scheme:
         weight: Any = module.weight
         block = weight.block_size[-1]
-        grouped = "one scale a row" if block == module.in_features else f"groups of {block}"
-        zeros = getattr(weight, "zero_point", None)  # int8 stores a zero a row even where the mapping is symmetric
-        zero = "symmetric" if zeros is None or not bool(zeros.any()) else "asymmetric"
-        return f"int{self._bits(module)}, {grouped}, {zero}"
+        bits = self._bits(module)
+        mapping = "symmetric" if self._zero_points(module) is None else "asymmetric"
+        return Scheme(f"int{bits}", bits, None if block == module.in_features else block, (mapping,))
 
     def packed_bytes(self, module: Any) -> int:
-        weight: Any = module.weight
-        zeros = getattr(weight, "zero_point", None)
-        scales = [weight.scale, zeros if zeros is not None and bool(zeros.any()) else None]
-        return math.ceil(self.codes(module).numel() * self._bits(module) / 8) + sum(
-            scale.numel() * scale.element_size() for scale in scales if scale is not None
-        )
+        zeros = self._zero_points(module)
+        return super().packed_bytes(module) + (0 if zeros is None else zeros.numel() * zeros.element_size())
+
+    @staticmethod
+    def _zero_points(module: Any) -> Tensor | None:
+        """The zero points, or None where the mapping is symmetric: int8 stores a zero a row even there."""
+        zeros = getattr(module.weight, "zero_point", None)
+        return zeros if zeros is not None and bool(zeros.any()) else None
 
     @staticmethod
     def _bits(module: Any) -> int:

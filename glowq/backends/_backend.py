@@ -1,0 +1,121 @@
+"""`Backend` and `Scheme`: what glowq has to know about a library's quantized linear module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Backend", "Scheme"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The settings that a module's weight was quantized with; equal settings compare and print equal.
+
+    Attributes:
+        format: the name that the library gives the values ("nf4", "int4", "gptq").
+        bits: bits a value, scales not counted.
+        group_size: values of one row that share a scale; None where one scale serves a whole row.
+        details: whatever else tells two settings apart ("asymmetric", "act-order").
+    """
+
+    format: str
+    bits: float
+    group_size: int | None
+    details: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        grouping = "one scale a row" if self.group_size is None else f"groups of {self.group_size}"
+        return ", ".join([self.format, grouping, *self.details])
+
+
+class Backend(ABC):
+    """One base quantizer's module kind.
+
+    Attributes:
+        name: how `glowq inspect` calls it.
+        package: the import name of the library that owns the module.
+        extra: the pip extra of glowq that installs the library.
+        tested: the versions of the library that glowq is tested with, as a version specifier; others warn once.
+        methods: the `quant_method` names of config.json whose models hold such modules.
+        presets: `--base` names -> factory of the transformers quantization config that produces such modules.
+        saves: where a self-contained model takes the quantized tensors from: "state", the model's own state (saving
+            is exact); "files", the checkpoint that was loaded (the library rewrites them in memory); "never" (the
+            library cannot load what it would save).
+        zero_scales: whether the library itself writes scales of zero (for blocks of zeros).
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    extra: ClassVar[str]
+    tested: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[Mapping[str, Callable[[], Any]]] = MappingProxyType({})
+    saves: ClassVar[Literal["state", "files", "never"]] = "state"
+    zero_scales: ClassVar[bool] = False
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is this backend's; must not import the library."""
+
+    @abstractmethod
+    def weight(self, module: Any) -> Tensor:
+        """The weight that the module's kernel multiplies by, shape (out_features, in_features), any float dtype.
+
+        Raises:
+            BackendError: the weight cannot be read exactly.
+        """
+
+    @abstractmethod
+    def codes(self, module: Any) -> Sequence[Tensor]:
+        """The stored integers, any shapes: codes, zero points, column order. A fingerprint is taken of them."""
+
+    @abstractmethod
+    def scales(self, module: Any) -> Sequence[Tensor]:
+        """The stored scales, any shapes, float."""
+
+    @abstractmethod
+    def scheme(self, module: Any) -> Scheme:
+        """The quantization settings."""
+
+    def packed_bytes(self, module: Any) -> int:
+        """Bytes of the weight at its nominal bit width plus its scales, however the library stores it."""
+        out_features, in_features = self.features(module)
+        scales = sum(scale.numel() * scale.element_size() for scale in self.scales(module))
+        return int(out_features * in_features * self.scheme(module).bits) // 8 + scales
+
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:  # noqa: B027 - most libraries set no trap
+        """Close the library's traps before the module is read, run or saved; called once after loading.
+
+        Args:
+            dtype: of the activations that the model will feed.
+        """
+
+    def features(self, module: Any) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return int(module.out_features), int(module.in_features)
+
+    def calibrated(self, config: Any) -> bool:
+        """Whether the library needs text to quantize as `config` says, and `config` names none."""
+        return False
+
+    def with_calibration(self, config: Any, texts: list[str], tokenizer: Any) -> Any:
+        """A copy of `config` that quantizes with `texts`; for configs that are `calibrated`."""
+        raise NotImplementedError(f"{self.name} quantizes without text")
+
+    def quantizer(self, config: Any, pre_quantized: bool) -> Any:
+        """The transformers quantizer of `config`, for methods that transformers itself cannot load as they should.
+
+        Returns:
+            A `HfQuantizer`, or None where transformers' own one is right.
+
+        Raises:
+            BackendError: such a model cannot be loaded by from_pretrained; the message says how it can.
+        """
+        return None
