@@ -204,7 +204,7 @@ def test_a_quantized_model_is_corrected_by_the_same_amount(
 ) -> None:
     model = base.load()
     prepare_model(model)
-    name = "model.layers.2.self_attn"
+    name = "model.layers.1.self_attn"
     members = tuple(f"{name}.{part}_proj" for part in "qkv")
     entry = random_factors(Group(f"{name}.q_proj+k_proj+v_proj", members, 256, (256, 128, 128), ""))
     keys = list(model.state_dict())
