@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .backends import method_of
 from .card import correction_card
 from .config import GlowQConfig
 from .errors import ConfigError, CorrectionError, ModelNotFoundError, NonFiniteError, RankError
@@ -39,6 +40,8 @@ class Correction:
         base_bytes: bytes of the quantized weights at their nominal bit width, the denominator of every budget.
         tokenizer: saved next to the factors, so that the folder works in a pipeline; or None.
         generation_config: saved next to the factors where the model has one; or None.
+        base_is_stored: whether the base can be loaded again from where `config.base_model` says: False where it was
+            quantized in memory with text that no config holds (GPTQ).
     """
 
     factors: list[GroupFactors]
@@ -47,6 +50,7 @@ class Correction:
     base_bytes: int
     tokenizer: Any = None
     generation_config: Any = None
+    base_is_stored: bool = True
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -110,7 +114,14 @@ class Correction:
 
         Raises:
             OutputError: the directory holds other files, cannot be written, or the disk is full.
+            ConfigError: the base was quantized in memory and is stored nowhere.
         """
+        if not self.base_is_stored:
+            raise ConfigError(
+                f"the base was quantized in memory with calibration text ({method_of(self.config.base)}) and is stored "
+                "nowhere that a correction could name. Save the model in one piece (model.save_pretrained, or `glowq "
+                "correct --format full`), or save the quantized model first and correct what you saved."
+            )
         target = Path(save_directory)
         config = {**self.model_config, "transformers_weights": FACTORS_FILE}
         config["quantization_config"] = self.config.to_dict()

@@ -11,7 +11,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from . import __version__
-from .backends import prepare_model
+from .backends import is_calibrated, prepare_model, stored_base
+from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
 from .config import GlowQConfig
 from .correction import Correction, describe_groups
@@ -20,14 +21,15 @@ from .errors import CalibrationError, ConfigError, TokenizerMismatchError, Unsup
 from .fingerprint import fingerprint
 from .groups import Trace, trace_groups
 from .methods import Method, get_method
-from .reference import Reference
+from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
 from .runtime import attached, detach, factor_dtype
 from .selection import uniform_ranks
 
-__all__ = ["correct"]
+__all__ = ["calibration_sequences", "correct"]
 
 _TRACE_TOKENS = 8
+_DENSE_TOLERANCE = 0.5  # GGUF quantizes the embeddings too: 4 bits make 0.1, an unrelated model 1.4
 
 
 def correct(
@@ -43,6 +45,7 @@ def correct(
     sequence_length: int = 512,
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
+    dense: bool = False,
 ) -> Correction:
     """Give a quantized model its accuracy back, and return what was added as a `Correction`.
 
@@ -61,13 +64,16 @@ def correct(
         sequence_length: tokens a sequence; lowered to what the model allows.
         seed: of that choice and of the solver.
         resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
+        dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
+            dequantized on load, or fake-quantized ones. Every linear layer but the head is taken.
 
     Returns:
         The correction, attached to `model`, its factors in the model's dtype on the CPU.
 
     Raises:
         UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected.
-        ReferenceMismatchError: modules or shapes of the reference are others.
+        ReferenceMismatchError: modules, shapes or embeddings of the reference are others.
+        FoldingError: scales were folded into the quantized weights that no layer takes out again.
         CalibrationError: no text, or fewer tokens than needed.
         RankError: rank below 1, or larger than every group allows.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
@@ -77,13 +83,12 @@ def correct(
         raise ConfigError("give either rank or budget, not both.")
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
+    if dense:
+        take(model)
     backends = prepare_model(model)
     if not backends:
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} holds no quantized linear module: there is nothing to correct. Quantize it first, "
-            "for example with GlowQConfig(base='nf4')."
-        )
-    sequences = _sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
+        raise UnsupportedModuleError(_nothing_quantized(model))
+    sequences = calibration_sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
     trace = _trace(model, sequences)
     base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
     itemsize = factor_dtype(model).itemsize
@@ -93,6 +98,7 @@ def correct(
     try:
         with Reference(reference, type(model)) as source:
             source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
+            source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
             store = Resume.open(resume, config, reference, ranks, sequences)
             run = BlockSolver(model, source, backends, solver, ranks, seed, store)
             factors = run.solve(stops_of(trace), sequences)
@@ -106,10 +112,37 @@ def correct(
         base_bytes=base_bytes,
         tokenizer=tokenizer,
         generation_config=getattr(model, "generation_config", None),
+        base_is_stored=pre_quantized(model) or not is_calibrated(config.base),
     )
 
 
-def _sequences(model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int) -> Tensor:
+def _nothing_quantized(model: nn.Module) -> str:
+    found, method = f"{type(model).__name__} holds no quantized linear module", origin(model)
+    if method is None:
+        return (
+            f"{found}: there is nothing to correct. Quantize it first, for example with GlowQConfig(base='nf4'); if its "
+            "float weights hold quantized values, pass dense=True (--base dense) to correct them as they are."
+        )
+    return (
+        f"{found}: its {method} weights were dequantized on load. Pass dense=True (--base dense) to correct the "
+        "dequantized weights as they are, or load the model with a quantizer that keeps them packed."
+    )
+
+
+def pre_quantized(model: nn.Module) -> bool:
+    """Whether the model was loaded from quantized weights rather than quantized while loading."""
+    return bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True))
+
+
+def calibration_sequences(
+    model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int
+) -> Tensor:
+    """The token ids that a correction is made of, int64, shape (n, length); see `correct` for the arguments.
+
+    Raises:
+        CalibrationError: no text, no tokenizer, or fewer tokens than one sequence.
+        TokenizerMismatchError: ids that the model does not know.
+    """
     config = getattr(model, "config", None)
     text_config = config.get_text_config() if config is not None else None
     vocab_size = getattr(text_config, "vocab_size", None)
@@ -164,7 +197,7 @@ def _stored_config(
     base = getattr(getattr(model, "config", None), "quantization_config", None)
     name, revision = base_identity(model, reference)
     return GlowQConfig(
-        base=base.base if isinstance(base, GlowQConfig) else base,
+        base=stored_base(base.base if isinstance(base, GlowQConfig) else base),
         method=method.name,
         seed=seed,
         format="correction",
@@ -189,6 +222,8 @@ def base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
     name = getattr(config, "_name_or_path", "") or (reference if isinstance(reference, str) else "")
     if not name:
         raise ConfigError("the model does not know where it was loaded from; load it with from_pretrained.")
+    if Path(name).is_file():
+        name = str(Path(name).parent)  # HQQ's own loader names the config.json
     if Path(name).is_dir():
         return str(Path(name).resolve()), None
     cached = try_to_load_from_cache(str(name), "config.json")

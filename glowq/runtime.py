@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -279,4 +280,4 @@ def _execution_device(module: nn.Module) -> torch.device | str:
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return torch.device("cuda", device) if isinstance(device, int) else device
-    return next(module.parameters()).device
+    return next(chain(module.parameters(), module.buffers())).device  # GPTQ keeps its weight in buffers

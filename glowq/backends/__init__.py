@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -31,10 +31,14 @@ __all__ = [
     "base_names",
     "check_installed",
     "find_backend",
+    "is_calibrated",
+    "method_of",
     "prepare_model",
     "quantized_modules",
     "read_weight",
     "register",
+    "stored_base",
+    "with_calibration",
 ]
 
 
@@ -64,9 +68,34 @@ def find_backend(module: nn.Module) -> Backend | None:
     return next((backend for backend in _backends() if backend.matches(module)), None)
 
 
-def backend_of(method: str) -> Backend | None:
-    """The backend behind a `quant_method` of config.json, or None where glowq has none."""
+def method_of(config: Any) -> str:
+    """The `quant_method` of a transformers quantization config, an object or its dict; a name stays what it is."""
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", config)
+    return str(getattr(method, "value", method))
+
+
+def backend_of(config: Any) -> Backend | None:
+    """The backend behind a quantization config or its `quant_method`, or None where glowq has none."""
+    method = method_of(config)
     return next((backend for backend in _backends() if method in backend.methods), None)
+
+
+def is_calibrated(config: Any) -> bool:
+    """Whether a library needs text to quantize as `config` says, and `config` names none."""
+    backend = backend_of(config)
+    return backend is not None and backend.calibrated(config)
+
+
+def with_calibration(config: Any, sequences: Tensor) -> Any:
+    """A copy of `config` that quantizes with token ids (n, length), where it `is_calibrated`; else `config` itself."""
+    backend = backend_of(config)
+    return backend.with_calibration(config, sequences) if backend is not None and backend.calibrated(config) else config
+
+
+def stored_base(config: Any) -> Any:
+    """What config.json stores of the `config` that quantized: its settings, without the text."""
+    backend = backend_of(config)
+    return config if backend is None else backend.stored_config(config)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Backend]:
@@ -110,8 +139,8 @@ def _check_scales(backend: Backend, name: str, scales: Tensor) -> None:
         raise NonFiniteError(f"{name}: its quantization scales hold NaN or Inf. Download or quantize the model again.")
     if not backend.zero_scales and not bool(values.all()):
         raise BackendError(
-            f"{name}: {int((values == 0).sum())} of its {values.numel()} quantization scales are zero, which {backend.name} "
-            "never writes: the checkpoint is damaged. Download or quantize the model again."
+            f"{name}: {int((values == 0).sum())} of its {values.numel()} quantization scales are zero, which "
+            f"{backend.name} never writes: the checkpoint is damaged. Download or quantize the model again."
         )
 
 

@@ -21,7 +21,7 @@ class Scheme:
     Attributes:
         format: the name that the library gives the values ("nf4", "int4", "gptq").
         bits: bits a value, scales not counted.
-        group_size: values of one row that share a scale; None where one scale serves a whole row.
+        group_size: values of one row that share a scale; None where one scale serves a whole row, 0 where none does.
         details: whatever else tells two settings apart ("asymmetric", "act-order").
     """
 
@@ -31,8 +31,8 @@ class Scheme:
     details: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        grouping = "one scale a row" if self.group_size is None else f"groups of {self.group_size}"
-        return ", ".join([self.format, grouping, *self.details])
+        grouping = ["one scale a row"] if self.group_size is None else [f"groups of {self.group_size}"]
+        return ", ".join([self.format, *(grouping if self.group_size != 0 else []), *self.details])
 
 
 class Backend(ABC):
@@ -105,9 +105,13 @@ class Backend(ABC):
         """Whether the library needs text to quantize as `config` says, and `config` names none."""
         return False
 
-    def with_calibration(self, config: Any, texts: list[str], tokenizer: Any) -> Any:
-        """A copy of `config` that quantizes with `texts`; for configs that are `calibrated`."""
+    def with_calibration(self, config: Any, sequences: Tensor) -> Any:
+        """A copy of a `calibrated` config that quantizes with `sequences`, token ids of shape (n, length)."""
         raise NotImplementedError(f"{self.name} quantizes without text")
+
+    def stored_config(self, config: Any) -> Any:
+        """What config.json stores of a `config`: as the saved tensors need it, without text that it quantized with."""
+        return config
 
     def quantizer(self, config: Any, pre_quantized: bool) -> Any:
         """The transformers quantizer of `config`, for methods that transformers itself cannot load as they should.

@@ -35,8 +35,9 @@ def correct(
     ] = None,
     method: Annotated[str, typer.Option(help=f"Solver method: {', '.join(method_names())}.")] = "glowq",
     format: Annotated[
-        Literal["correction", "full"], typer.Option(help="A small correction, or the corrected model in one piece.")
-    ] = "correction",
+        Literal["correction", "full"] | None,
+        typer.Option(help="A small correction (if its base can be named), or the corrected model in one piece."),
+    ] = None,
     seed: SeedOption = 0,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens used; an eighth is held out.")] = 32768,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
@@ -54,7 +55,7 @@ def correct(
         raise typer.BadParameter("give either --rank or --budget, not both.")
     with session(json) as show:
         from .. import correct as correct_model
-        from ..backends import base_config
+        from ..backends import base_config, with_calibration
         from ..files import check_output
         from ..methods import get_method
 
@@ -71,6 +72,8 @@ def correct(
         tokenizer = load_tokenizer(model, source)
         train, held = parted_sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
         score = reference_score(source, held) if _is_measured(model, config) else None
+        if quantization is not None:
+            quantization = with_calibration(quantization, train)
         corrected = load_model(model, config, quantization)
         correction = correct_model(
             corrected,
@@ -101,7 +104,7 @@ def correct(
         facts = {"command": command, "held_out": held_out}
         for config in (correction.config, corrected.config.quantization_config):
             config.provenance.update(facts)
-        _save(correction, corrected, target, format)
+        _save(correction, corrected, target, format or ("correction" if correction.base_is_stored else "full"))
         if resume:
             shutil.rmtree(kept)
         result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())

@@ -85,14 +85,14 @@ def _weight_bytes(model: Any) -> int:
     from ..backends import quantized_modules
 
     quantized = quantized_modules(model)
-    packed = {
-        id(parameter)
-        for name in quantized
-        for key, parameter in model.get_submodule(name).named_parameters()
-        if key != "bias"
-    }
     nominal: int = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in quantized.items())
-    return nominal + sum(int(p.numel() * p.element_size()) for p in model.parameters() if id(p) not in packed)
+    plain = (tensor for name, tensor in model.named_parameters() if not _is_packed(name, quantized))
+    return nominal + sum(int(tensor.numel() * tensor.element_size()) for tensor in plain)
+
+
+def _is_packed(parameter: str, quantized: Any) -> bool:
+    module, _, name = parameter.rpartition(".")
+    return module in quantized and name != "bias"
 
 
 def _table(result: dict[str, Any]) -> Any:

@@ -16,25 +16,41 @@ from typing import Any, ParamSpec, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 
 from .. import pipeline
-from ..backends import prepare_model, quantized_modules, read_weight
+from ..backends import (
+    backend_of,
+    is_calibrated,
+    method_of,
+    prepare_model,
+    quantized_modules,
+    stored_base,
+    with_calibration,
+)
+from ..backends.dense import take
 from ..config import GlowQConfig
-from ..correction import FACTORS_FILE, Correction, factor_tensors, read_factors
-from ..errors import ConfigError, PickleRefusedError, UnsafePathError
-from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
+from ..correction import Correction, factor_tensors, read_factors
+from ..errors import ConfigError
+from ..files import read_json
 from ..fingerprint import verify_fingerprint
-from ..runtime import GroupFactors, attach, attached, attached_factors, detach, factor_dtype, set_aside
+from ..runtime import GroupFactors, attach, attached, attached_factors, factor_dtype, set_aside
+from .checkpoints import FACTOR_KEYS, base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
+from .folded import fold
+from .packed_zero_points import PackedZeroPointsHfQuantizer
 
 __all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
 
 _P = ParamSpec("_P")
 
-_FACTOR_KEYS = r"\.(left|right)$"
-
 register_quantization_config("glowq")(GlowQConfig)
+AUTO_QUANTIZER_MAPPING["compressed-tensors"] = PackedZeroPointsHfQuantizer
 
 
 @register_quantizer("glowq")
@@ -46,6 +62,11 @@ class GlowQHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GlowQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         config = quantization_config
+        if config.base is None and config.is_stored:
+            raise ConfigError(
+                "this correction's base says in no config.json how it is quantized; transformers cannot load it. Load "
+                "the base as the library that quantized it does, then call glowq.load_correction(model, path)."
+            )
         if config.base is None:
             raise ConfigError(
                 "GlowQConfig needs a base quantizer: base='nf4', or a transformers quantization config. For a model "
@@ -55,13 +76,25 @@ class GlowQHfQuantizer(HfQuantizer):
             raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
         self.glowq_config = config
         self._base_folder: Path | None = None
-        self._folder = ""
+        self._shards: list[str] = []
         self._factors: list[GroupFactors] = []
         if config.is_stored and config.format == "correction":
-            self._base_folder = _base_folder(config)
+            self._base_folder = base_folder(config)
             self.pre_quantized = read_json(self._base_folder / "config.json").get("quantization_config") is not None
-        self.base = AutoHfQuantizer.from_config(config.base, pre_quantized=self.pre_quantized)
-        self.quantization_config = config.base
+        self._calibration = config.calibration
+        self._use(config.base)
+        if not self.pre_quantized and config.calibration is None and is_calibrated(self.quantization_config):
+            raise ConfigError(
+                f"{method_of(config.base)} needs text to quantize, which a correction does not hold: quantize the "
+                "model, save it, and name the saved folder."
+            )
+
+    def _use(self, base: Any) -> None:
+        """Delegate to the quantizer of `base` from now on."""
+        backend = backend_of(base)
+        own = None if backend is None else backend.quantizer(base, self.pre_quantized)
+        self.base = own or AutoHfQuantizer.from_config(base, pre_quantized=self.pre_quantized)
+        self.quantization_config = base
 
     def preprocess_model(
         self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -69,20 +102,23 @@ class GlowQHfQuantizer(HfQuantizer):
         """Let the loader read the base's shards where only the correction was named, then let the base do its work."""
         if checkpoint_files is None:
             raise ConfigError("glowq corrects checkpoints: load the model with from_pretrained(name_or_path).")
-        _refuse_unsafe(checkpoint_files, model.config.name_or_path, self.glowq_config)
-        self._folder = os.path.dirname(checkpoint_files[0])
+        refuse_unsafe(checkpoint_files, model.config.name_or_path, self.glowq_config)
         if self.glowq_config.is_stored:
             self._factors = read_factors([Path(file) for file in checkpoint_files], self.glowq_config.groups or {})
             ignored = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = {*ignored, _FACTOR_KEYS}
+            model._keys_to_ignore_on_load_unexpected = {*ignored, FACTOR_KEYS}
         if self._base_folder is not None:
             # The loader reads this very list object.
-            checkpoint_files[:] = _base_shards(self._base_folder)
+            checkpoint_files[:] = base_shards(self._base_folder)
+        self._shards = list(checkpoint_files)
+        if not self.pre_quantized and is_calibrated(self.quantization_config):
+            self._quantize_with_calibration(model)
         self.base.preprocess_model(model, dtype, checkpoint_files=checkpoint_files, **kwargs)
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Let the base finish, close its traps, then attach the correction: stored, named, or made now."""
         self.base.postprocess_model(model, **kwargs)
+        self.quantization_config = _base_of(model, self.quantization_config)
         prepare_model(model)
         _drop_irreversible_conversions(model)
         config = self.glowq_config
@@ -95,15 +131,31 @@ class GlowQHfQuantizer(HfQuantizer):
             self._correct_now(model)
         return model
 
+    def _quantize_with_calibration(self, model: nn.Module) -> None:
+        """Let the base quantize with the very sequences that the correction is made of."""
+        from transformers import AutoTokenizer
+
+        config, name = self.glowq_config, model.config.name_or_path  # type: ignore[union-attr]
+        self._calibration = pipeline.calibration_sequences(
+            model,
+            config.calibration,
+            AutoTokenizer.from_pretrained(name),
+            config.calibration_tokens,
+            config.sequence_length,
+            config.seed,
+        )
+        self._use(with_calibration(self.quantization_config, self._calibration))
+
     def _correct_now(self, model: nn.Module) -> None:
         from transformers import AutoTokenizer
 
         config = self.glowq_config
         source = model.config.name_or_path  # type: ignore[union-attr]
+        folder = os.path.dirname(self._shards[0])
         correct(
             model,
-            reference=self._folder if os.path.isfile(os.path.join(self._folder, "config.json")) else source,
-            calibration=config.calibration,
+            reference=folder if os.path.isfile(os.path.join(folder, "config.json")) else source,
+            calibration=self._calibration,
             tokenizer=AutoTokenizer.from_pretrained(source),
             rank=config.rank,
             budget=config.budget,
@@ -122,19 +174,22 @@ class GlowQHfQuantizer(HfQuantizer):
         with set_aside(model):
             state, metadata = self.base.get_state_dict_and_metadata(model)
             state = model.state_dict() if state is None else state
-        return {**state, **factors}, metadata
+        return {**self._with_original(model, state), **factors}, metadata
+
+    def _with_original(self, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+        """The state, with what a library rewrites in memory taken from the checkpoint that was loaded."""
+        backends = quantized_modules(model) if self.pre_quantized else {}
+        rewritten = [name for name, backend in backends.items() if backend.saves == "files"]
+        if not rewritten:
+            return state
+        originals = original_tensors(self._shards or model_shards(model), rewritten)
+        names = set(rewritten)
+        kept = {key: value for key, value in state.items() if key.rpartition(".")[0] not in names}
+        return {**kept, **originals}
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """The dense model W' = Q + A B in place of the quantized one, for any base."""
-        dtype = dtype or getattr(model, "dtype", None) or torch.float32
-        added = {
-            member: left.float() @ entry.right.float()
-            for entry in attached_factors(model)
-            for member, left in entry.lefts.items()
-        }
-        detach(model)
-        for name, backend in quantized_modules(model).items():
-            model.set_submodule(name, _dense(backend, name, model.get_submodule(name), added.get(name), dtype))
+        fold(model, dtype)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
@@ -143,8 +198,18 @@ class GlowQHfQuantizer(HfQuantizer):
         return bool(self.base.param_needs_quantization(model, param_name, **kwargs))
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """The base's answer."""
-        return bool(self.base.is_serializable(*args, **kwargs))
+        """Whether the model can be saved in one piece: the base's answer.
+
+        Raises:
+            ConfigError: it cannot; transformers' own message would not say what can be done.
+        """
+        if not self.base.is_serializable(*args, **kwargs):
+            raise ConfigError(
+                f"a {method_of(self.quantization_config)} model cannot be saved in one piece: transformers could not "
+                "load it again. Save its correction, which names its base: Correction.save_pretrained, or `glowq "
+                "correct --format correction`."
+            )
+        return True
 
     @property
     def is_trainable(self) -> bool:
@@ -200,7 +265,7 @@ def load_correction(
     """Attach a saved correction to a quantized model that is already in memory.
 
     Args:
-        model: quantized as the correction's base was.
+        model: quantized, or dequantized while loading, as the correction's base was.
         path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
         budget: cut the correction to a share of the quantized weights ("1%") or to a size ("200MB").
         **hub_kwargs: e.g. `revision`, `token`.
@@ -216,6 +281,8 @@ def load_correction(
     correction = Correction.from_pretrained(path, **hub_kwargs)
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
+    if method_of(correction.config.base) == "dense":
+        take(model)
     prepare_model(model)
     if budget is not None:
         correction = correction.cut(budget=budget)
@@ -228,19 +295,26 @@ def adopt(model: nn.Module, config: GlowQConfig) -> None:
     base = getattr(model, "hf_quantizer", None)
     model_config: Any = model.config
     stored = config.with_format("full")
-    stored.base = getattr(base, "quantization_config", stored.base)
+    stored.base = _base_of(model, getattr(base, "quantization_config", stored.base))
     if isinstance(base, GlowQHfQuantizer):
         base.glowq_config = stored
     elif isinstance(base, HfQuantizer):
         quantizer = GlowQHfQuantizer.__new__(GlowQHfQuantizer)
         quantizer.base = base
         quantizer.glowq_config = stored
-        quantizer.quantization_config = base.quantization_config
-        quantizer.pre_quantized = True
-        quantizer._base_folder, quantizer._folder, quantizer._factors = None, "", []
+        quantizer.quantization_config = stored.base
+        quantizer.pre_quantized = base.pre_quantized
+        quantizer._base_folder, quantizer._shards, quantizer._factors, quantizer._calibration = None, [], [], None
         model.hf_quantizer = quantizer  # type: ignore[assignment]
     model_config.quantization_config = stored
     _drop_irreversible_conversions(model)
+
+
+def _base_of(model: nn.Module, fallback: Any) -> Any:
+    """The base's quantization config as its library left it in the model's, without the text that it quantized with."""
+    found = getattr(model.config, "quantization_config", None)
+    base = fallback if found is None or isinstance(found, (GlowQConfig, dict)) else found
+    return stored_base(base)
 
 
 def _attach_all(model: nn.Module, config: GlowQConfig, factors: list[GroupFactors]) -> None:
@@ -248,49 +322,6 @@ def _attach_all(model: nn.Module, config: GlowQConfig, factors: list[GroupFactor
     for entry in factors:
         attach(model, entry, dtype=factor_dtype(model))
     adopt(model, config)
-
-
-def _dense(backend: Any, name: str, module: nn.Module, added: Any, dtype: torch.dtype) -> nn.Linear:
-    weight = read_weight(backend, name, module)
-    if added is not None:
-        weight = weight + added.to(weight.device)
-    bias = module.bias
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)  # type: ignore[operator]
-    return linear
-
-
-def _base_folder(config: GlowQConfig) -> Path:
-    base_model = config.base_model or {}
-    kwargs = {"revision": base_model["revision"]} if base_model.get("revision") else {}
-    return local_snapshot(base_model["name"], **kwargs)
-
-
-def _base_shards(folder: Path) -> list[str]:
-    if (folder / FACTORS_FILE).is_file():
-        raise ConfigError(f"the base {folder} is itself a correction; name the quantized or full-precision model.")
-    return checkpoint_files(folder)
-
-
-def _refuse_unsafe(files: list[str], source: Any, config: GlowQConfig) -> None:
-    """Nothing but safetensors, nothing outside its folder, and no folder of this machine named by the Hub."""
-    for file in files:
-        refuse_pickles(Path(file).parent)
-        if not file.endswith(".safetensors"):
-            raise PickleRefusedError(f"{file} is not a safetensors file; glowq reads no other weights.")
-    if os.path.isdir(source):
-        root = os.path.abspath(source)
-        outside = [file for file in files if os.path.commonpath([root, os.path.abspath(file)]) != root]
-        if outside:
-            raise UnsafePathError(f"{source} names {outside[0]!r}, which lies outside its folder; refused.")
-    elif config.format == "correction" and os.path.isabs((config.base_model or {})["name"]):
-        raise UnsafePathError(
-            f"{source} names the local folder {(config.base_model or {})['name']!r} as its base; refused. Its author "
-            "should push the base first."
-        )
 
 
 def _drop_irreversible_conversions(model: nn.Module) -> None:

@@ -1,0 +1,84 @@
+"""AWQ: gptqmodel's AWQ modules, which AutoAWQ's checkpoints load into as well."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackendError, RepackedWeightError
+from . import Backend, Scheme, register
+
+
+@register
+class AWQ(Backend):
+    """`gptqmodel` modules that keep AWQ's GEMM layout.
+
+    AWQ folds channel scales into the layers before, so that its weights are not roundings of the original ones; see
+    `glowq.folding`.
+    """
+
+    name = "awq"
+    package = "gptqmodel"
+    extra = "awq"
+    tested = ">=7.6,<7.7"
+    methods = ("awq",)
+    saves = "files"  # the module rounds its own scales to the dtype of whatever it is fed
+
+    def matches(self, module: nn.Module) -> bool:
+        library = sys.modules.get("gptqmodel.nn_modules.qlinear")
+        return library is not None and isinstance(module, library.AWQuantLinear)
+
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        # The CPU kernels that gptqmodel picks by itself rewrite their weight at the first forward without gradients.
+        if getattr(module, "linear_mode", "none") is None:
+            module.linear_mode = "train"
+        # The first forward would round the scales to its input's dtype: a weight read before would be another one.
+        if module.scales is not None and not module.scales.is_meta:
+            module.scales = module.scales.to(dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16)
+
+    def weight(self, module: Any) -> Tensor:
+        from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+        self._check(module)
+        return dequantize_gemm(
+            qweight=module.qweight,
+            qzeros=module.qzeros,
+            scales=module.scales.float(),
+            bits=module.bits,
+            group_size=module.group_size,
+        ).T
+
+    def codes(self, module: Any) -> list[Tensor]:
+        self._check(module)
+        return [module.qweight, module.qzeros]
+
+    def scales(self, module: Any) -> list[Tensor]:
+        self._check(module)
+        return [module.scales]
+
+    def scheme(self, module: Any) -> Scheme:
+        self._check(module)
+        groups = module.scales.shape[0]
+        return Scheme(f"awq int{module.bits}", module.bits, None if groups == 1 else module.in_features // groups)
+
+    def packed_bytes(self, module: Any) -> int:
+        return super().packed_bytes(module) + module.scales.numel() * module.bits // 8
+
+    @staticmethod
+    def _check(module: Any) -> None:
+        if getattr(module, "linear_mode", None) == "inference":
+            raise RepackedWeightError(
+                f"gptqmodel's {type(module).__name__} rewrote its weight at an earlier forward; it can no longer be "
+                "read back exactly. Load the model again and call glowq before its first forward, or load it with "
+                "AwqConfig(backend='torch_awq')."
+            )
+        groups = None if getattr(module, "scales", None) is None else module.scales.shape[0]
+        packed = (module.in_features, module.out_features * module.bits // 32)
+        if groups is None or tuple(module.qweight.shape) != packed:
+            raise BackendError(
+                f"gptqmodel's {type(module).__name__} does not keep AWQ's GEMM layout and cannot be read back exactly. "
+                "Load the model with AwqConfig(backend='torch_awq')."
+            )

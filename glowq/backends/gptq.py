@@ -1,0 +1,124 @@
+"""GPTQ: gptqmodel's packed linear modules, which optimum's and AutoGPTQ's checkpoints load into as well."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackendError, RepackedWeightError
+from . import Backend, Scheme, register
+
+GROUP_SIZE = 128
+
+
+def _config(bits: int) -> Any:
+    from transformers import GPTQConfig
+
+    # At 2 bits a symmetric mapping would waste one of four levels.
+    return GPTQConfig(bits=bits, group_size=GROUP_SIZE, sym=bits > 2, backend="torch")
+
+
+@register
+class GPTQ(Backend):
+    """`gptqmodel` modules that keep GPTQ's layout: 2, 3, 4 and 8 bits, symmetric or not, with or without act-order."""
+
+    name = "gptq"
+    package = "gptqmodel"
+    extra = "gptq"
+    tested = ">=7.6,<7.7"
+    methods = ("gptq",)
+    presets: ClassVar = {f"gptq-{bits}": partial(_config, bits) for bits in (2, 3, 4, 8)}
+    # The zero points of AutoGPTQ's format are converted in memory; saved from there, they would be read as its own.
+    saves = "files"
+
+    def matches(self, module: nn.Module) -> bool:
+        library = sys.modules.get("gptqmodel.nn_modules.qlinear")
+        # A quantized embedding is a PackableQuantLinear too, and indexes with what a linear multiplies by.
+        return library is not None and isinstance(module, library.GPTQQuantLinear) and not _is_embedding(module)
+
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        # The CPU kernels that gptqmodel picks by itself rewrite their weight at the first forward without gradients.
+        if getattr(module, "linear_mode", "none") is None:
+            module.linear_mode = "train"
+
+    def weight(self, module: Any) -> Tensor:
+        self._check(module)
+        indices = module.g_idx
+        if int(indices.min()) < 0 or int(indices.max()) >= module.scales.shape[0]:
+            raise BackendError(
+                f"g_idx of a {type(module).__name__} names groups {int(indices.min())} to {int(indices.max())}, but "
+                f"there are {module.scales.shape[0]}: the checkpoint is damaged. Download or quantize the model again."
+            )
+        return type(module).dequantize_weight(module).T  # the instance's own attribute is a compiled one
+
+    def codes(self, module: Any) -> list[Tensor]:
+        self._check(module)
+        return [module.qweight, module.qzeros, module.g_idx]
+
+    def scales(self, module: Any) -> list[Tensor]:
+        self._check(module)
+        return [module.scales]
+
+    def scheme(self, module: Any) -> Scheme:
+        self._check(module)
+        # From the tensors: optimum hands the module's own flags over in another order than gptqmodel takes them.
+        rows, groups = module.g_idx.numel(), module.scales.shape[0]
+        size = -(-rows // groups)
+        natural = torch.arange(rows, device=module.g_idx.device) // size
+        details = ["symmetric" if _is_symmetric(module) else "asymmetric"]
+        if not torch.equal(module.g_idx.long(), natural):
+            details.append("act-order")
+        return Scheme(f"gptq int{module.bits}", module.bits, None if groups == 1 else size, tuple(details))
+
+    def packed_bytes(self, module: Any) -> int:
+        zeros = 0 if _is_symmetric(module) else module.scales.numel() * module.bits // 8
+        return super().packed_bytes(module) + zeros
+
+    def calibrated(self, config: Any) -> bool:
+        return getattr(config, "dataset", None) is None
+
+    def with_calibration(self, config: Any, sequences: Tensor) -> Any:
+        config = copy.copy(config)
+        config.dataset = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in sequences]
+        return config
+
+    def stored_config(self, config: Any) -> Any:
+        config = copy.copy(config)
+        config.dataset = config.tokenizer = None
+        return config
+
+    @staticmethod
+    def _check(module: Any) -> None:
+        library = sys.modules["gptqmodel.nn_modules.qlinear"]
+        if not isinstance(module, library.PackableQuantLinear):
+            raise BackendError(
+                f"gptqmodel's {type(module).__name__} keeps its weight in the order of its own kernel, which cannot be "
+                "read back exactly. Load the model with GPTQConfig(bits=..., backend='torch')."
+            )
+        if getattr(module, "linear_mode", None) == "inference" or module.qweight.dtype != module.pack_dtype:
+            raise RepackedWeightError(
+                f"gptqmodel's {type(module).__name__} rewrote its weight at an earlier forward; it can no longer be "
+                "read back exactly. Load the model again and call glowq before its first forward, or load it with "
+                "GPTQConfig(bits=..., backend='torch')."
+            )
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    torch_kernel = sys.modules.get("gptqmodel.nn_modules.qlinear.torch")
+    return torch_kernel is not None and isinstance(module, torch_kernel.TorchQuantEmbeddings)
+
+
+def _is_symmetric(module: Any) -> bool:
+    """Whether every zero point is the middle code: the packed words are then those of one repeated value."""
+    bits = module.bits
+    count = 32 // bits if bits != 3 else 32
+    stream = sum((1 << (bits - 1)) << (bits * index) for index in range(count))
+    words = [(stream >> (32 * index)) & 0xFFFFFFFF for index in range(count * bits // 32)]
+    period = torch.tensor([word - (1 << 32) if word >= 1 << 31 else word for word in words], dtype=torch.int32)
+    zeros = module.qzeros.to("cpu", torch.int32)
+    return bool((zeros.reshape(-1, len(words)) == period).all())
