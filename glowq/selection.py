@@ -1,7 +1,9 @@
-"""How many ranks a budget of bytes buys."""
+"""Which ranks a budget of bytes buys."""
 
 from __future__ import annotations
 
+import heapq
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +11,10 @@ from .errors import ConfigError, RankError
 from .groups import Group
 from .runtime import GroupFactors
 
-__all__ = ["parse_budget", "ranks_within", "uniform_rank", "uniform_ranks"]
+__all__ = ["allocate", "candidate_ranks", "parse_budget", "ranks_within", "uniform_ranks"]
+
+_SPREAD = 4
+_LEAST_CANDIDATE = 8
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -38,80 +43,105 @@ def parse_budget(budget: str | int | float, base_bytes: int) -> int:
     return int(found)
 
 
-def uniform_rank(rank_bytes: int, budget: str | int, base_bytes: int) -> int:
-    """The largest rank that every group can have within a budget.
-
-    Args:
-        rank_bytes: bytes of one rank of every group together.
-        budget: see `parse_budget`.
-        base_bytes: bytes of the quantized weights.
-
-    Raises:
-        ConfigError: the budget does not pay for rank 1; the message says what would.
-    """
-    available = parse_budget(budget, base_bytes)
-    if available < rank_bytes:
-        raise ConfigError(
-            f"budget {budget!r} is {available} bytes, but one rank of every group takes {rank_bytes} bytes "
-            f"({rank_bytes / base_bytes:.2%}); give at least that."
-        )
-    return available // rank_bytes
-
-
-def uniform_ranks(
-    groups: Sequence[Group],
-    rank: int | None,
-    budget: str | int | None,
-    base_bytes: int,
-    itemsize: int,
-    *,
-    shared: bool,
-) -> dict[str, int]:
+def uniform_ranks(groups: Sequence[Group], rank: int | None) -> dict[str, int]:
     """Group name -> rank, the same for all, lowered where a group allows less.
 
     Args:
         groups: the groups to restore.
-        rank: rank asked for; 32 if neither it nor `budget` is given.
-        budget: largest uniform rank within these bytes, see `parse_budget`.
-        base_bytes: bytes of the quantized weights.
-        itemsize: bytes of one factor value.
-        shared: one right factor a group, or one a member.
+        rank: rank asked for; 32 unless given.
 
     Raises:
         RankError: rank below 1, or above what any group allows.
-        ConfigError: see `uniform_rank`.
     """
-    largest = {group.name: min(sum(group.out_features), group.in_features) for group in groups}
-    if budget is not None:
-        rank = uniform_rank(sum(_rank_values(group, shared) for group in groups) * itemsize, budget, base_bytes)
-        rank = min(rank, max(largest.values()))
+    largest = {group.name: _largest_rank(group) for group in groups}
     rank = 32 if rank is None else rank
     if rank < 1 or rank > max(largest.values()):
         raise RankError(f"rank must lie between 1 and {max(largest.values())} for this model, found {rank}.")
     return {name: min(rank, most) for name, most in largest.items()}
 
 
-def _rank_values(group: Group, shared: bool) -> int:
-    return sum(group.out_features) + group.in_features * (1 if shared else len(group.members))
+def candidate_ranks(
+    groups: Sequence[Group], budget: str | int, base_bytes: int, itemsize: int, *, shared: bool
+) -> dict[str, int]:
+    """Group name -> rank to solve for, so that `ranks_within` can then choose under a budget.
+
+    A group may end with `_SPREAD` times what an even share of the budget would buy it, and never with more than the
+    whole budget would.
+
+    Args:
+        groups: the groups that could be restored.
+        budget: see `parse_budget`.
+        base_bytes: bytes of the quantized weights.
+        itemsize: bytes of one factor value.
+        shared: one right factor a group, or one a member.
+
+    Raises:
+        ConfigError: the budget does not pay for one rank of any group.
+    """
+    available = parse_budget(budget, base_bytes)
+    costs = {group.name: _rank_values(group, shared) * itemsize for group in groups}
+    _check_affordable(costs, available, budget, base_bytes)
+    even = max(_LEAST_CANDIDATE, math.ceil(_SPREAD * available / sum(costs.values())))
+    ranks = {group.name: min(even, _largest_rank(group), available // costs[group.name]) for group in groups}
+    return {name: rank for name, rank in ranks.items() if rank > 0}
 
 
 def ranks_within(
     factors: Sequence[GroupFactors], ranks: Mapping[str, int], budget: str | int, base_bytes: int
 ) -> dict[str, int]:
-    """Group name -> rank under a budget: the largest uniform rank that fits, never more than a group has.
+    """Group name -> rank under a budget: the ranks that gain most for their bytes, none above `ranks`; 0 is left out.
 
     Raises:
-        ConfigError: see `uniform_rank`.
+        ConfigError: the budget does not pay for one rank of any group.
     """
     available = parse_budget(budget, base_bytes)
-    cost = {entry.group.name: entry.factor_bytes // entry.rank for entry in factors}
+    costs = {entry.group.name: entry.factor_bytes // entry.rank for entry in factors}
+    _check_affordable(costs, available, budget, base_bytes)
+    gains = {entry.group.name: entry.gains[: ranks[entry.group.name]].tolist() for entry in factors}
+    return {name: rank for name, rank in allocate(gains, costs, available).items() if rank > 0}
 
-    def total(rank: int) -> int:
-        return sum(cost[name] * min(rank, largest) for name, largest in ranks.items())
 
-    best = uniform_rank(total(1), budget, base_bytes)
-    while best > 1 and total(best) > available:
-        best -= 1
-    while total(best + 1) <= available and total(best + 1) > total(best):
-        best += 1
-    return {name: min(best, largest) for name, largest in ranks.items()}
+def allocate(gains: Mapping[str, Sequence[float]], rank_bytes: Mapping[str, int], available: int) -> dict[str, int]:
+    """Ranks by gain per byte.
+
+    Gains of one group fall from rank to rank, so that taking the best next rank each time is optimal up to the last
+    bytes, which go to the best rank that still fits.
+
+    Args:
+        gains: group name -> what each further rank gains, in one unit for all groups.
+        rank_bytes: group name -> bytes of one rank.
+        available: bytes.
+
+    Returns:
+        Group name -> rank, 0 included.
+    """
+    ranks = dict.fromkeys(gains, 0)
+    offers = [(-gain[0] / rank_bytes[name], name) for name, gain in gains.items() if len(gain) and gain[0] > 0]
+    heapq.heapify(offers)
+    while offers:
+        _, name = heapq.heappop(offers)
+        if rank_bytes[name] > available:
+            continue  # nor will any later rank of this group fit
+        available -= rank_bytes[name]
+        ranks[name] += 1
+        further = gains[name][ranks[name] :]
+        if len(further) and further[0] > 0:
+            heapq.heappush(offers, (-further[0] / rank_bytes[name], name))
+    return ranks
+
+
+def _check_affordable(costs: Mapping[str, int], available: int, budget: str | int, base_bytes: int) -> None:
+    cheapest = min(costs.values())
+    if available < cheapest:
+        raise ConfigError(
+            f"budget {budget!r} is {available} bytes, but one rank of the cheapest group takes {cheapest} bytes "
+            f"({cheapest / base_bytes:.2%}); give at least that."
+        )
+
+
+def _largest_rank(group: Group) -> int:
+    return min(sum(group.out_features), group.in_features)
+
+
+def _rank_values(group: Group, shared: bool) -> int:
+    return sum(group.out_features) + group.in_features * (1 if shared else len(group.members))

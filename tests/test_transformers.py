@@ -88,7 +88,6 @@ def test_a_budget_cuts_what_is_attached(saved: Any, source: Path, tmp_path: Path
     budget = saved[1].factor_bytes // 2
     model = quantized(source, "nf4")
     correction = glowq.load_correction(model, saved[2] / "correction", budget=budget)
-    assert set(correction.ranks.values()) == {4}
     assert 0 < correction.factor_bytes <= budget
     config = glowq.GlowQConfig(base="nf4", correction=str(saved[2] / "correction"), budget=budget)
     assert gap(load(source, quantization_config=config), logits(model)) == 0.0
@@ -100,11 +99,12 @@ def test_a_budget_cuts_what_is_attached(saved: Any, source: Path, tmp_path: Path
 def test_a_cut_keeps_the_first_ranks(saved: Any, request_: dict[str, Any], source: Path, tmp_path: Path) -> None:
     whole = saved[1]
     cut = glowq.Correction.from_pretrained(saved[2] / "correction").cut(**request_)
-    assert cut.ranks.keys() == whole.ranks.keys()
+    assert cut.ranks.keys() <= whole.ranks.keys()
+    assert cut.factor_bytes < whole.factor_bytes
     by_name = {entry.group.name: entry for entry in whole.factors}
     for small in cut.factors:
         large = by_name[small.group.name]
-        assert 1 <= small.rank < large.rank
+        assert 1 <= small.rank <= large.rank
         assert torch.equal(small.right, large.right[: small.rank])
         assert torch.equal(small.gains, large.gains[: small.rank])
         for member in small.group.members:

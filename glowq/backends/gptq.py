@@ -45,15 +45,15 @@ class GPTQ(Backend):
         # The CPU kernels that gptqmodel picks by itself rewrite their weight at the first forward without gradients.
         if getattr(module, "linear_mode", "none") is None:
             module.linear_mode = "train"
+        order, groups = module.g_idx, module.scales.shape[0]
+        if int(order.min()) < 0 or int(order.max()) >= groups:
+            raise BackendError(
+                f"g_idx names groups {int(order.min())} to {int(order.max())}, but there are {groups}: the checkpoint is "
+                "damaged. Download or quantize the model again."
+            )
 
     def weight(self, module: Any) -> Tensor:
         self._check(module)
-        indices = module.g_idx
-        if int(indices.min()) < 0 or int(indices.max()) >= module.scales.shape[0]:
-            raise BackendError(
-                f"g_idx of a {type(module).__name__} names groups {int(indices.min())} to {int(indices.max())}, but "
-                f"there are {module.scales.shape[0]}: the checkpoint is damaged. Download or quantize the model again."
-            )
         return type(module).dequantize_weight(module).T  # the instance's own attribute is a compiled one
 
     def codes(self, module: Any) -> list[Tensor]:
