@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backends import Backend, read_weight
+from .backends import Backend
 from .data import batches
-from .errors import ReferenceMismatchError
 from .groups import Group, Trace
 from .methods import Method
 from .progress import progress
@@ -19,12 +18,12 @@ from .reference import Reference
 from .resume import Resume
 from .runtime import GroupFactors, attach, factor_dtype
 from .statistics import MomentCollector, Moments
+from .unfolding import Unfolding
 from .walk import BlockWalk
 
 __all__ = ["BlockSolver", "stops_of", "to_model"]
 
 _BATCH_TOKENS = 4096
-_LEAST_SIMILARITY = 0.5  # 2-bit rounding of the bundled model keeps 0.90, an unrelated weight has 0
 
 
 class BlockSolver:
@@ -51,8 +50,7 @@ class BlockSolver:
         resume: Resume,
     ) -> None:
         self.model = model
-        self.reference = reference
-        self.backends = backends
+        self.unfolding = Unfolding(model, reference, backends)
         self.method = method
         self.ranks = ranks
         self.seed = seed
@@ -78,7 +76,7 @@ class BlockSolver:
         return solved
 
     def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[GroupFactors]:
-        errors = {group.name: self._error(group) for group in groups}
+        errors = self.unfolding.errors(groups)
         moments = dict.fromkeys(errors, Moments(tokens=0))
         if self.method.statistic == "none":
             bar.update()
@@ -95,16 +93,6 @@ class BlockSolver:
     def _collector(self, group: Group, error: Tensor) -> MomentCollector:
         narrow = sum(group.out_features) < group.in_features  # then E S E^T is smaller than S
         return MomentCollector(group, self.method.statistic, error if narrow else None)
-
-    def _error(self, group: Group) -> Tensor:
-        """Stacked weight error E = W - Q of the group, shape (O, d), float32."""
-        rows = []
-        for name, width in zip(group.members, group.out_features, strict=True):
-            quantized = read_weight(self.backends[name], name, self.model.get_submodule(name))
-            full = self.reference.weight(name, (width, group.in_features)).to(quantized.device)
-            _refuse_strangers(name, full, quantized)
-            rows.append(full - quantized)
-        return torch.cat(rows)
 
     def _factors(self, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype) -> list[GroupFactors]:
         parts = [(group, error, moments)] if self.method.shared else list(_members(group, error, moments))
@@ -124,16 +112,6 @@ class BlockSolver:
         return solved
 
 
-def _refuse_strangers(name: str, full: Tensor, quantized: Tensor) -> None:
-    """A quantized weight points where its full-precision weight does, down to 2 bits and below."""
-    alike = float(torch.nn.functional.cosine_similarity(full.flatten(), quantized.flatten(), dim=0))
-    if alike < _LEAST_SIMILARITY and bool(full.any()) and bool(quantized.any()):
-        raise ReferenceMismatchError(
-            f"{name} of the reference has cosine similarity {alike:.2f} with the quantized weight: the shapes agree, "
-            "but it is another model. Give the full-precision model that the quantized one was made from."
-        )
-
-
 def _members(group: Group, error: Tensor, moments: Moments) -> Any:
     """Each member as a group of one, for methods that share nothing."""
     start = 0
@@ -143,12 +121,13 @@ def _members(group: Group, error: Tensor, moments: Moments) -> Any:
         start += width
 
 
-def stops_of(trace: Trace) -> dict[str, list[Group]]:
-    """Where the walk pauses -> the groups measured until there, in the order of the calls."""
+def stops_of(trace: Trace, names: Container[str]) -> dict[str, list[Group]]:
+    """Where the walk pauses -> the groups among `names` measured until there, in the order of the calls."""
+    groups = [group for group in trace.groups if group.name in names]
     if trace.repeated:
-        return {"": trace.groups}  # a block that runs again cannot be corrected before it is measured: all at once
+        return {"": groups}  # a block that runs again cannot be corrected before it is measured: all at once
     stops: dict[str, list[Group]] = {}
-    for group in trace.groups:
+    for group in groups:
         stops.setdefault(group.block, []).append(group)
     return stops
 

@@ -159,6 +159,10 @@ def _base(base: Any) -> Any:
 
         return base_config(base)
     if isinstance(base, Mapping):
+        from .backends.dense import DenseConfig
+
+        if base.get("quant_method") == "dense":  # which transformers does not know
+            return DenseConfig()
         from transformers.quantizers.auto import AutoQuantizationConfig
 
         try:

@@ -89,7 +89,7 @@ class Correction:
 
         Raises:
             RankError: rank below 1.
-            ConfigError: the budget cannot be parsed, or is smaller than one rank of the cheapest group.
+            ConfigError: the budget cannot be parsed, or does not pay for one rank of any group.
         """
         ranks = self.ranks
         if rank is not None:
@@ -98,7 +98,8 @@ class Correction:
             ranks = {name: min(rank, largest) for name, largest in ranks.items()}
         if budget is not None:
             ranks = ranks_within(self.factors, ranks, budget, self.base_bytes)
-        factors = [_cut_group(entry, ranks[entry.group.name]) for entry in self.factors if ranks[entry.group.name]]
+        kept = [entry for entry in self.factors if entry.group.name in ranks]
+        factors = [_cut_group(entry, ranks[entry.group.name]) for entry in kept]
         return replace(self, factors=factors, config=self.config.with_groups(describe_groups(factors)))
 
     def save_pretrained(

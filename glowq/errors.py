@@ -11,6 +11,7 @@ __all__ = [
     "CorrectionError",
     "EvaluationError",
     "FingerprintError",
+    "FoldingError",
     "GlowQError",
     "ModelNotFoundError",
     "NonFiniteError",
@@ -90,6 +91,10 @@ class RankError(GlowQError, ValueError):
 
 class ReferenceMismatchError(GlowQError, ValueError):
     """The reference model's modules or shapes are not those of the quantized model."""
+
+
+class FoldingError(ReferenceMismatchError):
+    """Scales were folded into a quantized weight that no layer before it takes out again."""
 
 
 class CorrectionError(GlowQError, ValueError):

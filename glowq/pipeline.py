@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from . import __version__
-from .backends import is_calibrated, prepare_model, stored_base
+from .backends import is_calibrated, prepare_model, refuse_misloaded, stored_base
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
 from .config import GlowQConfig
@@ -23,8 +23,8 @@ from .groups import Trace, trace_groups
 from .methods import Method, get_method
 from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
-from .runtime import attached, detach, factor_dtype
-from .selection import uniform_ranks
+from .runtime import attach, attached, detach, factor_dtype
+from .selection import candidate_ranks, uniform_ranks
 
 __all__ = ["calibration_sequences", "correct"]
 
@@ -58,7 +58,8 @@ def correct(
         calibration: text (list of str, file, folder or datasets name), or token ids as a tensor of shape (n, length).
         tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
         rank: rank of every group (lowered where a group allows less); 32 if neither it nor `budget` is given.
-        budget: largest uniform rank within these bytes: a share of the quantized weights ("1%") or a size ("200MB").
+        budget: instead of `rank`: the ranks that gain most within these bytes, a share of the quantized weights
+            ("1%") or a size ("200MB").
         method: see `glowq.methods`.
         calibration_tokens: how many tokens of the text are used, picked from all over it.
         sequence_length: tokens a sequence; lowered to what the model allows.
@@ -71,6 +72,7 @@ def correct(
         The correction, attached to `model`, its factors in the model's dtype on the CPU.
 
     Raises:
+        BackendError: transformers could not read the weights of the model's checkpoint.
         UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected.
         ReferenceMismatchError: modules, shapes or embeddings of the reference are others.
         FoldingError: scales were folded into the quantized weights that no layer takes out again.
@@ -83,6 +85,7 @@ def correct(
         raise ConfigError("give either rank or budget, not both.")
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
+    refuse_misloaded(model)
     if dense:
         take(model)
     backends = prepare_model(model)
@@ -92,7 +95,10 @@ def correct(
     trace = _trace(model, sequences)
     base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
     itemsize = factor_dtype(model).itemsize
-    ranks = uniform_ranks(trace.groups, rank, budget, base_bytes, itemsize, shared=solver.shared)
+    if budget is None:
+        ranks = uniform_ranks(trace.groups, rank)
+    else:
+        ranks = candidate_ranks(trace.groups, budget, base_bytes, itemsize, shared=solver.shared)
     _check_token_count(sequences, ranks)
     config = _stored_config(model, reference, base_bytes, solver, sequences, seed)
     try:
@@ -101,11 +107,11 @@ def correct(
             source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
             store = Resume.open(resume, config, reference, ranks, sequences)
             run = BlockSolver(model, source, backends, solver, ranks, seed, store)
-            factors = run.solve(stops_of(trace), sequences)
+            factors = run.solve(stops_of(trace, ranks), sequences)
     except BaseException:
         detach(model)
         raise
-    return Correction(
+    correction = Correction(
         factors=factors,
         config=config.with_groups(describe_groups(factors)),
         model_config=_model_config(model),
@@ -114,14 +120,24 @@ def correct(
         generation_config=getattr(model, "generation_config", None),
         base_is_stored=pre_quantized(model) or not is_calibrated(config.base),
     )
+    return correction if budget is None else _cut_attached(model, correction, budget)
+
+
+def _cut_attached(model: nn.Module, correction: Correction, budget: str | int) -> Correction:
+    """The correction at the ranks that a budget buys, attached in place of the whole one."""
+    detach(model)
+    chosen = correction.cut(budget=budget)
+    for entry in chosen.factors:
+        attach(model, entry)
+    return chosen
 
 
 def _nothing_quantized(model: nn.Module) -> str:
     found, method = f"{type(model).__name__} holds no quantized linear module", origin(model)
     if method is None:
         return (
-            f"{found}: there is nothing to correct. Quantize it first, for example with GlowQConfig(base='nf4'); if its "
-            "float weights hold quantized values, pass dense=True (--base dense) to correct them as they are."
+            f"{found}: there is nothing to correct. Quantize it first, for example with GlowQConfig(base='nf4'); if "
+            "its float weights hold quantized values, pass dense=True (--base dense) to correct them as they are."
         )
     return (
         f"{found}: its {method} weights were dequantized on load. Pass dense=True (--base dense) to correct the "

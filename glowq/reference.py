@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
@@ -18,7 +19,10 @@ from .errors import NonFiniteError, ReferenceMismatchError, UnsupportedModuleErr
 from .files import checkpoint_files, local_snapshot, read_json
 from .progress import quiet
 
-__all__ = ["Reference"]
+__all__ = ["REVISION_TOLERANCE", "Reference"]
+
+REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes 1.1e-3
+_SAMPLED_ROWS = 1024
 
 
 class Reference:
@@ -75,6 +79,32 @@ class Reference:
         for name, shape in shapes.items():
             self._module(name, shape)
 
+    def check_revision(self, model: nn.Module, tolerance: float = REVISION_TOLERANCE) -> None:
+        """Refuse another revision or a fine-tune, whose modules and shapes are all the same.
+
+        Quantizers leave the input embeddings alone (norms they may not: see `folding`), so those must be equal.
+
+        Args:
+            model: quantized.
+            tolerance: largest relative difference, root mean square of a sample of rows; more than the default only
+                where the embeddings were quantized too and then written out as floats (GGUF).
+
+        Raises:
+            ReferenceMismatchError: they differ by more.
+        """
+        ours, theirs = (_embedding_rows(side) for side in (model, self.model))
+        if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
+            return
+        common = min(len(ours), len(theirs))  # a vocabulary may have been padded
+        sample = torch.linspace(0, common - 1, min(common, _SAMPLED_ROWS)).long()
+        quantized, full = ours[sample].float(), theirs[sample].float()
+        found = float((quantized - full).norm() / full.norm().clamp_min(1e-30))
+        if not found <= tolerance:
+            raise ReferenceMismatchError(
+                f"the embeddings differ by {found:.1%}: the reference is another revision or a fine-tune of the model "
+                "that was quantized; give the revision that was quantized."
+            )
+
     def weight(self, name: str, shape: tuple[int, int]) -> Tensor:
         """Full-precision weight of one linear module.
 
@@ -125,6 +155,17 @@ class Reference:
             return self.model_class.from_pretrained(  # type: ignore[attr-defined]
                 folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True
             )
+
+
+def _embedding_rows(model: nn.Module) -> Tensor | None:
+    """The input embeddings, (vocabulary, width) on the CPU; None where the model has none in plain floats."""
+    layer: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    weight = getattr(layer, "weight", None)
+    if layer is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
+        return None
+    with align_module_device(layer):
+        values: Tensor = layer.weight.detach()
+        return values.cpu() if values.is_floating_point() else None
 
 
 @contextmanager

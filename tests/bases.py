@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import writers
 from torch import Tensor, nn
 
 MODEL = Path(__file__).parents[1] / "examples" / "stdlib-llama"
 BLOCKS = 2
-TEXTS = [
-    "def area(width, height):\n    return width * height\n" * 40,
-    "import os\n\nclass Reader:\n    pass\n" * 60,
-] * 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Base:
         dequantize: the library's own read-back of one module.
         write: quantizes the model in the first folder with the library alone and saves it into the second, as its
             users do; None for a `--base` name, which quantizes while loading.
-        read: loads what `write` saved, where from_pretrained cannot: (folder, dtype) -> model.
+        read: the library's own way to the model, where from_pretrained has none: (folder, dtype) -> model. The folder
+            is what `write` saved, or the full-precision model of a `--base` name.
     """
 
     name: str
@@ -62,24 +61,22 @@ class Base:
         from transformers import AutoModelForCausalLM
 
         source = small_model() if folder is None else Path(folder)
-        if self.write is None:
+        if self.read is not None:
+            return self.read(source if self.is_preset else self.checkpoint(source), dtype)
+        if self.is_preset:
             options["quantization_config"] = self.config(source)
             return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-        if self.read is not None:
-            return self.read(self.checkpoint(source), dtype)
         return AutoModelForCausalLM.from_pretrained(self.checkpoint(source), dtype=dtype, **options)
 
     def config(self, source: Path) -> Any:
         """The transformers quantization config of a preset, with text to quantize with where it needs any."""
         from transformers import AutoTokenizer
 
-        from glowq.backends import backend_of, base_config
+        from glowq.backends import base_config, with_calibration
 
-        config = base_config(self.name)
-        backend = backend_of(str(getattr(config.quant_method, "value", config.quant_method)))
-        if backend is not None and backend.calibrated(config):
-            config = backend.with_calibration(config, TEXTS, AutoTokenizer.from_pretrained(source))
-        return config
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        ids = tokenizer("".join(writers.TEXTS), return_tensors="pt").input_ids
+        return with_calibration(base_config(self.name), ids[0, : ids.shape[1] // 128 * 128].reshape(-1, 128))
 
     def checkpoint(self, source: Path) -> Path:
         """The folder that `write` saved `source` to: written once a process."""
@@ -125,9 +122,44 @@ def _eight_bit(module: Any) -> Tensor:
     return dequantize_bnb_weight(module.weight, module.state)
 
 
-def _torchao(module: Any) -> Tensor:
+def _dequantize(module: Any) -> Tensor:
     return module.weight.dequantize()
 
+
+def _hqq(module: Any) -> Tensor:
+    return module.dequantize()
+
+
+def _gptq(module: Any) -> Tensor:
+    return module.dequantize_weight().T
+
+
+def _awq(module: Any) -> Tensor:
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    packed = (module.qweight, module.qzeros, module.scales.float())
+    return dequantize_gemm(*packed, bits=module.bits, group_size=module.group_size).T
+
+
+def _compressed_tensors(module: Any) -> Tensor:
+    """The library replaces the packed tensors by `.weight` when the model first runs."""
+    from compressed_tensors.compressors import decompress_module
+
+    if not hasattr(module, "weight"):
+        module = copy.deepcopy(module)
+        decompress_module(module)
+    return module.weight.data
+
+
+_ACT_ORDER = partial(writers.gptqmodel, bits=4, group_size=32, desc_act=True)
+_WHOLE_ROWS = partial(writers.gptqmodel, bits=8, group_size=-1, desc_act=False, act_group_aware=False, sym=False)
+_THREE_BITS = partial(writers.optimum, bits=3, group_size=64, desc_act=True, sym=False)
+_GROUPS = partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=128)
+_ASYMMETRIC = partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64, symmetric=False)
+_CHANNELS = partial(writers.compressed_tensors, num_bits=8, strategy="channel")
+_QUANTO = {"int2": 2, "int4": 4, "int8": 8, "float8": 8}
+_HQQ = {bits: partial(writers.quantize_with_hqq, nbits=bits, group_size=64) for bits in (2, 3, 4, 8)}
+_HQQ_AXIS_0 = partial(writers.hqq, nbits=4, group_size=64, axis=0)
 
 BASES = [
     Base("nf4", "bitsandbytes", "bitsandbytes", 4, 5e-3, _four_bit),
@@ -135,10 +167,22 @@ BASES = [
     Base("fp4", "bitsandbytes", "bitsandbytes", 4, 5e-3, _four_bit),
     Base("fp4-double", "bitsandbytes", "bitsandbytes", 4, 5e-3, _four_bit),
     Base("int8", "bitsandbytes", "bitsandbytes", 8, 5e-3, _eight_bit),
-    Base("torchao-int8", "torchao", "torchao", 8, 1e-6, _torchao),
-    Base("torchao-int4", "torchao", "torchao", 4, 1e-6, _torchao),
-    Base("torchao-int3", "torchao", "torchao", 3, 1e-6, _torchao),
-    Base("torchao-int2", "torchao", "torchao", 2, 1e-6, _torchao),
+    Base("torchao-int8", "torchao", "torchao", 8, 1e-6, _dequantize),
+    Base("torchao-int4", "torchao", "torchao", 4, 1e-6, _dequantize),
+    Base("torchao-int3", "torchao", "torchao", 3, 1e-6, _dequantize),
+    Base("torchao-int2", "torchao", "torchao", 2, 1e-6, _dequantize),
+    *(Base(f"gptq-{bits}", "gptqmodel", "gptq", bits, 5e-3, _gptq) for bits in (2, 3, 4, 8)),
+    Base("gptqmodel-int4-act-order", "gptqmodel", "gptq", 4, 5e-3, _gptq, write=_ACT_ORDER),
+    Base("gptqmodel-int8-rows", "gptqmodel", "gptq", 8, 5e-3, _gptq, write=_WHOLE_ROWS),
+    Base("optimum-int3-act-order", "gptqmodel", "gptq", 3, 5e-3, _gptq, write=_THREE_BITS),
+    Base("auto-gptq-int4", "gptqmodel", "gptq", 4, 5e-3, _gptq, write=writers.auto_gptq),
+    Base("awq-int4", "gptqmodel", "awq", 4, 5e-3, _awq, write=writers.awq),
+    *(Base(f"quanto-{kind}", "optimum.quanto", "quanto", bits, 1e-6, _dequantize) for kind, bits in _QUANTO.items()),
+    *(Base(f"hqq-{bits}", "hqq", "hqq", bits, 1e-6, _hqq, read=quantize) for bits, quantize in _HQQ.items()),
+    Base("hqq-saved-int4-axis-0", "hqq", "hqq", 4, 1e-6, _hqq, write=_HQQ_AXIS_0, read=writers.load_with_hqq),
+    Base("w4a16", "compressed_tensors", "compressed-tensors", 4, 1e-6, _compressed_tensors, write=_GROUPS),
+    Base("w4a16-asym", "compressed_tensors", "compressed-tensors", 4, 1e-6, _compressed_tensors, write=_ASYMMETRIC),
+    Base("w8a16-channels", "compressed_tensors", "compressed-tensors", 8, 1e-6, _compressed_tensors, write=_CHANNELS),
 ]
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import pkgutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "prepare_model",
     "quantized_modules",
     "read_weight",
+    "refuse_misloaded",
     "register",
     "stored_base",
     "with_calibration",
@@ -104,13 +106,29 @@ def quantized_modules(model: nn.Module) -> dict[str, Backend]:
     return {name: backend for name, backend in found if backend is not None}
 
 
+def refuse_misloaded(model: nn.Module) -> None:
+    """Refuse a model that transformers loaded from a checkpoint whose weights it cannot read.
+
+    Raises:
+        BackendError: its weights are not those of the checkpoint; the message says how to load it.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    backend = backend_of(config)
+    if backend is None or not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        return
+    if backend not in quantized_modules(model).values():
+        backend.quantizer(config, pre_quantized=True)
+
+
 def prepare_model(model: nn.Module) -> dict[str, Backend]:
     """Make every quantized module of `model` safe to read, run and save; returns `quantized_modules(model)`."""
     modules = quantized_modules(model)
     dtype = getattr(model, "dtype", torch.float32)
     for name, backend in modules.items():
         _warn_untested(backend)
-        backend.prepare(model.get_submodule(name), dtype)
+        module = model.get_submodule(name)
+        with _naming(name), align_module_device(module):
+            backend.prepare(module, dtype)
     return modules
 
 
@@ -124,7 +142,7 @@ def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
         BackendError: the weight cannot be read exactly, or a scale is zero where the library writes none.
         NonFiniteError: the scales or the weight hold NaN or Inf.
     """
-    with align_module_device(module), torch.no_grad():
+    with _naming(name), align_module_device(module), torch.no_grad():
         for scale in backend.scales(module):
             _check_scales(backend, name, scale)
         weight = backend.weight(module).detach().to(torch.float32)
@@ -133,13 +151,22 @@ def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
     return weight
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which module a backend refused."""
+    try:
+        yield
+    except BackendError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def _check_scales(backend: Backend, name: str, scales: Tensor) -> None:
     values = scales.float()
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(f"{name}: its quantization scales hold NaN or Inf. Download or quantize the model again.")
     if not backend.zero_scales and not bool(values.all()):
         raise BackendError(
-            f"{name}: {int((values == 0).sum())} of its {values.numel()} quantization scales are zero, which "
+            f"{int((values == 0).sum())} of its {values.numel()} quantization scales are zero, which "
             f"{backend.name} never writes: the checkpoint is damaged. Download or quantize the model again."
         )
 

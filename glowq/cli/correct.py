@@ -26,7 +26,11 @@ def correct(
     calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
     output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
     base: Annotated[
-        str, typer.Option(help=f"Quantizer: {', '.join(base_names())}; none: MODEL is quantized already.")
+        str,
+        typer.Option(
+            help=f"Quantizer: {', '.join(base_names())}; none: MODEL is quantized already; dense: its float weights "
+            "hold quantized values."
+        ),
     ] = "none",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every group; 32 if no budget is given.")] = None,
     budget: BudgetOption = None,
@@ -41,6 +45,9 @@ def correct(
     seed: SeedOption = 0,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens used; an eighth is held out.")] = 32768,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    gguf_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -50,6 +57,7 @@ def correct(
     Examples:
       glowq correct org/model --base nf4 --calibration notes.txt --output corrected
       glowq correct org/model-gptq --reference org/model --calibration notes.txt --output corrected --budget 1.5%
+      glowq correct org/model-GGUF --gguf-file model-Q4_0.gguf --base dense --reference org/model ...
     """
     if rank is not None and budget is not None:
         raise typer.BadParameter("give either --rank or --budget, not both.")
@@ -66,15 +74,15 @@ def correct(
         if resume:
             _check_kept(kept)
         get_method(method)
-        quantization = None if base == "none" else base_config(base)
-        config = load_config(model)
-        source = reference_name(model, config, quantization is not None, reference)
+        quantization = None if base in ("none", "dense") else base_config(base)
+        config = load_config(model, gguf_file)
+        source = reference_name(model, config, base, reference)
         tokenizer = load_tokenizer(model, source)
         train, held = parted_sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
         score = reference_score(source, held) if _is_measured(model, config) else None
         if quantization is not None:
             quantization = with_calibration(quantization, train)
-        corrected = load_model(model, config, quantization)
+        corrected = load_model(model, config, quantization, gguf_file)
         correction = correct_model(
             corrected,
             reference=source,
@@ -85,6 +93,7 @@ def correct(
             method=method,
             seed=seed,
             resume=kept if resume else None,
+            dense=base == "dense",
         )
         held_out = None if score is None else held_out_figures(score, corrected, held, seed)
         result = {

@@ -29,44 +29,68 @@ def loading(name: str) -> Iterator[None]:
         raise ConfigError(f"{name!r} cannot be loaded: {one_line(error)}") from error
 
 
-def load_config(name: str) -> Any:
-    """The transformers config of a folder or Hub name.
+def load_config(name: str, gguf_file: str | None = None) -> Any:
+    """The transformers config of a folder or Hub name, or of a GGUF file in it.
 
     Raises:
         ModelNotFoundError: no such model.
         PickleRefusedError: the folder holds its weights only as pickles.
-        ConfigError: a model type that transformers does not know.
+        ConfigError: a model type that transformers does not know, or GGUF files of which none was named.
     """
     from transformers import AutoConfig
 
     if Path(name).is_dir():
         refuse_pickles(Path(name))
+    if gguf_file is None:
+        _refuse_unnamed_gguf(Path(name))
     try:
         with loading(name):
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
     except ModelNotFoundError as error:
         if Path(name).is_dir():
             raise
         raise ModelNotFoundError(f"no folder {name!r}, and no such model within reach on the Hub; {error}") from error
 
 
-def load_model(name: str, config: Any, quantization_config: Any = None) -> Any:
+def _gguf(file: str | None) -> dict[str, str]:
+    return {} if file is None else {"gguf_file": file}
+
+
+def _refuse_unnamed_gguf(path: Path) -> None:
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".gguf" and path.is_file():
+        files = [path.name]
+    elif path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+    else:
+        return
+    if files:
+        raise ConfigError(
+            f"{path} is GGUF, which transformers dequantizes on load: give {folder} as MODEL, --gguf-file {files[0]}, "
+            "--base dense, and --reference, the full-precision model behind it."
+        )
+
+
+def load_model(name: str, config: Any, quantization_config: Any = None, gguf_file: str | None = None) -> Any:
     """A model of the class that its config names, ready to run.
 
     Args:
         name: folder or Hub name.
         config: what `load_config(name)` returned.
         quantization_config: quantize while loading.
+        gguf_file: GGUF file in the folder, which transformers dequantizes.
     """
     import torch
 
     from ..backends import prepare_model
 
-    options = {} if quantization_config is None else {"quantization_config": quantization_config}
+    options: dict[str, Any] = {"use_safetensors": True} if gguf_file is None else _gguf(gguf_file)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     if torch.cuda.is_available():
         options["device_map"] = "auto"
     with loading(name):
-        model = _model_class(config).from_pretrained(name, dtype="auto", use_safetensors=True, **options)
+        model = _model_class(config).from_pretrained(name, dtype="auto", **options)
     prepare_model(model)
     return model.eval()
 
@@ -113,15 +137,25 @@ def load_tokenizer(*names: str | None) -> Any:
     raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
 
 
-def reference_name(model: str, config: Any, quantize: bool, reference: str | None) -> str:
+def reference_name(model: str, config: Any, base: str, reference: str | None) -> str:
     """Name of the full-precision model; refuses what does not fit together."""
     stored = getattr(config, "quantization_config", None)
     kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if str(kind) == "glowq":
         raise ConfigError(f"{model} carries a glowq correction already; correct the model behind it.")
-    if stored is None and not quantize:
-        raise ConfigError(f"{model} is not quantized: name the quantizer to use, for example --base nf4.")
-    if stored is not None and quantize:
+    if base == "dense":
+        if reference is None:
+            raise ConfigError(
+                f"--base dense corrects the weights of {model} as they are: give --reference, the full-precision model "
+                "behind it."
+            )
+        return reference
+    if stored is None and base == "none":
+        raise ConfigError(
+            f"{model} is not quantized: name the quantizer to use, for example --base nf4, or say --base dense if its "
+            "float weights hold quantized values."
+        )
+    if stored is not None and base != "none":
         raise ConfigError(f"{model} is quantized already ({kind}): leave out --base and give --reference.")
     if stored is not None and reference is None:
         raise ConfigError(f"{model} is quantized ({kind}): give --reference, the full-precision model behind it.")

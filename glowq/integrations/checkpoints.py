@@ -34,9 +34,9 @@ def base_folder(config: GlowQConfig) -> Path:
     folder = local_snapshot(base_model["name"], **kwargs)
     if method_of(config.base) == "dense" and not _holds_dense_weights(folder):
         raise ConfigError(
-            f"this correction is one of the dense weights that transformers makes of {base_model['name']} while loading "
-            "it. Load that model as it was loaded then (from_pretrained with its gguf_file, or its dequantize=True), and "
-            "call glowq.load_correction(model, correction)."
+            f"this correction is one of the dense weights that transformers makes of {base_model['name']} on load. "
+            "Load that model as it was loaded then (from_pretrained with its gguf_file or dequantize=True) and call "
+            "glowq.load_correction(model, correction)."
         )
     return folder
 

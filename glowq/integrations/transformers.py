@@ -35,6 +35,7 @@ from ..backends import (
     with_calibration,
 )
 from ..backends.dense import take
+from ..backends.hqq import HQQHfQuantizer
 from ..config import GlowQConfig
 from ..correction import Correction, factor_tensors, read_factors
 from ..errors import ConfigError
@@ -43,6 +44,7 @@ from ..fingerprint import verify_fingerprint
 from ..runtime import GroupFactors, attach, attached, attached_factors, factor_dtype, set_aside
 from .checkpoints import FACTOR_KEYS, base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
 from .folded import fold
+from .library import LibraryHfQuantizer
 from .packed_zero_points import PackedZeroPointsHfQuantizer
 
 __all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
@@ -51,6 +53,8 @@ _P = ParamSpec("_P")
 
 register_quantization_config("glowq")(GlowQConfig)
 AUTO_QUANTIZER_MAPPING["compressed-tensors"] = PackedZeroPointsHfQuantizer
+if "get_quantize_ops" not in vars(AUTO_QUANTIZER_MAPPING["hqq"]):  # else transformers has learnt to quantize with HQQ
+    AUTO_QUANTIZER_MAPPING["hqq"] = HQQHfQuantizer
 
 
 @register_quantizer("glowq")
@@ -136,14 +140,15 @@ class GlowQHfQuantizer(HfQuantizer):
         from transformers import AutoTokenizer
 
         config, name = self.glowq_config, model.config.name_or_path  # type: ignore[union-attr]
-        self._calibration = pipeline.calibration_sequences(
-            model,
-            config.calibration,
-            AutoTokenizer.from_pretrained(name),
-            config.calibration_tokens,
-            config.sequence_length,
-            config.seed,
-        )
+        with torch.device("cpu"):  # transformers builds the model on the meta device meanwhile
+            self._calibration = pipeline.calibration_sequences(
+                model,
+                config.calibration,
+                AutoTokenizer.from_pretrained(name),
+                config.calibration_tokens,
+                config.sequence_length,
+                config.seed,
+            )
         self._use(with_calibration(self.quantization_config, self._calibration))
 
     def _correct_now(self, model: nn.Module) -> None:
@@ -292,7 +297,7 @@ def load_correction(
 
 def adopt(model: nn.Module, config: GlowQConfig) -> None:
     """Make an attached model save itself as a self-contained glowq model."""
-    base = getattr(model, "hf_quantizer", None)
+    base = getattr(model, "hf_quantizer", None) or LibraryHfQuantizer()
     model_config: Any = model.config
     stored = config.with_format("full")
     stored.base = _base_of(model, getattr(base, "quantization_config", stored.base))
@@ -306,7 +311,8 @@ def adopt(model: nn.Module, config: GlowQConfig) -> None:
         quantizer.pre_quantized = base.pre_quantized
         quantizer._base_folder, quantizer._shards, quantizer._factors, quantizer._calibration = None, [], [], None
         model.hf_quantizer = quantizer  # type: ignore[assignment]
-    model_config.quantization_config = stored
+    if stored.base is not None:  # else the library saves the model, and its config.json must go on naming no other
+        model_config.quantization_config = stored
     _drop_irreversible_conversions(model)
 
 

@@ -1,0 +1,334 @@
+"""HQQ: quantized while loading by its own library, models that it saved, and the loads that would be silently wrong."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import writers
+from tiny import CALIBRATION, TEXTS, gap, load, logits, tiny_llama
+from torch import nn
+from transformers import AutoTokenizer, HqqConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+
+import glowq
+from glowq.backends import Scheme, backend_of, find_backend, quantized_modules, read_weight
+from glowq.errors import BackendError, ConfigError, FingerprintError
+
+pytest.importorskip("hqq")
+
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from hqq.models.hf.base import AutoHQQHFModel
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="module")
+def stored(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What HQQ saved: a pickle, and a config.json without a word of HQQ."""
+    folder = tmp_path_factory.mktemp("stored")
+    writers.hqq(source, folder, nbits=4, group_size=64)
+    return folder
+
+
+def request(base: Any = "hqq-4") -> glowq.GlowQConfig:
+    return glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, **CALIBRATION)
+
+
+def correct(model: Any, source: Path, **options: Any) -> glowq.Correction:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    settings = {"reference": source, "calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CALIBRATION}
+    return glowq.correct(model, **{**settings, **options})
+
+
+def quantize(source: Path, base: Any = "hqq-4", **options: Any) -> Any:
+    """Quantized while loading, and not corrected."""
+    model = load(source, quantization_config=request(base), **options)
+    glowq.detach(model)
+    return model
+
+
+def layer(shape: tuple[int, int] = (128, 24), **settings: Any) -> Any:
+    """One layer of HQQ's own making."""
+    with torch.no_grad():
+        return HQQLinear(
+            nn.Linear(*shape),
+            BaseQuantizeConfig(**{"nbits": 4, "group_size": 64, **settings}),
+            compute_dtype=torch.float32,
+            device="cpu",
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantized_while_loading_is_what_hqq_makes(bits: int, dtype: torch.dtype, source: Path) -> None:
+    ours, librarys = (
+        quantize(source, f"hqq-{bits}", dtype=dtype),
+        writers.quantize_with_hqq(source, dtype, nbits=bits, group_size=64),
+    )
+    assert list(quantized_modules(ours)) == list(quantized_modules(librarys))
+    for name in quantized_modules(librarys):
+        made, expected = ours.get_submodule(name), librarys.get_submodule(name)
+        assert made.compute_dtype == dtype
+        assert torch.equal(made.W_q, expected.W_q)
+        assert torch.equal(made.dequantize(), expected.dequantize())
+        assert torch.equal(made.meta["zero"], expected.meta["zero"])
+    if dtype == torch.float32:  # in others HQQ also rounds the rotary embedding's frequencies, which must stay exact
+        assert gap(ours, logits(librarys)) == 0.0
+
+
+def test_the_model_computes_with_the_weights_that_hqq_dequantizes(source: Path) -> None:
+    model, dense = quantize(source, dtype=torch.float32), load(source, dtype=torch.float32)
+    for name in quantized_modules(model):
+        dense.get_submodule(name).weight.data = model.get_submodule(name).dequantize()
+    assert gap(dense, logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_saved_by_reference_and_quantized_again_is_the_same_model(
+    bits: int, dtype: torch.dtype, source: Path, tmp_path: Path
+) -> None:
+    model = load(source, quantization_config=request(f"hqq-{bits}"), dtype=dtype)
+    expected = logits(model)
+    with glowq.disabled(model):
+        assert gap(model, expected) > 0.0
+    fresh = quantize(source, f"hqq-{bits}", dtype=dtype)
+    correct(fresh, source).save_pretrained(tmp_path)
+    assert gap(fresh, expected) == 0.0
+    loaded = load(tmp_path)
+    assert loaded.dtype == dtype
+    assert gap(loaded, expected) == 0.0
+
+
+def test_the_number_of_threads_changes_no_code() -> None:
+    """HQQ stops early by a mean over the whole weight; a correction is valid for these very codes."""
+    linear, threads, made = nn.Linear(1024, 1536, bias=False), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            config = BaseQuantizeConfig(nbits=3, group_size=64)
+            made.append(HQQLinear(copy.deepcopy(linear), config, compute_dtype=torch.float32, device="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(made[0].W_q, other.W_q) for other in made)
+    assert all(torch.equal(made[0].meta["zero"], other.meta["zero"]) for other in made)
+
+
+def test_one_piece_is_refused_with_what_to_do_instead(source: Path, tmp_path: Path) -> None:
+    model = load(source, quantization_config=request())
+    with pytest.raises(ConfigError, match=r"hqq model cannot be saved in one piece.*Correction\.save_pretrained"):
+        model.save_pretrained(tmp_path / "full")
+
+
+def test_groups_detach_and_dequantize(source: Path) -> None:
+    model = load(source, quantization_config=request())
+    members = [entry.group.members for entry in glowq.runtime.attached_factors(model)]
+    assert [len(group) for group in members] == [3, 1, 2, 1] * 2
+    expected = logits(model)
+    glowq.detach(model)
+    assert gap(model, logits(quantize(source))) == 0.0
+    again = load(source, quantization_config=request(), dtype=torch.float32)
+    expected = logits(again)
+    assert type(again.dequantize().model.layers[0].mlp.up_proj) is nn.Linear
+    assert gap(again, expected) < 1e-5
+
+
+def test_biases_are_kept_and_the_model_can_be_copied(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "biased", attention_bias=True, mlp_bias=True, dtype=torch.float32)
+    reference = load(folder)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    reference.save_pretrained(folder)
+    model = load(folder, quantization_config=request("hqq-8"))
+    expected = logits(model)
+    with glowq.disabled(model):
+        assert gap(model, logits(reference)) < 0.05
+    assert gap(copy.deepcopy(model), expected) == 0.0
+    correct(quantize(folder, "hqq-8"), folder).save_pretrained(tmp_path / "corr")
+    assert gap(load(tmp_path / "corr"), expected) == 0.0
+
+
+def test_settings_by_layer(source: Path) -> None:
+    two = {"nbits": 2, "group_size": 32, "axis": 1}
+    model = quantize(source, HqqConfig(dynamic_config={"mlp.up_proj": two, "self_attn.q_proj": {**two, "axis": 0}}))
+    found = {name: str(backend.scheme(model.get_submodule(name))) for name, backend in quantized_modules(model).items()}
+    assert found == {
+        f"model.layers.{i}.{tag}": f"hqq2, groups of 32{note}"
+        for i in (0, 1)
+        for tag, note in (("self_attn.q_proj", ", groups across rows"), ("mlp.up_proj", ""))
+    }
+
+
+def test_modules_to_skip(source: Path) -> None:
+    model = quantize(
+        source, HqqConfig(skip_modules=["lm_head", "o_proj", "mlp.up_proj", "model.layers.1.mlp.down_proj"])
+    )
+    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    both = {f"model.layers.{i}.{tag}" for i in (0, 1) for tag in ("self_attn.o_proj", "mlp.up_proj")}
+    assert plain == both | {"lm_head", "model.layers.1.mlp.down_proj"}
+
+
+def test_a_config_that_names_no_layer(source: Path) -> None:
+    config = HqqConfig(dynamic_config={"attention.q": {"nbits": 4, "group_size": 64}})
+    with pytest.raises(BackendError, match=r"no linear layer that the HqqConfig names; .*self_attn\.q_proj"):
+        quantize(source, config)
+
+
+def test_groups_that_do_not_fit(source: Path) -> None:
+    with pytest.raises(BackendError, match=r"q_proj has shape \(128, 128\), .*groups of 24; give a group_size"):
+        quantize(source, HqqConfig(nbits=4, group_size=24))
+
+
+@pytest.mark.parametrize("places", [{"": "disk"}, {"model": "cpu", "lm_head": 0}], ids=str)
+def test_offloading_is_refused(places: Any, source: Path) -> None:
+    quantizer = backend_of("hqq").quantizer(HqqConfig(), False)
+    with pytest.raises(BackendError, match="cannot be offloaded"):
+        quantizer.validate_environment(device_map=places)
+
+
+def test_a_model_that_hqq_saved(stored: Path, source: Path, tmp_path: Path) -> None:
+    model, fresh = (writers.load_with_hqq(stored, torch.bfloat16) for _ in range(2))
+    correction = correct(model, source)
+    expected = logits(model)
+    assert gap(fresh, expected) > 0.0
+    assert correction.config.base_model["name"] == str(stored)
+    correction.save_pretrained(tmp_path / "corr")
+    glowq.load_correction(fresh, tmp_path / "corr")
+    assert gap(fresh, expected) == 0.0
+    with pytest.raises(ConfigError, match=r"Load the base as the library .*glowq\.load_correction"):
+        load(tmp_path / "corr")
+    with pytest.raises(ConfigError, match=r"in one piece.*the base as its library does"):
+        model.save_pretrained(tmp_path / "full")
+    glowq.detach(model)
+    assert gap(model, logits(writers.load_with_hqq(stored, torch.bfloat16))) == 0.0
+
+
+def test_hqqs_own_save_of_a_corrected_model_is_still_the_base(stored: Path, source: Path, tmp_path: Path) -> None:
+    model = writers.load_with_hqq(stored, torch.bfloat16)
+    correct(model, source).save_pretrained(tmp_path / "corr")
+    AutoHQQHFModel.save_quantized(model, str(tmp_path / "again"))
+    loaded = writers.load_with_hqq(tmp_path / "again", torch.bfloat16)
+    assert gap(loaded, logits(writers.load_with_hqq(stored, torch.bfloat16))) == 0.0
+    glowq.load_correction(loaded, tmp_path / "corr")
+    assert gap(loaded, logits(model)) == 0.0
+
+
+def test_other_settings_are_another_base(stored: Path, source: Path, tmp_path: Path) -> None:
+    correct(writers.load_with_hqq(stored, torch.bfloat16), source).save_pretrained(tmp_path)
+    other = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=32)
+    with pytest.raises(FingerprintError, match="other quantization settings"):
+        glowq.load_correction(other, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def labelled(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HQQ's tensors in safetensors under a config.json that says hqq: what transformers 4 saved, and 5 misreads."""
+    model = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=64)
+    model.config.quantization_config = HqqConfig(nbits=4, group_size=64)
+    folder = tmp_path_factory.mktemp("labelled") / "hqq"
+    AutoHQQHFModel.save_to_safetensors(model, str(folder))
+    return folder
+
+
+def test_a_checkpoint_that_transformers_would_misread_is_refused(labelled: Path) -> None:
+    with pytest.raises(BackendError, match=r"random weights.*AutoHQQHFModel\.from_quantized"):
+        load(labelled)
+
+
+def test_transformers_own_way_to_quantize_works_too(source: Path) -> None:
+    model = load(source, quantization_config=HqqConfig(nbits=4, group_size=64))
+    assert gap(model, logits(quantize(source))) == 0.0
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_model_that_transformers_gave_random_weights_is_refused(
+    dense: bool, labelled: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", HqqHfQuantizer)  # as before glowq was imported
+    model = load(labelled)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear, "transformers has learnt to load HQQ"
+    with pytest.raises(BackendError, match=r"random weights.*AutoHQQHFModel\.from_quantized"):
+        correct(model, source, dense=dense)
+
+
+def test_a_correction_whose_base_transformers_would_misread_is_refused(
+    labelled: Path, source: Path, tmp_path: Path
+) -> None:
+    model = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=64)
+    model.config.quantization_config = HqqConfig(nbits=4, group_size=64)
+    model.config._name_or_path = str(labelled)
+    correct(model, source).save_pretrained(tmp_path)
+    with pytest.raises(BackendError, match=r"random weights.*AutoHQQHFModel\.from_quantized"):
+        load(tmp_path)
+
+
+def test_a_layer_without_a_weight_is_refused() -> None:
+    module = HQQLinear(None, None, device="cpu")
+    with pytest.raises(BackendError, match="holds no quantized weight"):
+        read_weight(find_backend(module), "layer", module)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_precision_is_read_as_hqq_reads_it(bits: int, axis: int) -> None:
+    module = layer(nbits=bits, axis=axis)
+    backend = find_backend(module)
+    assert torch.equal(read_weight(backend, "layer", module), module.dequantize())
+    assert backend.scheme(module).bits == bits
+    assert backend.packed_bytes(module) == 128 * 24 * (bits + 64 / 64) / 8
+    with torch.no_grad():
+        seen = module(torch.eye(128)).T - module.bias[:, None]
+    assert float((seen - module.dequantize()).abs().max()) < 1e-6
+
+
+def test_a_group_that_is_a_row_is_called_one() -> None:
+    module = layer(group_size=None)
+    assert find_backend(module).scheme(module) == Scheme("hqq4", 4, None)
+
+
+def test_codes_stored_under_a_float_dtype_are_the_same_codes() -> None:
+    linear = nn.Linear(128, 24)
+    plain, viewed = (
+        HQQLinear(
+            copy.deepcopy(linear),
+            BaseQuantizeConfig(nbits=4, group_size=64, view_as_float=view),
+            compute_dtype=torch.float32,
+            device="cpu",
+        )
+        for view in (False, True)
+    )
+    assert viewed.W_q.is_floating_point()
+    backend = find_backend(viewed)
+    assert torch.equal(backend.codes(viewed)[0].reshape(-1), backend.codes(plain)[0].reshape(-1))
+    assert torch.equal(backend.weight(viewed), backend.weight(plain))
+
+
+def test_quantized_scales_and_zero_points_of_older_files() -> None:
+    settings, weight = BaseQuantizeConfig(nbits=4, group_size=16), torch.randn(256, 256)
+    module = HQQLinear(None, settings, compute_dtype=torch.float32, device="cpu")
+    module.quantize(
+        weight,
+        settings["weight_quant_params"],
+        {"nbits": 8, "channel_wise": True, "group_size": 128, "optimize": False},
+        {"nbits": 8, "channel_wise": False, "group_size": None, "optimize": False},
+    )
+    backend = find_backend(module)
+    assert torch.equal(read_weight(backend, "layer", module), module.dequantize())
+    assert backend.scheme(module) == Scheme("hqq4", 4, 16, ("quantized scales", "quantized zeros"))
+    assert [stored.dtype for stored in backend.codes(module)] == [torch.uint8] * 3
+    assert backend.packed_bytes(module) * 8 / weight.numel() < 5.1
+    module.meta["meta_scale"]["scale"][0] = torch.inf
+    with pytest.raises(glowq.errors.NonFiniteError, match="layer: its quantization scales"):
+        read_weight(backend, "layer", module)
