@@ -3,12 +3,14 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
 READY := .venv/.ready
+AUTOAWQ := .venv-autoawq
+AUTOAWQ_CHECKPOINTS := build/autoawq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check style benchmarks clean
+.PHONY: help setup demo test test-autoawq check style benchmarks backends clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv and install glowq with its development tools (PYTHON=python3.12 chooses another Python)
 
@@ -28,11 +30,33 @@ $(READY): pyproject.toml constraints.txt
 demo: setup  ## correct the bundled model and show what it gained
 	$(BIN)/python examples/demo.py
 
-test: export HF_HUB_OFFLINE = 1
-test: export OMP_NUM_THREADS = 1
-test: export TOKENIZERS_PARALLELISM = false
+test test-autoawq: export HF_HUB_OFFLINE = 1
+test test-autoawq: export OMP_NUM_THREADS = 1
+test test-autoawq: export TOKENIZERS_PARALLELISM = false
 test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-autoawq: export GLOWQ_AUTOAWQ_CHECKPOINTS = $(AUTOAWQ_CHECKPOINTS)
+test-autoawq: setup $(AUTOAWQ_CHECKPOINTS)/.ready  ## quantize a model with autoawq, then run the tests that need it
+	$(BIN)/python -m pip install --constraint constraints.txt gptqmodel
+	$(BIN)/pytest -n 0 -m autoawq tests/test_autoawq.py
+
+# Without its dependencies, of which quantizing needs no more than these: triton breaks its forward on a CPU.
+$(AUTOAWQ)/.ready: constraints.txt | $(READY)
+	$(PYTHON) -m venv $(AUTOAWQ)
+	$(AUTOAWQ)/bin/python -m pip install --upgrade pip
+	$(AUTOAWQ)/bin/python -m pip install --constraint constraints.txt torch
+	$(AUTOAWQ)/bin/python -m pip install --constraint constraints.txt accelerate datasets transformers
+	$(AUTOAWQ)/bin/python -m pip install --no-deps autoawq==0.2.9
+	@touch $@
+
+$(AUTOAWQ_CHECKPOINTS)/.ready: $(AUTOAWQ)/.ready tests/autoawq_writer.py tests/bases.py tests/writers.py \
+    examples/stdlib-llama/model.safetensors
+	rm -rf $(AUTOAWQ_CHECKPOINTS)
+	$(BIN)/python tests/autoawq_writer.py prepare $(AUTOAWQ_CHECKPOINTS)/source
+	CUDA_VISIBLE_DEVICES= $(AUTOAWQ)/bin/python tests/autoawq_writer.py quantize $(AUTOAWQ_CHECKPOINTS)/source \
+	  $(AUTOAWQ_CHECKPOINTS)
+	@touch $@
 
 check: setup  ## lint, formatting and types, changing nothing
 	$(BIN)/ruff check .
@@ -45,6 +69,9 @@ style: setup  ## fix what the linter can, then format
 
 benchmarks: setup  ## time the solver
 	$(BIN)/python examples/benchmarks/solver.py
+
+backends: setup  ## measure what 1% and 2% of the bytes give back on every base (half an hour)
+	$(BIN)/python examples/benchmarks/backends.py
 
 clean:  ## remove build outputs and caches; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -159,10 +159,14 @@ def _base(base: Any) -> Any:
 
         return base_config(base)
     if isinstance(base, Mapping):
+        from .backends import backend_of, check_installed, method_of
         from .backends.dense import DenseConfig
 
-        if base.get("quant_method") == "dense":  # which transformers does not know
+        if method_of(base) == "dense":  # which transformers does not know
             return DenseConfig()
+        backend = backend_of(base)
+        if backend is not None:
+            check_installed(backend, f"a {method_of(base)} model")
         from transformers.quantizers.auto import AutoQuantizationConfig
 
         try:

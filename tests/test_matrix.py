@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from bases import Base, rows, small_model
 from safetensors.torch import load_file
 from tiny import CALIBRATION, gap, load, logits
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import glowq
+from bases import Base, rows, small_model
 from glowq.backends import method_of, prepare_model, quantized_modules
 from glowq.data import read_texts, token_sequences
 from glowq.errors import ConfigError

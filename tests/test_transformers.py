@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 import glowq
 from glowq.backends import find_backend, quantized_modules, read_weight
 from glowq.errors import ConfigError, FingerprintError, UnsafePathError
+from glowq.integrations.delegation import DelegatingHfQuantizer
 from glowq.integrations.transformers import GlowQHfQuantizer
 from glowq.runtime import attached
 
@@ -64,7 +65,7 @@ def test_the_quantizer_answers_as_the_base_and_the_config_as_glowq(base: str, so
 
 
 def test_every_public_attribute_of_a_quantizer_is_answered() -> None:
-    own = vars(GlowQHfQuantizer)
+    own = vars(GlowQHfQuantizer) | vars(DelegatingHfQuantizer)
     inherited = {"requires_calibration", "remove_quantization_config", "get_modules_to_not_convert"}
     assert {name for name in vars(HfQuantizer) if not name.startswith("_")} <= own.keys() | inherited
 

@@ -22,24 +22,29 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 from ..errors import BackendError, NonFiniteError, UnknownBaseError, UntestedVersionWarning
-from ._backend import Backend, Scheme
+from ._backend import Backend, Scheme, StoredModule
 
 __all__ = [
     "Backend",
     "Scheme",
+    "StoredModule",
     "backend_of",
     "base_config",
     "base_names",
     "check_installed",
     "find_backend",
     "is_calibrated",
+    "is_installed",
     "method_of",
+    "methods",
+    "own_quantizers",
     "prepare_model",
     "quantized_modules",
     "read_weight",
     "refuse_misloaded",
     "register",
     "stored_base",
+    "stored_scheme",
     "with_calibration",
 ]
 
@@ -88,6 +93,11 @@ def is_calibrated(config: Any) -> bool:
     return backend is not None and backend.calibrated(config)
 
 
+def own_quantizers() -> dict[str, Any]:
+    """`quant_method` -> the transformers quantizer that glowq puts in the place of transformers' own, if it has one."""
+    return {method: quantizer for backend in _backends() for method, quantizer in backend.quantizers().items()}
+
+
 def with_calibration(config: Any, sequences: Tensor) -> Any:
     """A copy of `config` that quantizes with token ids (n, length), where it `is_calibrated`; else `config` itself."""
     backend = backend_of(config)
@@ -98,6 +108,19 @@ def stored_base(config: Any) -> Any:
     """What config.json stores of the `config` that quantized: its settings, without the text."""
     backend = backend_of(config)
     return config if backend is None else backend.stored_config(config)
+
+
+def stored_scheme(config: Any, module: StoredModule) -> tuple[Backend, Scheme] | None:
+    """The backend and the settings of a module that only its checkpoint's headers are known of; None: of no backend.
+
+    Raises:
+        BackendError: see `Backend.stored_scheme`.
+    """
+    for backend in (backend for backend in _backends() if method_of(config) in backend.methods):
+        scheme = backend.stored_scheme(module, config)
+        if scheme is not None:
+            return backend, scheme
+    return None
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Backend]:
@@ -112,12 +135,15 @@ def refuse_misloaded(model: nn.Module) -> None:
     Raises:
         BackendError: its weights are not those of the checkpoint; the message says how to load it.
     """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    backend = backend_of(config)
-    if backend is None or not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
-        return
-    if backend not in quantized_modules(model).values():
-        backend.quantizer(config, pre_quantized=True)
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    quantizer = getattr(quantizer, "base", quantizer)
+    own = own_quantizers().get(method_of(config))
+    if own is not None and getattr(quantizer, "pre_quantized", False) and not issubclass(own, type(quantizer)):
+        raise BackendError(
+            f"the model was loaded before glowq was imported, by {type(quantizer).__name__} of transformers, which "
+            f"gives {method_of(config)} models other weights than their files hold. Import glowq first, then load it."
+        )
 
 
 def prepare_model(model: nn.Module) -> dict[str, Backend]:
@@ -171,6 +197,19 @@ def _check_scales(backend: Backend, name: str, scales: Tensor) -> None:
         )
 
 
+def methods() -> list[str]:
+    """Every `quant_method` whose models glowq corrects as they are quantized."""
+    return sorted({method for backend in _backends() for method in backend.methods} - {"dense"})
+
+
+def is_installed(backend: Backend) -> bool:
+    """Whether a backend's library is there; it is not imported."""
+    try:
+        return importlib.util.find_spec(backend.package) is not None
+    except ModuleNotFoundError:  # of "optimum.quanto", where even optimum is absent
+        return False
+
+
 def check_installed(backend: Backend, wanted_by: str) -> None:
     """Refuse where a backend's library is absent.
 
@@ -180,7 +219,7 @@ def check_installed(backend: Backend, wanted_by: str) -> None:
     Raises:
         UnknownBaseError: the library is not installed; the message says which extra installs it.
     """
-    if importlib.util.find_spec(backend.package) is None:
+    if not is_installed(backend):
         raise UnknownBaseError(
             f"{wanted_by} needs {backend.package}, which is not installed: pip install 'glowq[{backend.extra}]'"
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Backend", "Scheme"]
+__all__ = ["Backend", "Scheme", "StoredModule"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,23 @@ class Scheme:
     def __str__(self) -> str:
         grouping = ["one scale a row"] if self.group_size is None else [f"groups of {self.group_size}"]
         return ", ".join([self.format, *(grouping if self.group_size != 0 else []), *self.details])
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """What the headers of a checkpoint say of one module, its values unread.
+
+    Attributes:
+        name: full module name.
+        dtypes: tensor name under the module ("qweight", "weight.absmax") -> dtype as safetensors writes it ("I32").
+        shapes: the same names -> shape.
+        metadata: the same kind of names -> what the library wrote about them into the header.
+    """
+
+    name: str
+    dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(ABC):
@@ -84,6 +101,20 @@ class Backend(ABC):
     def scheme(self, module: Any) -> Scheme:
         """The quantization settings."""
 
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        """What `scheme` says of a module once it is loaded, told by its checkpoint alone; must not import the library.
+
+        Args:
+            config: the quantization config of config.json.
+
+        Returns:
+            None where the tensors are not those of such a module.
+
+        Raises:
+            BackendError: they are, in a layout or format that cannot be read; the message says what to do.
+        """
+        return None
+
     def packed_bytes(self, module: Any) -> int:
         """Bytes of the weight at its nominal bit width plus its scales, however the library stores it."""
         out_features, in_features = self.features(module)
@@ -113,13 +144,9 @@ class Backend(ABC):
         """What config.json stores of a `config`: as the saved tensors need it, without text that it quantized with."""
         return config
 
-    def quantizer(self, config: Any, pre_quantized: bool) -> Any:
-        """The transformers quantizer of `config`, for methods that transformers itself cannot load as they should.
+    def quantizers(self) -> Mapping[str, type]:
+        """The transformers quantizers, by `quant_method`, that glowq registers when it is imported.
 
-        Returns:
-            A `HfQuantizer`, or None where transformers' own one is right.
-
-        Raises:
-            BackendError: such a model cannot be loaded by from_pretrained; the message says how it can.
+        Only for methods that transformers does not know, or whose models it loads wrongly or not at all.
         """
-        return None
+        return {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError, RepackedWeightError
-from . import Backend, Scheme, register
+from . import Backend, Scheme, StoredModule, register
 
 
 @register
@@ -63,6 +64,15 @@ class AWQ(Backend):
         self._check(module)
         groups = module.scales.shape[0]
         return Scheme(f"awq int{module.bits}", module.bits, None if groups == 1 else module.in_features // groups)
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        if not {"qweight", "scales"} <= module.shapes.keys():
+            return None
+        (rows, words), (groups, outputs) = module.shapes["qweight"], module.shapes["scales"]
+        bits = 32 * words // outputs
+        if module.dtypes["qweight"] != "I32" or rows % groups or bits != config.get("bits", config.get("w_bit", 4)):
+            raise BackendError("its tensors do not have the shapes of AWQ's GEMM layout, the only one that glowq reads")
+        return Scheme(f"awq int{bits}", bits, None if groups == 1 else rows // groups)
 
     def packed_bytes(self, module: Any) -> int:
         return super().packed_bytes(module) + module.scales.numel() * module.bits // 8

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError, RepackedWeightError
-from . import Backend, Scheme, register
+from . import Backend, Scheme, StoredModule, register
+
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of bnb_4bit_quant_storage, where it is not a byte
 
 
 def _config(quant_type: str, double: bool) -> Any:
@@ -66,6 +70,17 @@ class BitsAndBytes4Bit(Backend):
     def scheme(self, module: Any) -> Scheme:
         state = self._state(module)
         return Scheme(state.quant_type, 4, state.blocksize, ("double quantization",) if state.nested else ())
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        marks = [name for name in module.shapes if name.startswith("weight.quant_state.bitsandbytes__")]
+        if not marks:
+            return None
+        values = 2 * prod(module.shapes["weight"]) * _BYTES.get(module.dtypes["weight"], 1)
+        blocks = prod(module.shapes["weight.absmax"])
+        # The last block may be a part of one; bitsandbytes' block sizes are powers of two.
+        size = 1 << (-(-values // blocks) - 1).bit_length()
+        nested = "weight.nested_absmax" in module.shapes
+        return Scheme(marks[0].rpartition("__")[2], 4, size, ("double quantization",) if nested else ())
 
     @staticmethod
     def _state(module: Any) -> Any:

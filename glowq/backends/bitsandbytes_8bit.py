@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from . import Backend, Scheme, register
+from . import Backend, Scheme, StoredModule, register
 
 
 def _config() -> Any:
@@ -25,6 +26,7 @@ class BitsAndBytes8Bit(Backend):
     package = "bitsandbytes"
     extra = "bitsandbytes"
     tested = ">=0.48,<0.51"
+    methods = ("bitsandbytes",)
     zero_scales = True
     presets: ClassVar = {"int8": _config}
 
@@ -46,6 +48,9 @@ class BitsAndBytes8Bit(Backend):
 
     def scheme(self, module: Any) -> Scheme:
         return Scheme("int8", 8, None)
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        return Scheme("int8", 8, None) if {"SCB", "weight"} <= module.shapes.keys() else None
 
     @staticmethod
     def _scales(module: Any) -> Tensor:

@@ -8,14 +8,18 @@ packed again by the library's own code, and refused where that does not give the
 from __future__ import annotations
 
 import copy
+import re
 import sys
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from ..errors import BackendError, RepackedWeightError
-from . import Backend, Scheme, register
+from . import Backend, Scheme, StoredModule, register
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _DENSE = "load the checkpoint with CompressedTensorsConfig(dequantize=True) and correct it with dense=True"
@@ -31,6 +35,9 @@ class CompressedTensors(Backend):
     tested = ">=0.20,<0.21"
     methods = ("compressed-tensors",)
     saves = "files"  # after its first forward the model's own state is dense
+
+    def quantizers(self) -> dict[str, type]:
+        return {"compressed-tensors": PackedZeroPointsHfQuantizer}
 
     def matches(self, module: nn.Module) -> bool:
         if type(module).__name__ == "CompressedTensorsFP8Linear":
@@ -62,15 +69,20 @@ class CompressedTensors(Backend):
     def scheme(self, module: Any) -> Scheme:
         self._check(module)
         weights, inputs = module.quantization_scheme.weights, module.quantization_scheme.input_activations
-        details = ["symmetric" if weights.symmetric else "asymmetric"]
-        if weights.strategy == "tensor":
-            details.append("one scale in all")
-        elif weights.strategy == "block":
-            details.append(f"blocks of {' x '.join(map(str, weights.block_structure))}")
-        if inputs is not None:
-            details.append(f"inputs rounded to {inputs.type}{inputs.num_bits}")
-        size = weights.group_size if weights.strategy == "group" and weights.group_size != module.in_features else None
-        return Scheme(f"{weights.type}{weights.num_bits}", weights.num_bits, size, tuple(details))
+        return _scheme(weights, inputs, weights.group_size == module.in_features)
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        if not any(name.startswith("weight_") and name != "weight_shape" for name in module.shapes):
+            return None
+        settings = _settings_of(module.name, config.get("config_groups") or {})
+        if settings is None:
+            return None
+        found = settings.get("format") or config.get("format")
+        if found not in _FORMATS:
+            raise BackendError(_unknown_format(found))
+        one_group = module.shapes.get("weight_scale", (1,))[-1] == 1
+        inputs = settings.get("input_activations")
+        return _scheme(_args(settings["weights"]), inputs and _args(inputs), one_group)
 
     def packed_bytes(self, module: Any) -> int:
         self._check(module)
@@ -122,9 +134,7 @@ class CompressedTensors(Backend):
                 "without use_optimized_inference."
             )
         if _format(module) not in _FORMATS:
-            raise BackendError(
-                f"compressed-tensors' format {_format(module)!r} is none of {', '.join(_FORMATS)}; {_DENSE}."
-            )
+            raise BackendError(_unknown_format(_format(module)))
         if module.quantization_status < _status().COMPRESSED:
             raise BackendError(
                 "a module's weight is not quantized yet (compressed-tensors' status "
@@ -136,6 +146,40 @@ class CompressedTensors(Backend):
                 "a checkpoint names the format pack-quantized but holds dense weights: it was saved after the model's "
                 f"first forward. Load the checkpoint that the quantizer wrote, or {_DENSE}."
             )
+
+
+def _unknown_format(found: Any) -> str:
+    return f"compressed-tensors' format {found!r} is none of {', '.join(_FORMATS)}; {_DENSE}."
+
+
+def _scheme(weights: Any, inputs: Any, one_group: bool) -> Scheme:
+    """The scheme of `QuantizationArgs`; `one_group` where a group is a whole row."""
+    details = ["symmetric" if weights.symmetric else "asymmetric"]
+    if weights.strategy == "tensor":
+        details.append("one scale in all")
+    elif weights.strategy == "block":
+        details.append(f"blocks of {' x '.join(map(str, weights.block_structure))}")
+    if inputs is not None:
+        details.append(f"inputs rounded to {inputs.type}{inputs.num_bits}")
+    size = weights.group_size if weights.strategy == "group" and not one_group else None
+    return Scheme(f"{weights.type}{weights.num_bits}", weights.num_bits, size, tuple(details))
+
+
+def _args(stored: Mapping[str, Any]) -> Any:
+    """Stored `QuantizationArgs` with the library's defaults, without the library."""
+    size = stored.get("group_size")
+    strategy = "tensor" if size is None else "group" if size > 0 else "channel"
+    defaults = {"type": "int", "symmetric": True, "group_size": None, "num_bits": 8, "block_structure": None}
+    return SimpleNamespace(**{**defaults, **stored, "strategy": stored.get("strategy") or strategy})
+
+
+def _settings_of(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config group of a linear layer: by its name, else by a pattern, else by its class, as the library chooses."""
+    targets = [(target, group) for group in groups.values() for target in group.get("targets", ())]
+    found = [group for target, group in targets if target == name]
+    found += [group for target, group in targets if target[:3] == "re:" and re.match(target[3:], name)]
+    found += [group for target, group in targets if target == "Linear"]
+    return next((group for group in found if group.get("weights")), None)
 
 
 def _status() -> Any:
@@ -177,3 +221,21 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _as_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name].float() for name in ("weight", "weight_scale")}
+
+
+class PackedZeroPointsHfQuantizer(CompressedTensorsHfQuantizer):
+    """transformers' own, with room for packed zero points.
+
+    compressed-tensors 0.18 to 0.20 lays modules out for loading with zero points that are not packed, while the files
+    hold them packed as the codes are, and from_pretrained stops at a size mismatch. Does nothing where the layout fits.
+    """
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            zeros = module._parameters.get("weight_zero_point")
+            if zeros is not None and "weight_packed" in module._parameters and zeros.dtype != torch.int32:
+                scheme: Any = module.quantization_scheme
+                rows = -(-zeros.shape[0] * scheme.weights.num_bits // 32)
+                packed = zeros.new_empty((rows, *zeros.shape[1:]), dtype=torch.int32)
+                module.weight_zero_point = nn.Parameter(packed, requires_grad=False)

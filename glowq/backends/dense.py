@@ -88,8 +88,8 @@ class Dense(Backend):
         rows, columns = module.weight.shape
         return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
-    def quantizer(self, config: Any, pre_quantized: bool) -> Any:
-        return DenseHfQuantizer(config, pre_quantized=pre_quantized)
+    def quantizers(self) -> dict[str, type]:
+        return {"dense": DenseHfQuantizer}
 
 
 def take(model: nn.Module) -> None:

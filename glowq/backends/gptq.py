@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError, RepackedWeightError
-from . import Backend, Scheme, register
+from . import Backend, Scheme, StoredModule, register
 
 GROUP_SIZE = 128
 
@@ -48,8 +49,8 @@ class GPTQ(Backend):
         order, groups = module.g_idx, module.scales.shape[0]
         if int(order.min()) < 0 or int(order.max()) >= groups:
             raise BackendError(
-                f"g_idx names groups {int(order.min())} to {int(order.max())}, but there are {groups}: the checkpoint is "
-                "damaged. Download or quantize the model again."
+                f"g_idx names groups {int(order.min())} to {int(order.max())}, but there are {groups}: the checkpoint "
+                "is damaged. Download or quantize the model again."
             )
 
     def weight(self, module: Any) -> Tensor:
@@ -74,6 +75,19 @@ class GPTQ(Backend):
         if not torch.equal(module.g_idx.long(), natural):
             details.append("act-order")
         return Scheme(f"gptq int{module.bits}", module.bits, None if groups == 1 else size, tuple(details))
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        if not {"qweight", "scales"} <= module.shapes.keys():
+            return None
+        rows, groups = module.shapes["qweight"][0], module.shapes["scales"][0]
+        inputs = module.shapes["g_idx"][0] if "g_idx" in module.shapes else 32 * rows // config["bits"]
+        bits = 32 * rows // inputs
+        if module.dtypes["qweight"] != "I32" or "qzeros" not in module.shapes or 32 * rows != bits * inputs:
+            raise BackendError("its tensors do not have the shapes of GPTQ's layout, the only one that glowq reads")
+        details = ["symmetric" if config.get("sym", True) else "asymmetric"]
+        if config.get("desc_act", False) and groups > 1:
+            details.append("act-order")
+        return Scheme(f"gptq int{bits}", bits, None if groups == 1 else -(-inputs // groups), tuple(details))
 
     def packed_bytes(self, module: Any) -> int:
         zeros = 0 if _is_symmetric(module) else module.scales.numel() * module.bits // 8

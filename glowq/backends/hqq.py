@@ -19,11 +19,16 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import BackendError
-from . import Backend, Scheme, register
+from . import Backend, Scheme, StoredModule, register
 
-__all__ = ["HQQ", "HQQHfQuantizer"]
+__all__ = ["HQQ", "LOAD", "HQQHfQuantizer"]
 
 GROUP_SIZE = 64  # HQQ's own default
+LOAD = (
+    "load the model with hqq.models.hf.base.AutoHQQHFModel.from_quantized(folder), then call "
+    "glowq.load_correction(model, ...) or glowq.correct(model, ...); or quantize the full-precision model with "
+    "GlowQConfig(base='hqq-4')"
+)
 
 
 def _config(bits: int) -> Any:
@@ -79,8 +84,16 @@ class HQQ(Backend):
         extra = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(meta))
         return int(out_features * in_features * meta["nbits"]) // 8 + extra
 
-    def quantizer(self, config: Any, pre_quantized: bool) -> HQQHfQuantizer:
-        return HQQHfQuantizer(config, pre_quantized=pre_quantized)
+    def quantizers(self) -> dict[str, type]:
+        from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+
+        # Transformers' own one cannot quantize, and loads random weights; once it has learnt to, it is left alone.
+        return {} if "get_quantize_ops" in vars(HqqHfQuantizer) else {"hqq": HQQHfQuantizer}
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        if "W_q" not in module.shapes:
+            return None
+        raise BackendError(f"transformers loads no HQQ weights: {LOAD}")
 
     @staticmethod
     def _meta(module: Any) -> Mapping[str, Any]:
@@ -111,9 +124,7 @@ class HQQHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized:
             raise BackendError(
-                "transformers gives models that HQQ quantized random weights; refused. Load the model with "
-                "hqq.models.hf.base.AutoHQQHFModel.from_quantized(folder), then call glowq.load_correction(model, ...) "
-                "or glowq.correct(model, ...); or quantize the full-precision model with GlowQConfig(base='hqq-4')."
+                f"transformers gives models that HQQ quantized random weights; refused. Instead, {LOAD}."
             )
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:

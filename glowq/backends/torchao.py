@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from . import Backend, Scheme, register
+from . import Backend, Scheme, StoredModule, register
 
 GROUP_SIZE = 64
 
@@ -63,9 +65,7 @@ class TorchAO(Backend):
     def codes(self, module: Any) -> list[Tensor]:
         codes = getattr(module.weight, "qdata", None)
         if codes is None:
-            raise BackendError(
-                f"torchao's {type(module.weight).__name__} keeps no qdata; supported: int8 and intx weight-only."
-            )
+            raise BackendError(_unsupported(type(module.weight).__name__))
         return [codes]
 
     def scales(self, module: Any) -> list[Tensor]:
@@ -77,6 +77,18 @@ class TorchAO(Backend):
         bits = self._bits(module)
         mapping = "symmetric" if self._zero_points(module) is None else "asymmetric"
         return Scheme(f"int{bits}", bits, None if block == module.in_features else block, (mapping,))
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        kind = json.loads(module.metadata.get("weight", "{}"))
+        if kind.get("_type", "Tensor") == "Tensor":
+            return None
+        if "_weight_qdata" not in module.shapes:
+            raise BackendError(_unsupported(kind["_type"]))
+        settings = kind["_data"]
+        digits = re.search(r"int(\d+)$", str(settings.get("target_dtype", {}).get("_data")))
+        bits, block = int(digits.group(1)) if digits else 8, settings["block_size"][-1]
+        mapping = "asymmetric" if _mapping(module.name, config) == "ASYMMETRIC" else "symmetric"
+        return Scheme(f"int{bits}", bits, None if block == module.shapes["_weight_qdata"][-1] else block, (mapping,))
 
     def packed_bytes(self, module: Any) -> int:
         zeros = self._zero_points(module)
@@ -93,3 +105,17 @@ class TorchAO(Backend):
         target = getattr(module.weight, "target_dtype", None)
         digits = re.search(r"int(\d+)$", str(target))
         return int(digits.group(1)) if digits else 8
+
+
+def _unsupported(kind: str) -> str:
+    return f"torchao's {kind} keeps no qdata; supported: int8 and intx weight-only."
+
+
+def _mapping(name: str, config: Mapping[str, Any]) -> str | None:
+    """The `mapping_type` that a stored config gives a module."""
+    found: Any = config.get("quant_type", {}).get("default", {}).get("_data", {})
+    by_name = found.get("fqn_to_config", found.get("module_fqn_to_config"))
+    if by_name is not None:
+        found = (by_name.get(name, by_name.get(f"{name}.weight", by_name.get("_default"))) or {}).get("_data", {})
+    mapping: str | None = found.get("mapping_type", {}).get("_data")
+    return mapping

@@ -8,7 +8,7 @@ loader: a missing factor there is only a warning and uninitialized memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, cast
@@ -27,15 +27,16 @@ from transformers.quantizers.base import HfQuantizer
 from .. import pipeline
 from ..backends import (
     backend_of,
+    check_installed,
     is_calibrated,
     method_of,
+    own_quantizers,
     prepare_model,
     quantized_modules,
     stored_base,
     with_calibration,
 )
 from ..backends.dense import take
-from ..backends.hqq import HQQHfQuantizer
 from ..config import GlowQConfig
 from ..correction import Correction, factor_tensors, read_factors
 from ..errors import ConfigError
@@ -43,25 +44,27 @@ from ..files import read_json
 from ..fingerprint import verify_fingerprint
 from ..runtime import GroupFactors, attach, attached, attached_factors, factor_dtype, set_aside
 from .checkpoints import FACTOR_KEYS, base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
+from .delegation import DelegatingHfQuantizer
 from .folded import fold
 from .library import LibraryHfQuantizer
-from .packed_zero_points import PackedZeroPointsHfQuantizer
 
 __all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
 
 _P = ParamSpec("_P")
 
 register_quantization_config("glowq")(GlowQConfig)
-AUTO_QUANTIZER_MAPPING["compressed-tensors"] = PackedZeroPointsHfQuantizer
-if "get_quantize_ops" not in vars(AUTO_QUANTIZER_MAPPING["hqq"]):  # else transformers has learnt to quantize with HQQ
-    AUTO_QUANTIZER_MAPPING["hqq"] = HQQHfQuantizer
+AUTO_QUANTIZER_MAPPING.update(own_quantizers())
 
 
 @register_quantizer("glowq")
-class GlowQHfQuantizer(HfQuantizer):
+class GlowQHfQuantizer(DelegatingHfQuantizer):
     """Delegates to the base quantizer; see the module's text."""
 
     requires_calibration = False
+    _base_folder: Path | None = None  # where the base's files are, if the correction's folder holds only the correction
+    _shards: Sequence[str] = ()  # what the loader read
+    _factors: Sequence[GroupFactors] = ()  # read from files, to be attached when the base is loaded
+    _calibration: Any = None  # text or token ids to correct with while loading
 
     def __init__(self, quantization_config: GlowQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -79,9 +82,6 @@ class GlowQHfQuantizer(HfQuantizer):
         if not config.is_stored and config.calibration is None and config.correction is None:
             raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
         self.glowq_config = config
-        self._base_folder: Path | None = None
-        self._shards: list[str] = []
-        self._factors: list[GroupFactors] = []
         if config.is_stored and config.format == "correction":
             self._base_folder = base_folder(config)
             self.pre_quantized = read_json(self._base_folder / "config.json").get("quantization_config") is not None
@@ -96,8 +96,9 @@ class GlowQHfQuantizer(HfQuantizer):
     def _use(self, base: Any) -> None:
         """Delegate to the quantizer of `base` from now on."""
         backend = backend_of(base)
-        own = None if backend is None else backend.quantizer(base, self.pre_quantized)
-        self.base = own or AutoHfQuantizer.from_config(base, pre_quantized=self.pre_quantized)
+        if backend is not None:
+            check_installed(backend, f"a {method_of(base)} model")
+        self.base = AutoHfQuantizer.from_config(base, pre_quantized=self.pre_quantized)
         self.quantization_config = base
 
     def preprocess_model(
@@ -127,7 +128,7 @@ class GlowQHfQuantizer(HfQuantizer):
         _drop_irreversible_conversions(model)
         config = self.glowq_config
         if config.is_stored:
-            factors, self._factors = self._factors, []
+            factors, self._factors = self._factors, ()
             _attach_all(model, config, factors)
         elif config.correction is not None:
             load_correction(model, config.correction, budget=config.budget)
@@ -198,10 +199,6 @@ class GlowQHfQuantizer(HfQuantizer):
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """The base's answer."""
-        return bool(self.base.param_needs_quantization(model, param_name, **kwargs))
-
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the model can be saved in one piece: the base's answer.
 
@@ -215,40 +212,6 @@ class GlowQHfQuantizer(HfQuantizer):
                 "correct --format correction`."
             )
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """The base's answer."""
-        return bool(self.base.is_trainable)
-
-
-def _delegate() -> None:
-    """Forward every other public attribute of HfQuantizer to the base, whatever the version of transformers adds."""
-    kept = {"requires_calibration", "remove_quantization_config", "get_modules_to_not_convert"}
-    for name, value in vars(HfQuantizer).items():
-        if name.startswith("_") or name in kept or name in vars(GlowQHfQuantizer):
-            continue
-        if callable(value) and not isinstance(value, type):
-            setattr(GlowQHfQuantizer, name, _forward(name))
-        else:
-            setattr(GlowQHfQuantizer, name, _forward_attribute(name))
-
-
-def _forward_attribute(name: str) -> property:
-    return property(lambda self: getattr(self.base, name))
-
-
-def _forward(name: str) -> Any:
-    def method(self: GlowQHfQuantizer, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.base, name)(*args, **kwargs)
-
-    method.__name__ = name
-    method.__doc__ = "The base's answer."
-    return method
-
-
-_delegate()
-GlowQHfQuantizer.__abstractmethods__ = frozenset()
 
 
 def _adopting(solve: Callable[_P, Correction]) -> Callable[_P, Correction]:
@@ -304,13 +267,13 @@ def adopt(model: nn.Module, config: GlowQConfig) -> None:
     if isinstance(base, GlowQHfQuantizer):
         base.glowq_config = stored
     elif isinstance(base, HfQuantizer):
-        quantizer = GlowQHfQuantizer.__new__(GlowQHfQuantizer)
+        kind: Any = GlowQHfQuantizer  # whose abstract methods are the base's
+        quantizer = kind.__new__(kind)
         quantizer.base = base
         quantizer.glowq_config = stored
         quantizer.quantization_config = stored.base
         quantizer.pre_quantized = base.pre_quantized
-        quantizer._base_folder, quantizer._shards, quantizer._factors, quantizer._calibration = None, [], [], None
-        model.hf_quantizer = quantizer  # type: ignore[assignment]
+        model.hf_quantizer = quantizer
     if stored.base is not None:  # else the library saves the model, and its config.json must go on naming no other
         model_config.quantization_config = stored
     _drop_irreversible_conversions(model)
@@ -323,7 +286,7 @@ def _base_of(model: nn.Module, fallback: Any) -> Any:
     return stored_base(base)
 
 
-def _attach_all(model: nn.Module, config: GlowQConfig, factors: list[GroupFactors]) -> None:
+def _attach_all(model: nn.Module, config: GlowQConfig, factors: Sequence[GroupFactors]) -> None:
     verify_fingerprint(model, config)
     for entry in factors:
         attach(model, entry, dtype=factor_dtype(model))
