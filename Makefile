@@ -38,10 +38,10 @@ test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 
 test-autoawq: export GLOWQ_AUTOAWQ_CHECKPOINTS = $(AUTOAWQ_CHECKPOINTS)
 test-autoawq: setup $(AUTOAWQ_CHECKPOINTS)/.ready  ## quantize a model with autoawq, then run the tests that need it
-	$(BIN)/python -m pip install --constraint constraints.txt gptqmodel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gptqmodel
 	$(BIN)/pytest -n 0 -m autoawq tests/test_autoawq.py
 
-# Without its dependencies, of which quantizing needs no more than these: triton breaks its forward on a CPU.
+# Of autoawq's own dependencies only what quantizing takes: triton is for its kernels, which run on a GPU.
 $(AUTOAWQ)/.ready: constraints.txt | $(READY)
 	$(PYTHON) -m venv $(AUTOAWQ)
 	$(AUTOAWQ)/bin/python -m pip install --upgrade pip

@@ -167,7 +167,8 @@ def _refuse_scaled(group: Group, columns: Slopes) -> None:
         f"{group.name}: its columns are scaled by {low:.2f} to {high:.2f} against the reference's, as AWQ and "
         f"SmoothQuant do, but no layer before it in {group.block} holds the inverse: the reference cannot be brought "
         "into its input space. Give the very model that was quantized (of a smoothed model, the smoothed one) as the "
-        "reference, or quantize it again with a method that folds no scales."
+        "reference. If it is that one, the quantized model is damaged (AutoAWQ leaves such scales behind when it "
+        "quantizes on a CPU): quantize it again."
     )
 
 
