@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class BlockSolver:
         ranks: group name -> rank.
         seed: of the solver.
         resume: keeps finished blocks.
+        outputs: group name -> second moment of the loss gradient at its outputs, where the method reads it.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class BlockSolver:
         ranks: Mapping[str, int],
         seed: int,
         resume: Resume,
+        outputs: Mapping[str, Tensor],
     ) -> None:
         self.model = model
         self.unfolding = Unfolding(model, reference, backends)
@@ -55,6 +58,7 @@ class BlockSolver:
         self.ranks = ranks
         self.seed = seed
         self.resume = resume
+        self.outputs = outputs
 
     def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[GroupFactors]:
         """Factors of every group in the order of the walk; each block is corrected before the next one is measured."""
@@ -84,11 +88,14 @@ class BlockSolver:
             collectors = [self._collector(group, errors[group.name]) for group in groups]
             for _ in walk.collect(stop, collectors):
                 bar.update()
-            moments = {collector.group.name: collector.moments() for collector in collectors}
+            moments = {collector.group.name: self._moments(collector) for collector in collectors}
         solved: list[GroupFactors] = []
         for group in groups:
             solved.extend(self._factors(group, errors[group.name], moments[group.name], factor_dtype(self.model)))
         return solved
+
+    def _moments(self, collector: MomentCollector) -> Moments:
+        return replace(collector.moments(), output=self.outputs.get(collector.group.name))
 
     def _collector(self, group: Group, error: Tensor) -> MomentCollector:
         narrow = sum(group.out_features) < group.in_features  # then E S E^T is smaller than S

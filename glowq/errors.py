@@ -14,12 +14,14 @@ __all__ = [
     "FoldingError",
     "GlowQError",
     "ModelNotFoundError",
+    "NoGradientWarning",
     "NonFiniteError",
     "OutputError",
     "PickleRefusedError",
     "RankError",
     "ReferenceMismatchError",
     "RepackedWeightError",
+    "SensitivityError",
     "TokenizerMismatchError",
     "UnknownBaseError",
     "UnsafePathError",
@@ -77,6 +79,10 @@ class CalibrationError(GlowQError, ValueError):
     """Calibration text is missing or holds fewer tokens than needed."""
 
 
+class SensitivityError(GlowQError, RuntimeError):
+    """The gradient of the loss cannot be had at a group's outputs, or is zero there."""
+
+
 class TokenizerMismatchError(GlowQError, ValueError):
     """The tokenizer produces ids that the model has no embedding for."""
 
@@ -111,3 +117,7 @@ class EvaluationError(GlowQError, ValueError):
 
 class UntestedVersionWarning(UserWarning):
     """A library's version lies outside the range that glowq is tested with; said once for each library."""
+
+
+class NoGradientWarning(UserWarning):
+    """No gradient of the loss could be had, so that errors are counted in output units."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from . import __version__
-from .backends import is_calibrated, prepare_model, refuse_misloaded, stored_base
+from .backends import check_scales, is_calibrated, prepare_model, refuse_misloaded, stored_base
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
 from .config import GlowQConfig
 from .correction import Correction, describe_groups
-from .data import read_texts, token_sequences
-from .errors import CalibrationError, ConfigError, TokenizerMismatchError, UnsupportedModuleError
+from .data import batches, read_texts, token_sequences
+from .errors import (
+    CalibrationError,
+    ConfigError,
+    NoGradientWarning,
+    SensitivityError,
+    TokenizerMismatchError,
+    UnsupportedModuleError,
+)
 from .fingerprint import fingerprint
 from .groups import Trace, trace_groups
 from .methods import Method, get_method
@@ -25,10 +33,13 @@ from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
 from .runtime import attach, attached, detach, factor_dtype
 from .selection import candidate_ranks, uniform_ranks
+from .sensitivity import output_moments
 
 __all__ = ["calibration_sequences", "correct"]
 
 _TRACE_TOKENS = 8
+_GRADIENT_TOKENS = 16384
+_GRADIENT_BATCH = 1024  # tokens a backward pass, which keeps the activations of all of them
 _DENSE_TOLERANCE = 0.5  # GGUF quantizes the embeddings too: 4 bits make 0.1, an unrelated model 1.4
 
 
@@ -91,6 +102,7 @@ def correct(
     backends = prepare_model(model)
     if not backends:
         raise UnsupportedModuleError(_nothing_quantized(model))
+    check_scales(model)
     sequences = calibration_sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
     trace = _trace(model, sequences)
     base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
@@ -106,7 +118,9 @@ def correct(
             source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
             source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
             store = Resume.open(resume, config, reference, ranks, sequences)
-            run = BlockSolver(model, source, backends, solver, ranks, seed, store)
+            outputs = _output_moments(model, source.model, trace, sequences, seed) if solver.two_sided else {}
+            config.provenance["gains"] = "nats" if outputs else "squared output"
+            run = BlockSolver(model, source, backends, solver, ranks, seed, store, outputs)
             factors = run.solve(stops_of(trace, ranks), sequences)
     except BaseException:
         detach(model)
@@ -130,6 +144,29 @@ def _cut_attached(model: nn.Module, correction: Correction, budget: str | int) -
     for entry in chosen.factors:
         attach(model, entry)
     return chosen
+
+
+def _output_moments(
+    model: nn.Module, reference: nn.Module, trace: Trace, sequences: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """How much the loss minds each group's outputs: by the model's own gradients, else by the reference's.
+
+    Empty, with one word, where neither has any.
+    """
+    chosen = sequences[: max(1, _GRADIENT_TOKENS // sequences.shape[1])]
+    inputs = [to_model(batch, model) for batch in batches(chosen, max(1, _GRADIENT_BATCH // sequences.shape[1]))]
+    refusals = []
+    for candidate in (model, reference):
+        try:
+            return output_moments(candidate, trace.groups, inputs, seed=seed)
+        except SensitivityError as error:
+            refusals.append(error)
+    warnings.warn(
+        f"{refusals[0]} Errors are counted in output units instead of in loss, which spends a budget less well.",
+        NoGradientWarning,
+        stacklevel=3,
+    )
+    return {}
 
 
 def _nothing_quantized(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from .runtime import GroupFactors
 
 __all__ = ["allocate", "candidate_ranks", "parse_budget", "ranks_within", "uniform_ranks"]
 
-_SPREAD = 4
+_SPREAD = 16  # on the bundled model the best groups get ten even shares
 _LEAST_CANDIDATE = 8
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

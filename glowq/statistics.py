@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from .errors import CalibrationError, NonFiniteError
 from .groups import Group
 
-__all__ = ["Feed", "MomentCollector", "Moments", "collecting"]
+__all__ = ["BROKEN", "Feed", "MomentCollector", "Moments", "collecting"]
+
+
+BROKEN = "The quantized model itself is broken: check that it generates, or quantize it in another dtype."
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Moments:
         energy: output error E S E^T of the stacked members, shape (O, O), float64; None where `second` was streamed.
         mean_square: tr(S) / d, the mean of E[x_i^2] over the channels, shape (), float64; with `second` or `energy`.
         magnitude: LQER's mean |x_i| (per sequence, then the largest over sequences), shape (d,), float64.
+        output: second moment G of the loss gradient at the stacked outputs, shape (O, O), or its diagonal, shape (O,),
+            float64, see `glowq.sensitivity`.
     """
 
     tokens: int
@@ -36,6 +41,7 @@ class Moments:
     energy: Tensor | None = None
     mean_square: Tensor | None = None
     magnitude: Tensor | None = None
+    output: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Moments:
         """The same input seen by the stacked output rows start..stop alone (one member of the group)."""
@@ -105,10 +111,7 @@ class MomentCollector:
         if self.tokens == 0 or not streamed:
             raise CalibrationError(f"{where}: no calibration token reached this module; give longer text.")
         if not all(bool(torch.isfinite(sums).all()) for sums in streamed):
-            raise NonFiniteError(
-                f"{where}: its input holds NaN or Inf during calibration. The quantized model itself is broken "
-                "there: check that it generates, or quantize it in another dtype."
-            )
+            raise NonFiniteError(f"{where}: its input holds NaN or Inf during calibration. {BROKEN}")
         if self._matrix is None:
             return Moments(self.tokens, magnitude=self._magnitude)
         matrix = self._matrix / self.tokens

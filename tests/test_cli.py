@@ -271,7 +271,7 @@ class TestInspect:
     def test_correction(self, correction, corrected):
         made, found = json.loads(corrected[0].stdout), result_of("inspect", correction)
         assert (found["kind"], found["method"], found["seed"]) == ("correction", "glowq", 0)
-        assert found["base"]["bnb_4bit_quant_type"] == "nf4"
+        assert found["base"]["settings"]["bnb_4bit_quant_type"] == "nf4"
         assert found["base_model"]["name"] == MODEL
         assert found["base_model"]["fingerprint"].startswith("sha256:")
         assert {group["name"]: group["rank"] for group in found["groups"]} == made["ranks"]
@@ -279,14 +279,14 @@ class TestInspect:
         assert all(group["energy_removed"] == sum(group["gains"]) > 0 for group in found["groups"])
         shown = call("inspect", correction).stdout
         assert "model.layers.7.mlp.down_proj" in shown
-        assert "base.bnb_4bit_quant_type" in shown
+        assert "base.settings.bnb_4bit_quant_type" in shown
 
     def test_other_folders(self, quantized):
         plain = result_of("inspect", MODEL)
         assert (plain["kind"], plain["architecture"], plain["dtype"]) == ("plain", "LlamaForCausalLM", "bfloat16")
         found = result_of("inspect", quantized)
-        assert (found["kind"], found["quant_method"]) == ("quantized", "bitsandbytes")
-        assert found["settings"]["load_in_4bit"]
+        assert (found["kind"], found["base"]["quant_method"]) == ("quantized", "bitsandbytes")
+        assert found["base"]["settings"]["load_in_4bit"]
 
     def test_damaged_files_are_refused(self, correction, tmp_path):
         broken = tmp_path / "broken"

@@ -22,6 +22,8 @@ import glowq
 from glowq.backends import prepare_model
 from glowq.data import read_texts, token_sequences
 from glowq.evaluation import perplexity, perplexity_ratio, recovered, score_models
+from glowq.runtime import attach
+from glowq.selection import parse_budget
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["1%", "2%"])
     parser.add_argument("--method", default="glowq")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--tokens", type=int, default=49152, help="held-out tokens that the figures are of")
+    parser.add_argument("--tokens", type=int, default=24576, help="held-out tokens that the figures are of")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -66,18 +68,16 @@ def measure(bases: list[Base], arguments: argparse.Namespace) -> list[dict[str, 
         model = base.load(dtype=torch.bfloat16, folder=MODEL)
         prepare_model(model)
         before = score_models({"reference": reference, "quantized": model}, held_out)
+        largest = max(arguments.budgets, key=lambda budget: parse_budget(budget, 1 << 40))
+        options = {"budget": largest, "method": arguments.method, "seed": arguments.seed}
+        correction = glowq.correct(model, reference=str(MODEL), calibration=calibration, **options)
         for budget in arguments.budgets:
-            correction = glowq.correct(
-                model,
-                reference=str(MODEL),
-                calibration=calibration,
-                budget=budget,
-                method=arguments.method,
-                seed=arguments.seed,
-            )
-            after = score_models({"reference": reference, "corrected": model}, held_out)["corrected"]
             glowq.detach(model)
-            rows.append({"base": base.name, "budget": budget, **figures(before, after, correction, arguments.seed)})
+            part = correction.cut(budget=budget)
+            for entry in part.factors:
+                attach(model, entry)
+            after = score_models({"reference": reference, "corrected": model}, held_out)["corrected"]
+            rows.append({"base": base.name, "budget": budget, **figures(before, after, part, arguments.seed)})
             print(rows[-1], file=sys.stderr)
     return rows
 

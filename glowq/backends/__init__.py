@@ -32,6 +32,7 @@ __all__ = [
     "base_config",
     "base_names",
     "check_installed",
+    "check_scales",
     "find_backend",
     "is_calibrated",
     "is_installed",
@@ -151,11 +152,25 @@ def prepare_model(model: nn.Module) -> dict[str, Backend]:
     modules = quantized_modules(model)
     dtype = getattr(model, "dtype", torch.float32)
     for name, backend in modules.items():
-        _warn_untested(backend)
+        _warn_untested(backend.package, backend.tested)
         module = model.get_submodule(name)
         with _naming(name), align_module_device(module):
             backend.prepare(module, dtype)
     return modules
+
+
+def check_scales(model: nn.Module) -> None:
+    """Refuse damaged scales before anything is computed with them: after a forward they would look like other damage.
+
+    Raises:
+        BackendError: a module cannot be read exactly, or a scale is zero where the library writes none.
+        NonFiniteError: a scale is NaN or Inf.
+    """
+    for name, backend in quantized_modules(model).items():
+        module = model.get_submodule(name)
+        with _naming(name), align_module_device(module):
+            for scale in backend.scales(module):
+                _check_scales(backend, name, scale)
 
 
 def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
@@ -226,15 +241,15 @@ def check_installed(backend: Backend, wanted_by: str) -> None:
 
 
 @cache
-def _warn_untested(backend: Backend) -> None:
-    """One word, once, where the library's version is none of those that glowq is tested with."""
-    if not backend.tested:
+def _warn_untested(package: str, tested: str) -> None:
+    """One word, once for all backends of a library, where its version is none of those that glowq is tested with."""
+    if not tested:
         return
-    distribution = importlib.metadata.packages_distributions().get(backend.package, [backend.package])[0]
+    distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
     installed = importlib.metadata.version(distribution)
-    if not SpecifierSet(backend.tested).contains(installed, prereleases=True):
+    if not SpecifierSet(tested).contains(installed, prereleases=True):
         warnings.warn(
-            f"{distribution} {installed} is outside the versions that glowq is tested with ({backend.tested}); if "
+            f"{distribution} {installed} is outside the versions that glowq is tested with ({tested}); if "
             "weights are read back wrongly, please report it.",
             UntestedVersionWarning,
             stacklevel=2,

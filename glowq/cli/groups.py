@@ -7,7 +7,7 @@ from typing import Any
 from .common import JsonOption, ModelArgument, session
 from .loading import load_config, load_model
 
-__all__ = ["groups"]
+__all__ = ["example_inputs", "groups"]
 
 
 def groups(model: ModelArgument, json: JsonOption = False) -> None:
@@ -21,7 +21,7 @@ def groups(model: ModelArgument, json: JsonOption = False) -> None:
         from ..groups import trace_groups
 
         loaded = load_model(model, load_config(model))
-        trace = trace_groups(loaded, _example(loaded))
+        trace = trace_groups(loaded, example_inputs(loaded))
         result = {
             "model": model,
             "groups": [
@@ -39,7 +39,8 @@ def groups(model: ModelArgument, json: JsonOption = False) -> None:
         show(result, lambda: _tables(result))
 
 
-def _example(model: Any) -> dict[str, Any]:
+def example_inputs(model: Any) -> dict[str, Any]:
+    """The arguments of one forward that transformers keeps for every architecture, on the device of `model`."""
     inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
     if model.config.is_encoder_decoder and "input_ids" in inputs:
         inputs.setdefault("decoder_input_ids", inputs["input_ids"])

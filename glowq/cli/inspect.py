@@ -1,101 +1,189 @@
-"""`glowq inspect`: what a model folder or correction is, from config.json and safetensors headers alone."""
+"""`glowq inspect`: what a model or correction is, and which of its modules can be corrected, without its weights."""
 
 from __future__ import annotations
 
-import json as jsonlib
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorrectionError, ModelNotFoundError
-from ..files import local_snapshot, read_json, refuse_pickles
+from ..errors import CorrectionError
 from .common import JsonOption, ModelArgument, grid, session
+from .headers import Headers, read_headers
 
 __all__ = ["inspect"]
 
-_Headers = dict[str, tuple[tuple[int, ...], int]]  # tensor name -> shape, bytes
+_DEQUANTIZED = ("fp8", "mxfp4")  # which transformers can turn into plain weights while loading
+_WIDEST = 80  # characters of a setting that people are shown
 
 
 def inspect(model: ModelArgument, json: JsonOption = False) -> None:
-    """Show what a correction or model is, without loading it.
+    """Show what a model or correction is, and what can be corrected, without loading it.
 
     \b
-    Example:
+    Examples:
+      glowq inspect org/model-gptq
       glowq inspect corrected
     """
     with session(json) as show:
-        config, headers = _read(model)
-        stored = config.get("quantization_config")
+        headers = read_headers(model)
+        stored = headers.config.get("quantization_config")
         result: dict[str, Any] = {
             "model": model,
             "kind": "plain" if stored is None else "quantized",
-            "architecture": (config.get("architectures") or [None])[0],
-            "dtype": config.get("dtype", config.get("torch_dtype")),
-            "file_bytes": sum(size for _, size in headers.values()),
+            "architecture": (headers.config.get("architectures") or [None])[0],
+            "dtype": headers.config.get("dtype", headers.config.get("torch_dtype")),
+            "file_bytes": sum(headers.sizes.values()),
         }
-        if stored is not None and stored.get("quant_method") != "glowq":
-            result.update(quant_method=stored.get("quant_method"), settings=stored)
-        elif stored is not None:
+        if headers.gguf:
+            result.update(_gguf(model, headers.gguf))
+        elif headers.hqq:
+            result.update(_hqq())
+        elif stored is None:
+            result.update(_plain(model, headers))
+        elif stored.get("quant_method") != "glowq":
+            result.update(_quantized(model, headers, stored))
+        else:
             result.update(_correction(model, stored, headers))
         show(result, lambda: _tables(result))
 
 
-def _read(name: str) -> tuple[dict[str, Any], _Headers]:
-    if not Path(name).is_dir():
-        return _read_hub(name)
-    config = read_json(Path(name) / "config.json")
-    refuse_pickles(Path(name))
-    headers = [_header(file) for file in sorted(Path(name).glob("*.safetensors"))]
-    return config, {key: value for header in headers for key, value in header.items()}
+def _base(settings: Mapping[str, Any] | None, found: Any = None) -> dict[str, Any] | None:
+    """What quantized a model, and what glowq needs for it."""
+    from ..backends import backend_of, is_installed, method_of
 
-
-def _read_hub(name: str) -> tuple[dict[str, Any], _Headers]:
-    """Headers over the network where it is there, else from the cache."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    api = HfApi()
-    try:
-        files = [file for file in api.list_repo_files(name) if file.endswith(".safetensors")]
-        metadata = [api.parse_safetensors_file_metadata(name, file).tensors for file in files]
-        config = read_json(Path(hf_hub_download(name, "config.json")))
-    except HFValidationError as error:
-        raise ModelNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository.") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return _read(str(local_snapshot(name, local_files_only=True)))
-    found = {key: info for tensors in metadata for key, info in tensors.items()}
-    return config, {
-        key: (tuple(info.shape), info.data_offsets[1] - info.data_offsets[0]) for key, info in found.items()
-    }
-
-
-def _header(file: Path) -> _Headers:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):  # checks the header against the file's size
-            pass
-    except SafetensorError as error:
-        raise CorrectionError(f"{file} is corrupt or truncated ({error}); download it again.") from error
-    with file.open("rb") as stream:
-        header = jsonlib.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
+    if settings is None:
+        return None
+    method, backend = method_of(settings), backend_of(settings)
+    schemes = list(found.schemes.values()) if found is not None else []
+    if schemes:  # bitsandbytes has two kinds of modules, and so two backends
+        backend = next(iter(found.backends.values()))
     return {
-        name: (tuple(info["shape"]), info["data_offsets"][1] - info["data_offsets"][0]) for name, info in header.items()
+        "quant_method": method,
+        "backend": None if backend is None else backend.name,
+        "library": None if backend is None else backend.package,
+        "extra": None if backend is None else backend.extra or None,
+        "installed": None if backend is None else is_installed(backend),
+        "bits": _same(scheme.bits for scheme in schemes),
+        "group_size": _same(scheme.group_size for scheme in schemes),
+        "settings": settings,
     }
 
 
-def _correction(model: str, stored: dict[str, Any], headers: _Headers) -> dict[str, Any]:
+def _same(values: Any) -> Any:
+    """The one value that all share, else None."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _schemes(schemes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "scheme": str(scheme),
+            "format": scheme.format,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "details": list(scheme.details),
+            "modules": count,
+        }
+        for scheme, count in Counter(schemes.values()).items()
+    ]
+
+
+def _found(model: str, headers: Headers, settings: Mapping[str, Any] | None, refusal: str | None) -> dict[str, Any]:
+    from .candidates import find_candidates
+
+    found = find_candidates(model, headers, settings, refusal)
+    return {
+        "base": _base(settings, found),
+        "schemes": _schemes(found.schemes),
+        "modules": {name: str(scheme) for name, scheme in found.schemes.items()},
+        "correctable": found.correctable,
+        "skipped": found.skipped,
+        "note": found.note,
+    }
+
+
+def _plain(model: str, headers: Headers) -> dict[str, Any]:
+    advice = (
+        f"not quantized: name a quantizer, for example glowq correct {model} --base nf4 --calibration FILE --output "
+        "OUT; or --base dense with --reference, if its float weights hold quantized values."
+    )
+    return {**_found(model, headers, None, None), "next": advice}
+
+
+def _quantized(model: str, headers: Headers, settings: Mapping[str, Any]) -> dict[str, Any]:
+    refusal = _refusal(model, settings)
+    result = _found(model, headers, settings, refusal)
+    command = f"glowq correct {model} --reference REF --calibration FILE --output OUT"
+    if refusal is not None:
+        advice = refusal
+    elif not result["correctable"]:
+        advice = "no module of it can be corrected, for the reasons given."
+    elif not result["base"]["installed"]:
+        advice = f"needs {result['base']['library']}: pip install 'glowq[{result['base']['extra']}]', then {command}"
+    else:
+        advice = command
+    return {**result, "next": advice}
+
+
+def _refusal(model: str, settings: Mapping[str, Any]) -> str | None:
+    """Why no module of such a model can be corrected as it is quantized, and what can be done."""
+    from ..backends import backend_of, method_of, methods
+
+    method, dense = method_of(settings), f"glowq correct {model} --base dense --reference REF"
+    if backend_of(settings) is not None:
+        return None
+    if method in _DEQUANTIZED:
+        return f"{method} is corrected once transformers has dequantized it on load: {dense}"
+    return (
+        f"glowq reads no {method!r} weights (it reads {', '.join(methods())}); if transformers can dequantize them on "
+        f"load, {dense}; otherwise quantize the full-precision model with another quantizer."
+    )
+
+
+def _gguf(model: str, files: tuple[str, ...]) -> dict[str, Any]:
+    folder = Path(model).parent if Path(model).is_file() else model
+    advice = (
+        "GGUF is corrected once transformers has dequantized it on load: "
+        f"glowq correct {folder} --gguf-file {files[0]} --base dense --reference REF --calibration FILE --output OUT"
+    )
+    return {**_unread("gguf"), "kind": "gguf", "files": list(files), "next": advice}
+
+
+def _hqq() -> dict[str, Any]:
+    from ..backends.hqq import LOAD
+
+    advice = f"HQQ saved its weights as a pickle, which can run code and which glowq does not read; {LOAD}."
+    return {**_unread("hqq"), "kind": "quantized", "next": advice}
+
+
+def _unread(method: str) -> dict[str, Any]:
+    return {
+        "base": _base({"quant_method": method}),
+        "schemes": [],
+        "modules": {},
+        "correctable": [],
+        "skipped": {},
+        "note": None,
+    }
+
+
+def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[str, Any]:
     from ..config import GlowQConfig
 
     config = GlowQConfig.from_dict({**stored, "base": None})  # the base's library need not be installed
     groups = [_group(model, name, group, headers) for name, group in (config.groups or {}).items()]
     factor_bytes = sum(group["bytes"] for group in groups)
+    # A correction's base is another model, and dense weights are quantized no more.
+    base = stored.get("base") or {}
+    whole = config.format == "full" and base.get("quant_method") != "dense"
+    found = _found(model, headers, base, None) if whole else {"base": _base(base)}
     return {
         "kind": config.format,
         "version": config.version,
-        "base": stored.get("base"),
+        **found,
         "base_model": config.base_model,
         "base_bytes": config.base_bytes,
         "factor_bytes": factor_bytes,
@@ -107,16 +195,16 @@ def _correction(model: str, stored: dict[str, Any], headers: _Headers) -> dict[s
     }
 
 
-def _group(model: str, name: str, group: Mapping[str, Any], headers: _Headers) -> dict[str, Any]:
+def _group(model: str, name: str, group: Mapping[str, Any], headers: Headers) -> dict[str, Any]:
     rank, widths = group["rank"], dict(zip(group["members"], group["out_features"], strict=True))
     shapes = {f"{name}.right": (rank, group["in_features"])}
     shapes.update({f"{member}.left": (width, rank) for member, width in widths.items()})
     for tensor, shape in shapes.items():
-        found = headers.get(tensor, (None, 0))[0]
+        found = headers.shapes.get(tensor)
         if found != shape:
             what = "missing" if found is None else f"of shape {found}"
             raise CorrectionError(f"factor {tensor!r} of {model} is {what}, expected shape {shape}; correct again.")
-    sizes = sum(headers[tensor][1] for tensor in shapes)
+    sizes = sum(headers.sizes[tensor] for tensor in shapes)
     values = {"name": name, "bytes": sizes, "parameters": sum(map(prod, shapes.values()))}
     return {**values, **group, "energy_removed": sum(group["gains"])}
 
@@ -125,24 +213,55 @@ def _tables(result: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.table import Table
 
-    shown = grid(_flat({key: value for key, value in result.items() if key != "groups"}))
-    if not result.get("groups"):
-        return shown
+    apart = ("groups", "schemes", "modules", "correctable", "skipped", "note", "next")
+    facts = {key: value for key, value in result.items() if key not in apart}
+    if "correctable" in result and result["kind"] != "gguf":
+        facts["quantized modules"] = len(result["modules"])
+        facts["can be corrected"] = len(result["correctable"])
+    shown = [grid(_flat(facts))]
+    if result.get("schemes"):
+        table = Table("scheme", "bits", "modules")
+        for scheme in result["schemes"]:
+            table.add_row(scheme["scheme"], f"{scheme['bits']:g}", str(scheme["modules"]))
+        shown.append(table)
+    if result.get("skipped"):
+        shown.append(_skipped(result["skipped"]))
+    if result.get("groups"):
+        shown.append(_groups(result["groups"]))
+    return Group(*shown, *(f"{key}: {result[key]}" for key in ("note", "next") if result.get(key)))
+
+
+def _skipped(skipped: Mapping[str, str]) -> Any:
+    """One row a reason: a large model leaves out hundreds of modules for one and the same."""
+    from rich.table import Table
+
+    table = Table("modules", "not corrected", "because", title="left out", title_justify="left")
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, found in skipped.items() if found == reason]
+        table.add_row(str(len(names)), names[0] if len(names) == 1 else f"{names[0]}, ...", reason)
+    return table
+
+
+def _groups(groups: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
     table = Table("group", "rank", "in", "out", "bytes", "energy removed")
-    for group in result["groups"]:
+    for group in groups:
         out = " + ".join(map(str, group["out_features"]))
         numbers = (group["rank"], group["in_features"], out, f"{group['bytes']:,}", f"{group['energy_removed']:.4g}")
         table.add_row(group["name"], *map(str, numbers))
-    return Group(shown, table)
+    return table
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """For people: nested settings as "base.load_in_4bit", private and empty ones left out."""
+    """For people: nested settings as "base.bits"; private, empty and endless ones left out."""
     rows: dict[str, str] = {}
     for key, value in facts.items():
+        if isinstance(value, dict) and prefix == "base.settings.":
+            continue  # libraries store all that they know of themselves
         if isinstance(value, dict):
             rows.update(_flat(value, f"{prefix}{key}."))
-        elif value is not None and not key.startswith("_"):
+        elif (value is not None and not key.startswith("_") and len(str(value)) <= _WIDEST) or key == "model":
             form = ".2%" if key == "overhead" else "," if key.endswith("_bytes") else ""
             rows[prefix + key] = format(value, form) if form else str(value)
     return rows

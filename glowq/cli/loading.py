@@ -11,7 +11,16 @@ from ..errors import ConfigError, GlowQError, ModelNotFoundError
 from ..files import refuse_pickles
 from .common import one_line
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "loading", "reference_name", "scores_text", "token_limits"]
+__all__ = [
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "loading",
+    "model_class",
+    "reference_name",
+    "scores_text",
+    "token_limits",
+]
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -82,20 +91,23 @@ def load_model(name: str, config: Any, quantization_config: Any = None, gguf_fil
     """
     import torch
 
-    from ..backends import prepare_model
+    from ..backends import backend_of, check_installed, prepare_model
 
+    backend = backend_of(getattr(config, "quantization_config", None))
+    if backend is not None:
+        check_installed(backend, name)
     options: dict[str, Any] = {"use_safetensors": True} if gguf_file is None else _gguf(gguf_file)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if torch.cuda.is_available():
         options["device_map"] = "auto"
     with loading(name):
-        model = _model_class(config).from_pretrained(name, dtype="auto", **options)
+        model = model_class(config).from_pretrained(name, dtype="auto", **options)
     prepare_model(model)
     return model.eval()
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class of config.json's `architectures`, else the auto class for the model type."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -109,7 +121,7 @@ def _model_class(config: Any) -> Any:
 
 def scores_text(config: Any) -> bool:
     """Whether the model is one whose perplexity can be measured: a decoder that predicts the next token."""
-    found = _model_class(config)
+    found = model_class(config)
     causal = found.can_generate() if hasattr(found, "can_generate") else found.__name__ == "AutoModelForCausalLM"
     return bool(causal) and not getattr(config, "is_encoder_decoder", False)
 

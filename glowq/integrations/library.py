@@ -1,4 +1,4 @@
-"""The place of a base quantizer in a model that its own library quantized or loaded, without transformers."""
+"""What transformers cannot save: models that their own library quantized, and how saving them is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..errors import ConfigError
 
-__all__ = ["LibraryHfQuantizer"]
+__all__ = ["LibraryHfQuantizer", "Refusal"]
+
+
+class Refusal:
+    """A no to "can this model be saved?" that says why as soon as it counts.
+
+    transformers asks every model, and then does not look at the answer for one with a PEFT adapter, of which it saves
+    the adapter alone: to raise at the question would refuse that too.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __bool__(self) -> bool:
+        raise ConfigError(self.message)
 
 
 class LibraryHfQuantizer(HfQuantizer):
@@ -17,13 +31,9 @@ class LibraryHfQuantizer(HfQuantizer):
     def __init__(self) -> None:
         super().__init__(None, pre_quantized=True)  # type: ignore[arg-type]
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Never.
-
-        Raises:
-            ConfigError: always, with what can be done.
-        """
-        raise ConfigError(
+    def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
+        """Never, but for an adapter; says what can be done."""
+        return Refusal(
             "this model was quantized by its own library and not by transformers, so that it cannot be saved in one "
             "piece. Save its correction (Correction.save_pretrained), and the base as its library does."
         )

@@ -28,6 +28,7 @@ from .. import pipeline
 from ..backends import (
     backend_of,
     check_installed,
+    check_scales,
     is_calibrated,
     method_of,
     own_quantizers,
@@ -46,7 +47,7 @@ from ..runtime import GroupFactors, attach, attached, attached_factors, factor_d
 from .checkpoints import FACTOR_KEYS, base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
 from .delegation import DelegatingHfQuantizer
 from .folded import fold
-from .library import LibraryHfQuantizer
+from .library import LibraryHfQuantizer, Refusal
 
 __all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
 
@@ -199,19 +200,17 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether the model can be saved in one piece: the base's answer.
+    def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
+        """Whether the model can be saved in one piece: the base's answer, a no with what can be done instead."""
+        found = self.base.is_serializable(*args, **kwargs)
+        return found if isinstance(found, Refusal) or found else self._refusal()
 
-        Raises:
-            ConfigError: it cannot; transformers' own message would not say what can be done.
-        """
-        if not self.base.is_serializable(*args, **kwargs):
-            raise ConfigError(
-                f"a {method_of(self.quantization_config)} model cannot be saved in one piece: transformers could not "
-                "load it again. Save its correction, which names its base: Correction.save_pretrained, or `glowq "
-                "correct --format correction`."
-            )
-        return True
+    def _refusal(self) -> Refusal:
+        return Refusal(
+            f"a {method_of(self.quantization_config)} model cannot be saved in one piece: transformers could not load "
+            "it again. Save its correction, which names its base: Correction.save_pretrained, or `glowq correct "
+            "--format correction`."
+        )
 
 
 def _adopting(solve: Callable[_P, Correction]) -> Callable[_P, Correction]:
@@ -287,6 +286,7 @@ def _base_of(model: nn.Module, fallback: Any) -> Any:
 
 
 def _attach_all(model: nn.Module, config: GlowQConfig, factors: Sequence[GroupFactors]) -> None:
+    check_scales(model)
     verify_fingerprint(model, config)
     for entry in factors:
         attach(model, entry, dtype=factor_dtype(model))

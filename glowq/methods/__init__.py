@@ -33,6 +33,7 @@ class Method:
         solve: (error (O, d), moments, rank, seed) to Factors of that rank.
         summary: one line for listings.
         source: the paper.
+        two_sided: whether `solve` reads the output moment too, so that gains are in nats and compare across groups.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     solve: Callable[[Tensor, Moments, int, int], Factors]
     summary: str
     source: str
+    two_sided: bool = False
 
 
 _METHODS: dict[str, Method] = {}
