@@ -38,6 +38,7 @@ _RESULT_FILES = (
     "*.model",
     "*.jinja",
 )
+_COMPARISON_FILES = ("compare.json", "table.md", "bytes.png", "heatmap.png")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -126,17 +127,18 @@ def checkpoint_files(folder: Path) -> list[str]:
     return [str(file) for file in files]
 
 
-def write_directory(target: Path, write: Callable[[Path], None]) -> None:
+def write_directory(target: Path, write: Callable[[Path], None], *, comparison: bool = False) -> None:
     """Let `write` fill a temporary folder beside `target`, then rename it: all of it, or nothing.
 
     Args:
         target: final folder; must not exist, be empty, or hold an earlier result of glowq and nothing else.
         write: fills the folder it is given.
+        comparison: the result is a comparison's figures rather than a model; either replaces its own kind only.
 
     Raises:
         OutputError: other files are in the way, the parent cannot be written, or the disk is full.
     """
-    check_output(target)
+    check_output(target, comparison=comparison)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
@@ -153,7 +155,7 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
         raise OutputError(f"cannot write {target}: {reason}. Nothing was left behind.") from error
 
 
-def check_output(target: Path) -> None:
+def check_output(target: Path, *, comparison: bool = False) -> None:
     """Refuse early, before hours of work, what `write_directory` would refuse at the end.
 
     Raises:
@@ -162,8 +164,10 @@ def check_output(target: Path) -> None:
     if target.is_file():
         raise OutputError(f"{target} is a file; expected a folder to write to.")
     if target.is_dir():
-        foreign = sorted(entry.name for entry in target.iterdir() if not _is_result_file(entry.name))
-        if foreign or (any(target.iterdir()) and not _is_result(target)):
+        names = _COMPARISON_FILES if comparison else _RESULT_FILES
+        foreign = sorted(entry.name for entry in target.iterdir() if not _is_named(entry.name, names))
+        is_result = (target / "compare.json").is_file() if comparison else _is_result(target)
+        if foreign or (any(target.iterdir()) and not is_result):
             what = f"holds {foreign[0]!r}" if foreign else "holds no earlier result of glowq"
             raise OutputError(f"{target} is not empty and {what}; choose another folder, so that nothing is lost.")
     parent = target.absolute().parent
@@ -173,8 +177,8 @@ def check_output(target: Path) -> None:
         raise OutputError(f"{parent} is not writable; choose another folder.")
 
 
-def _is_result_file(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in _RESULT_FILES)
+def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _is_result(folder: Path) -> bool:

@@ -39,7 +39,7 @@ __all__ = ["calibration_sequences", "correct"]
 
 _TRACE_TOKENS = 8
 _GRADIENT_TOKENS = 16384
-_GRADIENT_BATCH = 1024  # tokens a backward pass, which keeps the activations of all of them
+_GRADIENT_BATCH = 512  # tokens a backward pass, which keeps the activations of all of them
 _DENSE_TOLERANCE = 0.5  # GGUF quantizes the embeddings too: 4 bits make 0.1, an unrelated model 1.4
 
 

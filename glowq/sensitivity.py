@@ -20,7 +20,7 @@ from .backends import quantized_modules
 from .errors import NonFiniteError, SensitivityError
 from .groups import Group, evaluating
 from .progress import progress
-from .statistics import BROKEN
+from .statistics import BROKEN, bfloat16_products
 
 __all__ = ["FULL_WIDTH", "output_moments"]
 
@@ -49,7 +49,7 @@ def output_moments(
         seed: of the labels.
 
     Returns:
-        Group name -> float64 tensor of shape (O, O), or (O,), its diagonal, where O is above `FULL_WIDTH`; in nats
+        Group name -> float32 tensor of shape (O, O), or (O,), its diagonal, where O is above `FULL_WIDTH`; in nats
         (of an encoder: in squared distance of normalized states) per squared output unit.
 
     Raises:
@@ -149,13 +149,18 @@ class _GroupGradient:
         return watch
 
     def _add(self, index: int, gradient: Tensor) -> None:
-        self._parts[index] = gradient.detach().flatten(0, -2).float()
+        self._parts[index] = gradient.detach().flatten(0, -2)
         if len(self._parts) < len(self.group.members):
             return
         rows = torch.cat([self._parts[number] for number in range(len(self._parts))], dim=-1)
         self._parts.clear()
-        wide = rows.shape[1] > FULL_WIDTH
-        product = (rows.square().sum(0) if wide else rows.T @ rows).double()
+        single = rows.float()
+        if rows.shape[1] > FULL_WIDTH:
+            product = single.square().sum(0)
+        else:
+            with bfloat16_products(rows.dtype):
+                product = single.T @ single
+        # In float32: a matrix a group is held until the walk is over, and labels are drawn at random anyway.
         self._sum = product if self._sum is None else self._sum.add_(product)
 
     def moment(self, tokens: int) -> Tensor:

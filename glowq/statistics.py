@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import CalibrationError, NonFiniteError
 from .groups import Group
 
-__all__ = ["BROKEN", "Feed", "MomentCollector", "Moments", "collecting"]
+__all__ = ["BROKEN", "Feed", "MomentCollector", "Moments", "bfloat16_products", "collecting"]
 
 
 BROKEN = "The quantized model itself is broken: check that it generates, or quantize it in another dtype."
@@ -33,7 +33,7 @@ class Moments:
         mean_square: tr(S) / d, the mean of E[x_i^2] over the channels, shape (), float64; with `second` or `energy`.
         magnitude: LQER's mean |x_i| (per sequence, then the largest over sequences), shape (d,), float64.
         output: second moment G of the loss gradient at the stacked outputs, shape (O, O), or its diagonal, shape (O,),
-            float64, see `glowq.sensitivity`.
+            float32, see `glowq.sensitivity`.
     """
 
     tokens: int
@@ -87,7 +87,7 @@ class MomentCollector:
         if self.error is not None:
             square = torch.linalg.vector_norm(single).to(torch.float64).square()
             self._square = square if self._square is None else self._square.add_(square)
-        with _bfloat16_products(rows.dtype):
+        with bfloat16_products(rows.dtype):
             # Exact for S. E and E x are rounded, which costs the residual less than 1e-5 (tests/test_statistics.py).
             seen = single if self.error is None else single @ self.error.to(rows.device).T
             product = seen.T @ seen
@@ -121,7 +121,7 @@ class MomentCollector:
 
 
 @contextmanager
-def _bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """Let the CPU multiply in bfloat16 and add in float32 where the activations are bfloat16 anyway.
 
     Products of bfloat16 numbers are exact in float32. Processors with bfloat16 instructions are faster that way.

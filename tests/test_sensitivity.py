@@ -54,8 +54,10 @@ def test_the_moment_is_the_fisher_information_of_the_head() -> None:
         weight = model.head.weight.double()
         mean = chances @ weight
         expected = (torch.einsum("tv,vi,vj->ij", chances, weight, weight) - mean.T @ mean) / len(chances)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))  # 20,000 labels
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0.05, atol=0.02 * float(expected.abs().max())
+    )  # 20,000 labels
 
 
 def test_half_the_quadratic_form_is_the_loss_measured(token_ids: Tensor) -> None:
@@ -76,7 +78,7 @@ def test_half_the_quadratic_form_is_the_loss_measured(token_ids: Tensor) -> None
         after = model(**batch).logits.log_softmax(-1).double()
     measured = float((before.exp() * (before - after)).sum(-1).mean())
     outputs = (seen[0].flatten(0, 1) @ torch.cat(errors).T).double()
-    predicted = float(torch.einsum("ti,ij,tj->t", outputs, moment, outputs).mean()) / 2
+    predicted = float(torch.einsum("ti,ij,tj->t", outputs, moment.double(), outputs).mean()) / 2
     assert predicted == pytest.approx(measured, rel=0.25)
 
 
@@ -108,7 +110,7 @@ def test_wide_groups_keep_their_diagonal(
     monkeypatch.setattr(sensitivity, "FULL_WIDTH", 40)
     for name, moment in output_moments(model, groups, [batch]).items():
         wide = full[name].shape[0] > 40
-        torch.testing.assert_close(moment, full[name].diagonal() if wide else full[name], rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(moment, full[name].diagonal() if wide else full[name], rtol=1e-4, atol=1e-9)
 
 
 def test_labels_can_be_a_teachers(tiny_llama: Factory, tiny_ids: Tensor) -> None:

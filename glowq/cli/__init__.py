@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from .compare import compare
 from .correct import correct
 from .evaluate import evaluate
 from .groups import groups
 from .inspect import inspect
 from .run import run
+from .select import select
 
 __all__ = ["app", "main"]
 
@@ -23,10 +25,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # keeps the examples in one piece, so that they can be copied
     context_settings=_HELP,
 )
+app.command("compare")(compare)
 app.command("correct")(correct)
 app.command("evaluate")(evaluate)
 app.command("groups")(groups)
 app.command("inspect")(inspect)
+app.command("select")(select)
 # Everything after the program's name belongs to the program, its --help too.
 app.command("run", context_settings={**_HELP, "allow_interspersed_args": False})(run)
 

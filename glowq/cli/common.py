@@ -21,6 +21,7 @@ __all__ = [
     "JsonOption",
     "ModelArgument",
     "SeedOption",
+    "check_budget",
     "command_line",
     "finite",
     "grid",
@@ -30,7 +31,8 @@ __all__ = [
 ]
 
 
-def _check_budget(value: str | None) -> str | None:
+def check_budget(value: str | None) -> str | None:
+    """Callback of an option that takes a budget: what cannot be parsed is wrong usage."""
     from ..selection import parse_budget
 
     try:
@@ -43,7 +45,7 @@ def _check_budget(value: str | None) -> str | None:
 
 BudgetOption = Annotated[
     str | None,
-    typer.Option(callback=_check_budget, help="Bytes to spend: a share of the quantized weights (1.5%) or 200MB."),
+    typer.Option(callback=check_budget, help="Bytes to spend: a share of the quantized weights (1.5%) or 200MB."),
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
     from ..evaluation import Score
 
-__all__ = ["held_out_figures", "held_out_rows", "parted_sequences", "reference_score"]
+__all__ = ["LEAST_SEQUENCES", "held_out_figures", "held_out_rows", "parted_sequences", "reference_score"]
 
 _HELD_OUT = 1 / 8  # of the calibration sequences
-_LEAST_SEQUENCES = 8  # resampling fewer gives no interval worth the name
+LEAST_SEQUENCES = 8  # resampling fewer gives no interval worth the name
 
 
 def parted_sequences(
@@ -51,7 +51,7 @@ def held_out_figures(reference: Score, model: Any, held: Tensor, seed: int) -> d
     return {
         **{name: finite(perplexity(score)) for name, score in scores.items()},
         "recovered": finite(share.value),
-        "recovered_ci95": None if len(held) < _LEAST_SEQUENCES else [finite(share.low), finite(share.high)],
+        "recovered_ci95": None if len(held) < LEAST_SEQUENCES else [finite(share.low), finite(share.high)],
         "tokens": held.numel(),
     }
 

@@ -1,0 +1,67 @@
+"""Tasks of lm-evaluation-harness on models that are in memory."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, EvaluationError
+from .common import finite, one_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["check_tasks", "run_tasks"]
+
+_Z95 = 1.96  # standard errors in half a 95% interval
+
+
+def check_tasks() -> None:
+    """Refuse early what could only fail at the end.
+
+    Raises:
+        ConfigError: lm-evaluation-harness is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install lm_eval")
+
+
+def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Every task's figures, task -> metric -> {"value", "ci95"}; the interval is normal, None without an error of it.
+
+    Args:
+        model: transformers model, with whatever correction it carries.
+        tokenizer: its tokenizer.
+        tasks: names that lm-evaluation-harness knows.
+        seed: of few-shot examples and everything else that it draws.
+
+    Raises:
+        EvaluationError: a task is unknown, or its data cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    try:
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, log_samples=False, **seeds
+        )
+    except (KeyError, ValueError, OSError) as error:
+        raise EvaluationError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {one_line(error)}") from error
+    return {task: _figures(metrics) for task, metrics in found["results"].items()}
+
+
+def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Of "acc,none" and "acc_stderr,none": {"acc": {...}}, or {"acc,flexible": {...}} where a filter is named."""
+    figures = {}
+    for key, value in metrics.items():
+        metric, _, chosen = key.partition(",")
+        if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue  # names, and how many documents there were
+        error = metrics.get(f"{metric}_stderr,{chosen}")
+        half = _Z95 * error if isinstance(error, int | float) else None
+        figures[metric if chosen == "none" else key] = {
+            "value": finite(float(value)),
+            "ci95": None if half is None else [finite(value - half), finite(value + half)],
+        }
+    return figures
