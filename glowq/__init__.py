@@ -14,7 +14,8 @@ with quiet("torchao", "torch.utils._pytree"):
     from .errors import GlowQError
     from .groups import Group, find_groups
     from .integrations.transformers import correct, load_correction
-    from .runtime import detach, disabled
+    from .runtime import detach
+    from .switching import disabled, set_enabled
 
 __all__ = [
     "Correction",
@@ -27,4 +28,5 @@ __all__ = [
     "disabled",
     "find_groups",
     "load_correction",
+    "set_enabled",
 ]

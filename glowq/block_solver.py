@@ -114,6 +114,7 @@ class BlockSolver:
                     result.right.to(dtype).cpu(),
                     {member: left.contiguous() for member, left in zip(part.members, lefts, strict=True)},
                     result.gains.cpu(),
+                    result.total,
                 )
             )
         return solved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -15,7 +16,7 @@ __all__ = ["FORMAT_VERSION", "GlowQConfig"]
 
 FORMAT_VERSION = 1
 FORMATS = ("correction", "full")
-_GROUP_FIELDS = {"members", "in_features", "out_features", "block", "rank", "gains"}
+_GROUP_FIELDS = {"members", "in_features", "out_features", "block", "rank", "gains", "total"}
 
 
 class GlowQConfig(QuantizationConfigMixin):
@@ -25,7 +26,10 @@ class GlowQConfig(QuantizationConfigMixin):
         base: the base quantizer: a transformers quantization config, its dict, or a `--base` name such as "nf4".
         rank: rank of every group; ranks larger than a group allows are lowered to what it allows.
         budget: instead of `rank`: bytes that the factors may take, as a share of the quantized weights ("1%") or a
-            size ("200MB"). Where `correction` is given, what it is cut to.
+            size ("200MB"); or the share of the predicted loss that they are to recover, with as few bytes as that
+            takes ("recover 80%"). Where `correction` is given, what it is cut to.
+        rank_step: a budget buys ranks in multiples of this (kernels like 8 or 16), or all that a group's shape allows.
+        max_rank: most ranks that a budget buys any group.
         method: name of the solver method, see `glowq.methods`.
         calibration: text to calibrate on: list of str, a file or folder, or a datasets name.
         calibration_tokens: how many tokens of it are used.
@@ -46,6 +50,8 @@ class GlowQConfig(QuantizationConfigMixin):
         *,
         rank: int | None = None,
         budget: str | int | None = None,
+        rank_step: int = 1,
+        max_rank: int | None = None,
         method: str = "glowq",
         calibration: Any = None,
         calibration_tokens: int = 32768,
@@ -68,12 +74,12 @@ class GlowQConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise ConfigError(_unknown_field(sorted(unknown)[0]))
-        if rank is not None and budget is not None:
-            raise ConfigError("give either rank or budget, not both.")
         self.quant_method: Any = "glowq"  # transformers types it as one of its own methods
         self.base = _base(base)
         self.rank = 32 if rank is None and budget is None else rank
         self.budget = budget
+        self.rank_step = rank_step
+        self.max_rank = max_rank
         self.method = method
         self.calibration = calibration
         self.calibration_tokens = calibration_tokens
@@ -89,7 +95,10 @@ class GlowQConfig(QuantizationConfigMixin):
         self._validate()
 
     def _validate(self) -> None:
+        from .selection import RankRequest
+
         _check_int("rank", self.rank, 1, optional=True)
+        RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)
         _check_int("calibration_tokens", self.calibration_tokens, 1)
         _check_int("sequence_length", self.sequence_length, 2)
         _check_int("seed", self.seed, 0)
@@ -106,11 +115,21 @@ class GlowQConfig(QuantizationConfigMixin):
             _check_group(name, group)
         if self.groups is not None:
             _check_base_model(self.base_model)
+            _check_amount("provenance.total", self.provenance.get("total", 0))
 
     @property
     def is_stored(self) -> bool:
         """Whether this came from a saved model (it names groups) rather than from a user's request."""
         return self.groups is not None
+
+    @property
+    def total(self) -> float:
+        """Predicted loss of the whole quantized model, in the unit of the gains.
+
+        It is measured when a correction is made, and kept when groups are cut away; else what the groups left say.
+        """
+        groups = (self.groups or {}).values()
+        return float(self.provenance.get("total", math.fsum(group["total"] for group in groups)))
 
     def with_groups(self, groups: Mapping[str, Any]) -> GlowQConfig:
         """A copy that stores other groups."""
@@ -209,8 +228,16 @@ def _check_group(name: str, group: Any) -> None:
     for width in (group["in_features"], *widths):
         _check_int(f"a width of group {name!r}", width, 1)
     _check_int(f"rank of group {name!r}", group["rank"], 1)
-    if not isinstance(gains, Sequence) or len(gains) != group["rank"]:
+    if not isinstance(gains, Sequence) or isinstance(gains, str) or len(gains) != group["rank"]:
         raise ConfigError(f"group {name!r} in config.json needs one gain a rank.")
+    for gain in gains:
+        _check_amount(f"a gain of group {name!r}", gain)
+    _check_amount(f"total of group {name!r}", group["total"])
+
+
+def _check_amount(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{name} in config.json must be a number of at least 0, found {value!r}.")
 
 
 def _strings(values: Any) -> bool:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .allocation import Offer
 from .backends import method_of
 from .card import correction_card
 from .config import GlowQConfig
-from .errors import ConfigError, CorrectionError, ModelNotFoundError, NonFiniteError, RankError
-from .files import read_json, refuse_pickles, write_directory
-from .groups import Group
+from .errors import ConfigError
+from .factor_files import describe_groups, factor_tensors, read_factors
+from .files import write_directory
 from .runtime import GroupFactors
-from .selection import ranks_within
+from .saved import FACTORS_FILE, SavedCorrection, open_saved
+from .selection import RankRequest, check_measured, choose_ranks
 
 __all__ = ["FACTORS_FILE", "Correction", "describe_groups", "factor_tensors", "read_factors"]
-
-FACTORS_FILE = "glowq.safetensors"
 
 
 @dataclass(repr=False)
@@ -67,6 +67,12 @@ class Correction:
         """`factor_bytes` as a share of the quantized weights' bytes."""
         return self.factor_bytes / self.base_bytes
 
+    @property
+    def predicted(self) -> float | None:
+        """Share of the whole model's predicted loss that the factors remove; None where none was measured."""
+        total = self.config.total
+        return math.fsum(chain.from_iterable(entry.gains.tolist() for entry in self.factors)) / total if total else None
+
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "empty"
@@ -80,24 +86,34 @@ class Correction:
         """Text of README.md: metadata, what was corrected, what was measured, how to load it."""
         return correction_card(self.config, self.factors, self.base_bytes)
 
-    def cut(self, *, rank: int | None = None, budget: str | int | None = None) -> Correction:
+    def cut(
+        self,
+        *,
+        rank: int | None = None,
+        budget: str | int | None = None,
+        rank_step: int = 1,
+        max_rank: int | None = None,
+    ) -> Correction:
         """The same correction at smaller ranks: the factors are nested, so that nothing is solved again.
 
         Args:
             rank: largest rank a group keeps.
-            budget: share of the quantized weights' bytes ("1%") or bytes ("200MB", 4096) that the factors may take.
+            budget: instead of `rank`: share of the quantized weights' bytes ("1%") or bytes ("200MB", 4096) that the
+                factors may take, or a share of the predicted loss to recover with the fewest bytes ("recover 80%").
+            rank_step: what a budget keeps are multiples of it, or all that a group's shape allows.
+            max_rank: most ranks that a budget lets a group keep.
 
         Raises:
             RankError: rank below 1.
-            ConfigError: the budget cannot be parsed, or does not pay for one rank of any group.
+            ConfigError: the budget cannot be parsed, does not pay for one rank step of any group, or is a target out of
+                reach; the gains were never measured; or an argument does not go with another, see
+                `glowq.selection.RankRequest`.
         """
-        ranks = self.ranks
-        if rank is not None:
-            if rank < 1:
-                raise RankError(f"rank must be at least 1, found {rank}.")
-            ranks = {name: min(rank, largest) for name, largest in ranks.items()}
-        if budget is not None:
-            ranks = ranks_within(self.factors, ranks, budget, self.base_bytes)
+        request = RankRequest(rank, budget, rank_step, max_rank)
+        offers = [Offer(entry.group, entry.factor_bytes // entry.rank, entry.gains.tolist()) for entry in self.factors]
+        if budget is not None and any(bool(entry.right.any()) for entry in self.factors):  # else there was no error
+            check_measured(offers, "the correction")
+        ranks = choose_ranks(offers, request, self.base_bytes, self.config.total)
         kept = [entry for entry in self.factors if entry.group.name in ranks]
         factors = [_cut_group(entry, ranks[entry.group.name]) for entry in kept]
         return replace(self, factors=factors, config=self.config.with_groups(describe_groups(factors)))
@@ -171,130 +187,57 @@ class Correction:
             return str(api.upload_folder(repo_id=repo, folder_path=Path(folder) / "correction", **kwargs))
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **hub_kwargs: Any) -> Correction:
-        """Read a saved correction; the model itself is not loaded.
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        rank: int | None = None,
+        budget: str | int | None = None,
+        rank_step: int = 1,
+        max_rank: int | None = None,
+        **hub_kwargs: Any,
+    ) -> Correction:
+        """Read a saved correction, or of what a cut keeps just that; the model itself is not loaded.
 
         Args:
             path: a folder that `save_pretrained` wrote, or a Hub name.
+            rank, budget, rank_step, max_rank: see `cut`. Which ranks are kept is known before any factor is read.
             **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
 
         Raises:
             ModelNotFoundError: no such folder, or it holds no correction.
             CorrectionError: its files are corrupt, or a factor is missing, extra or misshaped.
+            NonFiniteError: a factor that was read holds NaN or Inf.
+            RankError, ConfigError: see `cut`; also where the budget is larger than the correction, or where the
+                correction holds no measured gains.
         """
-        from .files import local_snapshot
+        request = RankRequest(rank, budget, rank_step, max_rank)
+        with open_saved(path, **hub_kwargs) as saved:
+            return cls.from_saved(saved, None if rank is None and budget is None else saved.choose(request))
 
-        folder = local_snapshot(path, **hub_kwargs)
-        refuse_pickles(folder)
-        model_config = read_json(folder / "config.json")
-        stored = model_config.pop("quantization_config", None)
-        if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
-            raise ModelNotFoundError(f"{path}: its config.json names no glowq correction.")
-        config = GlowQConfig.from_dict(stored)
-        if config.format != "correction":
-            raise ModelNotFoundError(
-                f"{path} is a self-contained glowq model, not a correction: load it with from_pretrained."
-            )
-        model_config.pop("transformers_weights", None)
-        factors = read_factors([folder / FACTORS_FILE], config.groups or {})
+    @classmethod
+    def from_saved(cls, saved: SavedCorrection, ranks: Mapping[str, int] | None = None) -> Correction:
+        """Read an open correction.
+
+        Args:
+            saved: see `glowq.saved.open_saved`.
+            ranks: group name -> rank to keep, see `SavedCorrection.choose`; None: everything.
+
+        Raises:
+            NonFiniteError: a factor that was read holds NaN or Inf.
+        """
+        factors = saved.factors.read(ranks)
+        config = saved.config if ranks is None else saved.config.with_groups(describe_groups(factors))
         tokenizer = generation = None
-        if (folder / "tokenizer_config.json").is_file():
+        if (saved.folder / "tokenizer_config.json").is_file():
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        if (folder / "generation_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(saved.folder)
+        if (saved.folder / "generation_config.json").is_file():
             from transformers import GenerationConfig
 
-            generation = GenerationConfig.from_pretrained(folder)
-        return cls(factors, config, model_config, int(config.base_bytes or 0), tokenizer, generation)
-
-
-def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
-    """File tensors of the groups, sorted by name: `<group>.right` and `<member>.left`."""
-    tensors: dict[str, Tensor] = {}
-    for entry in factors:
-        tensors[f"{entry.group.name}.right"] = entry.right
-        tensors.update({f"{member}.left": left for member, left in entry.lefts.items()})
-    return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
-
-
-def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]]:
-    """What config.json says of each group."""
-    return {
-        entry.group.name: {
-            "members": list(entry.group.members),
-            "in_features": entry.group.in_features,
-            "out_features": list(entry.group.out_features),
-            "block": entry.group.block,
-            "rank": entry.rank,
-            "gains": [float(gain) for gain in entry.gains],
-        }
-        for entry in factors
-    }
-
-
-def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
-    """Read and check the factors of `groups` from safetensors files; other tensors in them are left alone.
-
-    Raises:
-        CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
-        NonFiniteError: a factor holds NaN or Inf.
-    """
-    found = _factor_index(files)
-    factors = []
-    for name, stored in groups.items():
-        group = Group(
-            name=name,
-            members=tuple(stored["members"]),
-            in_features=int(stored["in_features"]),
-            out_features=tuple(int(width) for width in stored["out_features"]),
-            block=str(stored["block"]),
-        )
-        rank = int(stored["rank"])
-        right = _take(found, f"{name}.right", (rank, group.in_features))
-        lefts = {
-            member: _take(found, f"{member}.left", (width, rank))
-            for member, width in zip(group.members, group.out_features, strict=True)
-        }
-        factors.append(GroupFactors(group, right, lefts, torch.tensor(stored["gains"], dtype=torch.float64)))
-    if found:
-        raise CorrectionError(
-            f"extra factor {sorted(found)[0]!r} ({len(found)} in all) that no group of config.json names; the file and "
-            "its config.json do not belong together. Download or correct again."
-        )
-    return factors
-
-
-def _factor_index(files: Sequence[Path]) -> dict[str, Path]:
-    index: dict[str, Path] = {}
-    for file in files:
-        if not file.is_file():
-            raise CorrectionError(f"{file} is missing; download the correction again.")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names = list(tensors.keys())
-        except SafetensorError as error:
-            raise CorrectionError(
-                f"{file} is corrupt or truncated ({error}); download the correction again."
-            ) from error
-        index.update({name: file for name in names if name.endswith((".right", ".left"))})
-    return index
-
-
-def _take(index: dict[str, Path], name: str, shape: tuple[int, ...]) -> Tensor:
-    file = index.pop(name, None)
-    if file is None:
-        raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
-    with safe_open(file, framework="pt") as tensors:
-        tensor: Tensor = tensors.get_tensor(name)
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        raise CorrectionError(
-            f"factor {name!r} in {file} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected a float "
-            f"tensor of shape {shape}."
-        )
-    if not bool(torch.isfinite(tensor).all()):
-        raise NonFiniteError(f"factor {name!r} in {file} holds NaN or Inf; download or correct again.")
-    return tensor
+            generation = GenerationConfig.from_pretrained(saved.folder)
+        return cls(factors, config, saved.model_config, saved.base_bytes, tokenizer, generation)
 
 
 def _cut_group(entry: GroupFactors, rank: int) -> GroupFactors:

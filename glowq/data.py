@@ -136,6 +136,7 @@ def token_sequences(
     limit: int | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
+    least: int = 1,
 ) -> Tensor:
     """Documents tokenized, each ended by the tokenizer's EOS if it has one, and cut into sequences without overlap.
 
@@ -146,28 +147,35 @@ def token_sequences(
             about four times as many tokens are read. None: everything, in order.
         seed: which sample.
         vocab_size: rows of the model's embedding, to check the ids against.
+        least: fewest sequences that will do.
 
     Returns:
-        Token ids, shape (n, length), int64, n >= 1 and n <= limit // length.
+        Token ids, shape (n, length), int64, n >= least and n <= limit // length.
 
     Raises:
         ConfigError: length is below 1.
-        CalibrationError: the limit or the text is shorter than one sequence.
+        CalibrationError: the limit or the text is shorter than `least` sequences.
         TokenizerMismatchError: an id has no row in the model's embedding.
     """
     if length < 1:
         raise ConfigError(f"length must be at least 1 token, found {length}")
-    if limit is not None and limit < length:
-        raise CalibrationError(f"needed at least one sequence of {length} tokens, found a limit of {limit} tokens")
+    needed = least * length
+    some = "one sequence" if least == 1 else f"{least} sequences"
+    if limit is not None and limit < needed:
+        raise CalibrationError(
+            f"needed {needed} tokens for at least {some} of {length} tokens, found a limit of {limit} tokens; raise it "
+            "or take shorter sequences"
+        )
     draw = random.Random(seed)
     documents = list(texts)
     if limit is not None:
         documents = [text[at : at + _PIECE] for text in documents for at in range(0, len(text), _PIECE)]
         draw.shuffle(documents)
     stream = _tokenize(documents, tokenizer, None if limit is None else _OVERSAMPLING * limit)
-    if len(stream) < length:
+    if len(stream) < needed:
         raise CalibrationError(
-            f"needed {length} tokens for one sequence, found {len(stream)} in {len(texts)} documents"
+            f"needed {needed} tokens for {some}, found {len(stream)} in {len(texts)} documents; give more text, or "
+            "take shorter sequences"
         )
     if vocab_size is not None and int(stream.max()) >= vocab_size:
         raise TokenizerMismatchError(
@@ -231,7 +239,10 @@ def split(sequences: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Te
         raise ConfigError(f"the held-out fraction must lie between 0 and 1, found {fraction}")
     count = len(sequences)
     if count < 2:
-        raise CalibrationError(f"needed 2 sequences to hold one out, found {count}; give more text")
+        raise CalibrationError(
+            f"needed 2 sequences to hold one out, found {count}: give at least {2 * sequences.shape[1]} tokens, or "
+            f"take shorter sequences than {sequences.shape[1]}"
+        )
     held = torch.zeros(count, dtype=torch.bool)
     held[random.Random(seed).sample(range(count), min(max(1, round(count * fraction)), count - 1))] = True
     return sequences[~held], sequences[held]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from .methods import Method, get_method
 from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
 from .runtime import attach, attached, detach, factor_dtype
-from .selection import candidate_ranks, uniform_ranks
+from .selection import RankRequest, candidate_ranks, uniform_ranks
 from .sensitivity import output_moments
 
 __all__ = ["calibration_sequences", "correct"]
@@ -51,6 +52,8 @@ def correct(
     tokenizer: Any = None,
     rank: int | None = None,
     budget: str | int | None = None,
+    rank_step: int = 1,
+    max_rank: int | None = None,
     method: str = "glowq",
     calibration_tokens: int = 32768,
     sequence_length: int = 512,
@@ -70,7 +73,10 @@ def correct(
         tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
         rank: rank of every group (lowered where a group allows less); 32 if neither it nor `budget` is given.
         budget: instead of `rank`: the ranks that gain most within these bytes, a share of the quantized weights
-            ("1%") or a size ("200MB").
+            ("1%") or a size ("200MB"); or the share of the predicted loss that the fewest bytes are to recover
+            ("recover 80%").
+        rank_step: a budget buys ranks in multiples of this, or all that a group's shape allows.
+        max_rank: most ranks that a budget buys any group.
         method: see `glowq.methods`.
         calibration_tokens: how many tokens of the text are used, picked from all over it.
         sequence_length: tokens a sequence; lowered to what the model allows.
@@ -89,11 +95,12 @@ def correct(
         FoldingError: scales were folded into the quantized weights that no layer takes out again.
         CalibrationError: no text, or fewer tokens than needed.
         RankError: rank below 1, or larger than every group allows.
+        ConfigError: the budget cannot be parsed, is too small for any rank, or is a target out of reach of the ranks
+            that a tenth of the quantized weights' bytes would have been spent on.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
     solver = get_method(method)
-    if rank is not None and budget is not None:
-        raise ConfigError("give either rank or budget, not both.")
+    request = RankRequest(rank, budget, rank_step, max_rank)
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     refuse_misloaded(model)
@@ -110,7 +117,7 @@ def correct(
     if budget is None:
         ranks = uniform_ranks(trace.groups, rank)
     else:
-        ranks = candidate_ranks(trace.groups, budget, base_bytes, itemsize, shared=solver.shared)
+        ranks = candidate_ranks(trace.groups, request, base_bytes, itemsize, shared=solver.shared)
     _check_token_count(sequences, ranks)
     config = _stored_config(model, reference, base_bytes, solver, sequences, seed)
     try:
@@ -125,6 +132,7 @@ def correct(
     except BaseException:
         detach(model)
         raise
+    config.provenance["total"] = math.fsum(entry.total for entry in factors)  # known still when groups are cut away
     correction = Correction(
         factors=factors,
         config=config.with_groups(describe_groups(factors)),
@@ -134,13 +142,13 @@ def correct(
         generation_config=getattr(model, "generation_config", None),
         base_is_stored=pre_quantized(model) or not is_calibrated(config.base),
     )
-    return correction if budget is None else _cut_attached(model, correction, budget)
+    return correction if budget is None else _cut_attached(model, correction, request)
 
 
-def _cut_attached(model: nn.Module, correction: Correction, budget: str | int) -> Correction:
+def _cut_attached(model: nn.Module, correction: Correction, request: RankRequest) -> Correction:
     """The correction at the ranks that a budget buys, attached in place of the whole one."""
     detach(model)
-    chosen = correction.cut(budget=budget)
+    chosen = correction.cut(budget=request.budget, rank_step=request.rank_step, max_rank=request.max_rank)
     for entry in chosen.factors:
         attach(model, entry)
     return chosen

@@ -29,7 +29,6 @@ __all__ = [
     "attached",
     "attached_factors",
     "detach",
-    "disabled",
     "factor_dtype",
     "set_aside",
 ]
@@ -45,13 +44,15 @@ class GroupFactors:
         group: the group.
         right: right factor B, shape (r, d).
         lefts: member name -> left factor A_i, shape (o_i, r).
-        gains: mean squared output error that each rank removes, shape (r,), float64, descending.
+        gains: error that each rank removes, shape (r,), float64, descending, in one unit for the whole correction.
+        total: error before any rank, in the same unit.
     """
 
     group: Group
     right: Tensor
     lefts: Mapping[str, Tensor]
     gains: Tensor
+    total: float
 
     @property
     def rank(self) -> int:
@@ -216,22 +217,8 @@ def detach(model: nn.Module) -> None:
                 delattr(parent, name)
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside this context `model` runs without its correction."""
-    containers = list(attached(model).values())
-    before = [container.enabled for container in containers]
-    for container in containers:
-        container.enabled = False
-    try:
-        yield model
-    finally:
-        for container, enabled in zip(containers, before, strict=True):
-            container.enabled = enabled
-
-
 def attached_factors(model: nn.Module) -> list[GroupFactors]:
-    """The factors of every correction attached to `model`, in module order; their gains are not kept there."""
+    """The factors of every correction attached to `model`, in module order; gains and totals are not kept there."""
     return [
         GroupFactors(
             container.group,
@@ -241,6 +228,7 @@ def attached_factors(model: nn.Module) -> list[GroupFactors]:
                 for member, left in zip(container.group.members, container.lefts, strict=True)
             },
             torch.zeros(container.rank, dtype=torch.float64),
+            0.0,
         )
         for container in attached(model).values()
     ]

@@ -22,6 +22,7 @@ _DIRECT_SIZE = 192  # a float64 eigendecomposition this small costs less than th
 _DIRECT_SHARE = 4  # a rank above this share of the problem leaves nothing for a Krylov space to skip
 _BLOCK = 16  # columns multiplied at a time
 _GUARD = 16  # Ritz vectors beyond the rank handed to the final float64 Rayleigh-Ritz step
+_PROBES = 64  # random vectors that measure what lies beyond the basis
 _TOLERANCE = 3e-4  # stop once a block removes less than this share of what any correction must leave
 _JITTER = 1e-6  # share of a Ritz value that float32 products cannot resolve
 _FLOOR = 1e-3  # in units of the working dtype's rounding of the largest Ritz value: less cannot be told from noise
@@ -37,11 +38,14 @@ class Factors:
         left: A, shape (O, r), float32; columns beyond the exact rank are zero.
         right: B, shape (r, d), float32; each row's norm is within a factor 2 of its column's.
         gains: weighted squared output error removed by each rank, shape (r,), float64, descending, never negative.
+        total: weighted squared output error before any rank, in the unit of the gains; a share beyond the leading
+            eigenvectors is estimated from random probes, to about 1% of that share.
     """
 
     left: Tensor
     right: Tensor
     gains: Tensor
+    total: float
 
     def cut(self, rank: int) -> Factors:
         """The optimum of a smaller rank, 1 <= rank <= r, as views of these factors.
@@ -51,7 +55,7 @@ class Factors:
         """
         if not 1 <= rank <= self.gains.numel():
             raise RankError(f"rank must lie in 1..{self.gains.numel()}, the rank of these factors; found {rank}.")
-        return Factors(self.left[:, :rank], self.right[:rank], self.gains[:rank])
+        return Factors(self.left[:, :rank], self.right[:rank], self.gains[:rank], self.total)
 
 
 def factorize(
@@ -103,7 +107,7 @@ def factorize(
         if spread > _SINGLE_SPREAD:
             problem = _Problem.build(error, moment, energy, output_moment, damping, torch.float64)
             basis, _ = _krylov(problem, rank, start.to(error.device), size)
-    return _finish(problem, basis, rank)
+    return _finish(problem, basis, rank, seed)
 
 
 def weighted_error(error: Tensor, factors: Factors, moment: Tensor | None) -> float:
@@ -218,7 +222,7 @@ def _fresh(basis: Tensor, image: Tensor) -> Tensor:
     return frame
 
 
-def _finish(problem: _Problem, basis: Tensor, rank: int) -> Factors:
+def _finish(problem: _Problem, basis: Tensor, rank: int, seed: int) -> Factors:
     """Rotate a basis to eigenvectors in float64 and share each rank's scale between its column and its row."""
     pulled, small = problem.project(basis)
     values, vectors = (part.flip(-1)[..., :rank] for part in torch.linalg.eigh(small))
@@ -227,11 +231,21 @@ def _finish(problem: _Problem, basis: Tensor, rank: int) -> Factors:
     shift = (torch.log2(right.norm(dim=0) / left.norm(dim=0)) / 2).round().exp2()
     shift = shift * left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()[0]
     rest = rank - alive
+    total = max(float(small.trace()) + _beyond(problem, basis, seed), float(values.clamp_min(0).sum()))
     return Factors(
         left=pad(left * shift, (0, rest)).float(),
         right=pad(right / shift, (0, rest)).T.contiguous().float(),
         gains=pad(values[:alive] * problem.unit, (0, rest)),
+        total=total * problem.unit,
     )
+
+
+def _beyond(problem: _Problem, basis: Tensor, seed: int) -> float:
+    """Trace of M outside of a basis, from random probes (Hutch++, arXiv 2010.09649)."""
+    generator = torch.Generator().manual_seed(seed)
+    probes = torch.randn(basis.shape[0], _PROBES, generator=generator, dtype=torch.float64).to(basis.device)
+    probes -= basis @ (basis.T @ probes)
+    return max(0.0, float((probes * problem.apply(probes)).sum()) / _PROBES)
 
 
 def _leading(matrix: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ def random_factors() -> Factory:
             return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
         lefts = {m: draw(width, rank) for m, width in zip(group.members, group.out_features, strict=True)}
-        return GroupFactors(group, draw(rank, group.in_features), lefts, torch.ones(rank, dtype=torch.float64))
+        return GroupFactors(
+            group, draw(rank, group.in_features), lefts, torch.ones(rank, dtype=torch.float64), float(rank)
+        )
 
     return build
 

@@ -16,7 +16,8 @@ from bases import Base, rows
 from glowq.backends import prepare_model
 from glowq.errors import ConfigError
 from glowq.groups import Group
-from glowq.runtime import GroupFactors, SharedCorrection, attach, attached, detach, disabled
+from glowq.runtime import GroupFactors, SharedCorrection, attach, attached, detach
+from glowq.switching import disabled
 
 Factory = Callable[..., Any]
 

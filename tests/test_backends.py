@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from bases import BASES, BLOCKS, Base, rows
 from glowq.backends import (
     Scheme,
+    backend_of,
     base_config,
     base_names,
     find_backend,
     prepare_model,
     quantized_modules,
     read_weight,
+    with_calibration,
 )
 from glowq.errors import BackendError, NonFiniteError, RepackedWeightError, UnknownBaseError
 
@@ -47,6 +49,18 @@ def repacks() -> bool:
 
 def test_every_preset_is_in_the_matrix() -> None:
     assert set(base_names()) == {base.name for base in BASES if base.is_preset}
+
+
+@pytest.mark.parametrize("base", [row for row in rows() if row.values[0].is_preset])
+def test_a_config_that_needs_no_text_is_left_as_it_is(base: Base) -> None:
+    config = base_config(base.name)
+    backend = backend_of(config)
+    assert backend is not None
+    if backend.calibrated(config):
+        assert with_calibration(config, torch.ones(1, 4, dtype=torch.int64)) is not config
+        config.dataset = ["text of one's own"]
+    assert backend.with_calibration(config, torch.ones(1, 4, dtype=torch.int64)) is config
+    assert with_calibration(config, torch.ones(1, 4, dtype=torch.int64)) is config
 
 
 def test_all_linear_layers_of_the_blocks_are_found_and_the_head_is_not(loaded: Loaded) -> None:

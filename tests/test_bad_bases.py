@@ -163,8 +163,16 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")], ids=["zero", "inf", "nan"])
-@pytest.mark.parametrize("base", rows(*SCALES))
+# bitsandbytes writes scales of zero itself, for blocks of zeros.
+@pytest.mark.parametrize(
+    ("base", "value"),
+    [
+        pytest.param(*row.values, value, id=f"{row.id}-{value}", marks=row.marks)
+        for row in rows(*SCALES)
+        for value in (0.0, float("inf"), float("nan"))
+        if value != 0.0 or row.values[0].package != "bitsandbytes"
+    ],
+)
 def test_damaged_scales(
     base: Base, value: float, refused: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -174,8 +182,6 @@ def test_damaged_scales(
         scales.view(-1)[1] = value
         return scales
 
-    if value == 0.0 and base.package == "bitsandbytes":
-        pytest.skip("bitsandbytes writes zeros itself, for blocks of zeros")
     change(folder, SCALES[base.name], damage)
     if not (folder / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(small_model()).save_pretrained(folder)

@@ -276,8 +276,10 @@ class TestInspect:
         assert found["base_model"]["fingerprint"].startswith("sha256:")
         assert {group["name"]: group["rank"] for group in found["groups"]} == made["ranks"]
         assert all(found[key] == made[key] for key in ("factor_bytes", "base_bytes", "overhead"))
-        assert all(group["energy_removed"] == sum(group["gains"]) > 0 for group in found["groups"])
+        assert all(group["gain"] == sum(group["gains"]) > 0 for group in found["groups"])
+        assert not any("energy_removed" in group for group in found["groups"])
         shown = call("inspect", correction).stdout
+        assert "gain (nats)" in shown
         assert "model.layers.7.mlp.down_proj" in shown
         assert "base.settings.bnb_4bit_quant_type" in shown
 

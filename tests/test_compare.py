@@ -1,31 +1,19 @@
-"""`glowq compare`: every method within its bytes, figures paired, files all or nothing, and no text used twice."""
+"""`glowq compare`: every method within its bytes, figures that agree, files all or nothing, and what is refused."""
 
 from __future__ import annotations
 
 import json
-import sys
-import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+import writers
 from test_cli import call, result_of
-from tiny import logits, quantized, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import library_texts, tiny_llama
 
 import glowq
-from glowq.backends import prepare_model
-from glowq.comparison import Comparison, compare_methods, score_entries, uniform_rank_within
-from glowq.data import read_texts, token_sequences
-from glowq.errors import EvaluationError
-from glowq.evaluation import perplexity, score_models
-from glowq.groups import Group
-from glowq.methods import get_method
-from glowq.overlap import WINDOW, check_disjoint, find_overlap
-from glowq.runtime import attach, attached
+from bases import small_model
+from glowq.cli.comparison_files import markdown, write_comparison
 
 METHODS = ["svd", "zeroquant", "lqer", "qera", "eora", "aser", "glowq-published", "glowq"]
 BUDGETS = ["1%", "4%", "9%"]
@@ -37,9 +25,7 @@ INTERVALS = ("perplexity", "kl", "top1", "ppl_ratio", "recovered")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     tiny_llama(folder / "model")
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for target, names in (("train", ("csv.py", "shutil.py")), ("test", ("textwrap.py", "bisect.py", "argparse.py"))):
-        (folder / f"{target}.txt").write_text("".join((library / name).read_text("utf-8") for name in names))
+    library_texts(folder)
     return folder
 
 
@@ -54,20 +40,6 @@ def compared(folder: Path, command: list[Any]) -> tuple[dict[str, Any], Path]:
     """(what --json printed, the folder) of all methods at three budgets."""
     output = folder / "out"
     return result_of(*command, "--budgets", ",".join(BUDGETS), "--output", output), output
-
-
-@pytest.fixture(scope="module")
-def measured(folder: Path) -> tuple[Any, Comparison, torch.Tensor]:
-    """(the quantized model, three methods at two budgets, report tokens), through Python."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    train, test = (
-        token_sequences(read_texts(folder / f"{name}.txt"), tokenizer, length=64, limit=1024)
-        for name in ("train", "test")
-    )
-    model = quantized(folder / "model", "nf4")
-    options: dict[str, Any] = {"methods": ["svd", "qera", "glowq"], "budgets": ["24%", "9%"]}
-    found = compare_methods(model, reference=str(folder / "model"), calibration=train, **options)
-    return model, found, test
 
 
 class TestResult:
@@ -169,6 +141,34 @@ class TestFiles:
         assert "aser is the same solve as qera." in text
         assert "Nothing bought by svd at 1%" in text
 
+    @pytest.mark.parametrize(("above", "shown"), [(0.9999, False), (1.0009, False), (1.0011, True)])
+    def test_a_share_of_hardly_any_gap_is_not_shown(
+        self,
+        compared: tuple[dict[str, Any], Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        above: float,
+        shown: bool,
+    ) -> None:
+        reference, plain = compared[0]["models"]
+        models = [reference, {**plain, "perplexity": above * reference["perplexity"]}]
+        rows = [{**row, "recovered": row["perplexity"] and 37.02} for row in compared[0]["rows"]]
+        drawn: list[dict[str, Any]] = []
+
+        def draw(file: Path, lines: dict[str, list[dict[str, Any]]], title: str) -> None:
+            drawn.extend(row for line in lines.values() for row in line)
+
+        monkeypatch.setattr("glowq.plots.draw_recovered", draw)
+        result = {**compared[0], "models": models, "rows": rows}
+        write_comparison(tmp_path / "out", result, None)
+        lines = [line for line in markdown(result).splitlines() if line.startswith("| ")][4:]
+        for row, line in zip(rows, lines, strict=True):
+            cell = line.split(" | ")[5]
+            share = cell.startswith("3702.0%") if shown else cell == "no gap to recover"
+            assert cell == "-" if row["perplexity"] is None else share
+        assert any(row["recovered"] for row in drawn) is shown
+        assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == rows
+
     def test_pictures(self, compared: tuple[dict[str, Any], Path]) -> None:
         for name in ("bytes.png", "heatmap.png"):
             data = (compared[1] / name).read_bytes()
@@ -204,112 +204,23 @@ class TestFiles:
         assert "Nothing bought by glowq at 0.00001%: one rank of the cheapest group takes" in done.stdout
 
 
-class TestMeasuring:
-    def test_the_model_is_left_as_it_was(self, measured: tuple[Any, Comparison, torch.Tensor], folder: Path) -> None:
-        model, _, _ = measured
-        assert attached(model) == {}
-        fresh = quantized(folder / "model", "nf4")
-        prepare_model(fresh)
-        assert torch.equal(logits(model), logits(fresh))
-
-    def test_scores_are_those_of_each_correction_attached_alone(
-        self, measured: tuple[Any, Comparison, torch.Tensor], folder: Path
-    ) -> None:
-        model, found, sequences = measured
-        reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
-        scores = score_entries(reference, model, found.entries, sequences)
-        assert list(scores) == ["reference", "quantized", *(entry.label for entry in found.entries)]
-        for entry in found.entries:
-            for factors in entry.factors:
-                attach(model, factors)
-            alone = score_models({"reference": reference, "alone": model}, sequences)
-            glowq.detach(model)
-            for name in ("nll", "kl", "top1"):  # of the same sequences, in the same order: paired
-                assert torch.equal(getattr(scores[entry.label], name), getattr(alone["alone"], name))
-            assert torch.equal(scores["reference"].nll, alone["reference"].nll)
-
-    def test_one_solve_serves_every_budget(self, measured: tuple[Any, Comparison, torch.Tensor]) -> None:
-        _, found, _ = measured
-        entries = {(entry.method, entry.budget): entry for entry in found.entries}
-        for name in ("svd", "qera"):
-            large, small = entries[name, "24%"], entries[name, "9%"]
-            assert large.rank is not None
-            assert small.rank is not None
-            assert small.rank < large.rank
-            for more, less in zip(large.factors, small.factors, strict=True):
-                assert torch.equal(less.right, more.right[: less.rank])
-
-    def test_better_methods_come_closer_to_the_reference(
-        self, measured: tuple[Any, Comparison, torch.Tensor], folder: Path
-    ) -> None:
-        model, found, sequences = measured
-        reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
-        scores = score_entries(reference, model, found.entries, sequences)
-        divergence = {name: float(score.kl.mean()) for name, score in scores.items()}
-        assert divergence["glowq at 9%"] < divergence["svd at 9%"] < divergence["quantized"]
-        assert perplexity(scores["glowq at 9%"]) > 0
+def test_a_gguf_file(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    writers.gguf(small_model(), tmp_path / "model-Q4_0.gguf", "Q4_0")
+    texts = ["--calibration", folder / "train.txt", "--data", folder / "test.txt"]
+    command = ["compare", tmp_path, "--base", "dense", "--reference", small_model(), *texts, *SIZES]
+    few = ["--methods", "svd,glowq", "--budgets", "6%"]
+    result = result_of(*command, *few, "--gguf-file", "model-Q4_0.gguf")
+    _, plain = result["models"]
+    assert all(0 < row["kl"] < plain["kl"] for row in result["rows"])
+    assert all(0 < row["factor_bytes"] <= row["budget_bytes"] for row in result["rows"])
+    without = call(*command, *few)
+    assert without.exit_code == 1
+    assert "--gguf-file model-Q4_0.gguf" in without.stderr
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_uniform_rank_is_the_largest_within_the_bytes(shared: bool) -> None:
-    groups = [Group("a", ("a", "b"), 8, (3, 5), ""), Group("c", ("c",), 2, (9,), "")]
-
-    def cost(rank: int) -> int:
-        parts = [(8, 8), (9, 2)] if shared else [(3, 8), (5, 8), (9, 2)]
-        return sum(2 * (outputs + inputs) * min(rank, outputs, inputs) for outputs, inputs in parts)
-
-    for available in range(0, cost(8) + 40):
-        rank = uniform_rank_within(groups, available, 2, shared=shared)
-        assert cost(rank) <= available
-        assert rank == (8 if shared else 5) or cost(rank + 1) > available
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_nested(name: str) -> None:
-    """What lets one solve serve every budget."""
-    from test_methods import measured as moments_of
-
-    error, moments = moments_of()
-    solve = get_method(name).solve
-    small, large = solve(error, moments, 3, 0), solve(error, moments, 9, 0)
-    torch.testing.assert_close(
-        small.left @ small.right, large.left[:, :3] @ large.right[:3], rtol=0.0, atol=1e-4 * float(error.abs().max())
-    )
-
-
-class TestOverlap:
-    IDS = torch.randint(0, 4096, (12, 100), generator=torch.Generator().manual_seed(0))
-
-    def test_none(self) -> None:
-        found = find_overlap(self.IDS[:6], self.IDS[6:])
-        assert (found.window, found.windows, found.of, found.sequences) == (WINDOW, 0, 6 * 37, 0)
-
-    def test_a_window_at_another_offset(self) -> None:
-        report = self.IDS[6:].clone()
-        report[2, 5 : 5 + WINDOW] = self.IDS[1, 30 : 30 + WINDOW]
-        found = find_overlap(self.IDS[:6], report)
-        assert (found.windows, found.sequences) == (1, 1)
-        report[2, 5] += 1
-        assert find_overlap(self.IDS[:6], report).windows == 0
-
-    def test_short_sequences_are_compared_whole(self) -> None:
-        found = find_overlap(self.IDS[:, :20], self.IDS[3:5, :20])
-        assert (found.window, found.windows, found.of, found.sequences) == (20, 2, 2, 2)
-
-    def test_refusal_says_how_much(self) -> None:
-        with pytest.raises(EvaluationError, match=r"100\.0% of its windows of 64 tokens, in 2 of 2 sequences"):
-            check_disjoint(self.IDS, self.IDS[:2])
-        assert check_disjoint(self.IDS, self.IDS[:2], force=True).sequences == 2
-
-    def test_the_two_parts_of_the_standard_library_share_none(self, folder: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        train, test = (
-            token_sequences(read_texts(name), tokenizer, length=256, limit=32768)
-            for name in ("python-stdlib", "python-stdlib:held-out")
-        )
-        assert check_disjoint(train, test).windows == 0
-
-    def test_command_refuses_and_can_be_forced(self, folder: Path, command: list[Any]) -> None:
+class TestRefused:
+    def test_text_that_was_calibrated_on_and_can_be_forced(self, folder: Path, command: list[Any]) -> None:
         same = [folder / "train.txt" if part == folder / "test.txt" else part for part in command]
         few = ["--methods", "svd", "--budgets", "6%"]
         done = call(*same, *few, "--output", folder / "never")
@@ -321,8 +232,6 @@ class TestOverlap:
         assert result["overlap"]["windows"] > 0
         assert "was calibrated on (--force)" in (folder / "forced" / "table.md").read_text()
 
-
-class TestRefused:
     def test_unknown_method(self, command: list[Any]) -> None:
         done = call(*command, "--methods", "svd,best")
         assert done.exit_code == 1
@@ -349,43 +258,3 @@ class TestRefused:
         done = call(*command, "--tasks", "arc_easy")
         assert done.exit_code == 1
         assert "pip install lm_eval" in done.stderr
-
-
-class TestTasks:
-    @pytest.fixture
-    def harness(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-        """A stand-in for lm-evaluation-harness that remembers its calls, and counts the groups that it was given."""
-        calls: list[dict[str, Any]] = []
-
-        def simple_evaluate(**options: Any) -> dict[str, Any]:
-            if "no_such_task" in options["tasks"]:
-                raise KeyError("no_such_task")
-            calls.append(options)
-            score = len(attached(options["model"].model)) / 100
-            return {"results": {"arc": {"alias": "arc", "acc,none": score, "acc_stderr,none": 0.01, "sample_len": 9}}}
-
-        class HFLM:
-            def __init__(self, pretrained: Any, tokenizer: Any) -> None:
-                self.model = pretrained
-
-        harness, models, huggingface = (ModuleType(f"lm_eval{rest}") for rest in ("", ".models", ".models.huggingface"))
-        harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-        huggingface.HFLM = HFLM  # type: ignore[attr-defined]
-        for module in (harness, models, huggingface):
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr("glowq.cli.tasks.find_spec", lambda name: harness if name == "lm_eval" else find_spec(name))
-        return calls
-
-    def test_every_model_is_run(self, command: list[Any], harness: list[dict[str, Any]]) -> None:
-        result = result_of(*command, "--methods", "svd,qera,eora", "--budgets", "6%", "--tasks", "arc", "--seed", "3")
-        scores = {model: found["arc"]["acc"]["value"] for model, found in result["tasks"].items()}
-        assert all(set(found["arc"]) == {"acc"} for found in result["tasks"].values())
-        assert scores == {"reference": 0, "quantized": 0, "svd at 6%": 0.08, "qera at 6%": 0.14, "eora at 6%": 0.14}
-        assert result["tasks"]["svd at 6%"]["arc"]["acc"]["ci95"] == pytest.approx([0.0604, 0.0996])
-        assert len(harness) == 4  # eora is qera
-        assert {options["fewshot_random_seed"] for options in harness} == {3}
-
-    def test_unknown_task(self, command: list[Any], harness: list[dict[str, Any]]) -> None:
-        done = call(*command, "--methods", "svd", "--budgets", "6%", "--tasks", "no_such_task")
-        assert done.exit_code == 1
-        assert "lm-evaluation-harness cannot run no_such_task" in done.stderr

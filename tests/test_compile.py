@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glowq.runtime import attached, detach, disabled
+from glowq.runtime import attached, detach
+from glowq.switching import disabled
 
 Factory = Callable[..., Any]
 BLOCKS = 2

@@ -1,4 +1,4 @@
-"""HQQ: quantized while loading by its own library, models that it saved, and the loads that would be silently wrong."""
+"""HQQ: quantized while loading by its own library, and every layer that it makes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from typing import Any
 import pytest
 import torch
 import writers
-from tiny import CALIBRATION, TEXTS, gap, load, logits, tiny_llama
+from tiny import CALIBRATION, TEXTS, biased_llama, correct, gap, load, logits, tiny_llama
 from torch import nn
-from transformers import AutoTokenizer, HqqConfig
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
-from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+from transformers import HqqConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 import glowq
 from glowq.backends import Scheme, find_backend, quantized_modules, read_weight
-from glowq.errors import BackendError, ConfigError, FingerprintError
+from glowq.errors import BackendError, ConfigError
 
 pytest.importorskip("hqq")
 
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from hqq.models.hf.base import AutoHQQHFModel
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -32,22 +30,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
 
 
-@pytest.fixture(scope="module")
-def stored(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What HQQ saved: a pickle, and a config.json without a word of HQQ."""
-    folder = tmp_path_factory.mktemp("stored")
-    writers.hqq(source, folder, nbits=4, group_size=64)
-    return folder
-
-
 def request(base: Any = "hqq-4") -> glowq.GlowQConfig:
     return glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, **CALIBRATION)
-
-
-def correct(model: Any, source: Path, **options: Any) -> glowq.Correction:
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    settings = {"reference": source, "calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CALIBRATION}
-    return glowq.correct(model, **{**settings, **options})
 
 
 def quantize(source: Path, base: Any = "hqq-4", **options: Any) -> Any:
@@ -144,17 +128,11 @@ def test_groups_detach_and_dequantize(source: Path) -> None:
 
 
 def test_biases_are_kept_and_the_model_can_be_copied(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "biased", attention_bias=True, mlp_bias=True, dtype=torch.float32)
-    reference = load(folder)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if name.endswith(".bias"):
-                parameter.normal_()
-    reference.save_pretrained(folder)
+    folder = biased_llama(tmp_path / "biased")
     model = load(folder, quantization_config=request("hqq-8"))
     expected = logits(model)
     with glowq.disabled(model):
-        assert gap(model, logits(reference)) < 0.05
+        assert gap(model, logits(load(folder))) < 0.05
     assert gap(copy.deepcopy(model), expected) == 0.0
     correct(quantize(folder, "hqq-8"), folder).save_pretrained(tmp_path / "corr")
     assert gap(load(tmp_path / "corr"), expected) == 0.0
@@ -198,80 +176,9 @@ def test_offloading_is_refused(places: Any, source: Path) -> None:
         quantizer.validate_environment(device_map=places)
 
 
-def test_a_model_that_hqq_saved(stored: Path, source: Path, tmp_path: Path) -> None:
-    model, fresh = (writers.load_with_hqq(stored, torch.bfloat16) for _ in range(2))
-    correction = correct(model, source)
-    expected = logits(model)
-    assert gap(fresh, expected) > 0.0
-    assert correction.config.base_model["name"] == str(stored)
-    correction.save_pretrained(tmp_path / "corr")
-    glowq.load_correction(fresh, tmp_path / "corr")
-    assert gap(fresh, expected) == 0.0
-    with pytest.raises(ConfigError, match=r"Load the base as the library .*glowq\.load_correction"):
-        load(tmp_path / "corr")
-    with pytest.raises(ConfigError, match=r"in one piece.*the base as its library does"):
-        model.save_pretrained(tmp_path / "full")
-    glowq.detach(model)
-    assert gap(model, logits(writers.load_with_hqq(stored, torch.bfloat16))) == 0.0
-
-
-def test_hqqs_own_save_of_a_corrected_model_is_still_the_base(stored: Path, source: Path, tmp_path: Path) -> None:
-    model = writers.load_with_hqq(stored, torch.bfloat16)
-    correct(model, source).save_pretrained(tmp_path / "corr")
-    AutoHQQHFModel.save_quantized(model, str(tmp_path / "again"))
-    loaded = writers.load_with_hqq(tmp_path / "again", torch.bfloat16)
-    assert gap(loaded, logits(writers.load_with_hqq(stored, torch.bfloat16))) == 0.0
-    glowq.load_correction(loaded, tmp_path / "corr")
-    assert gap(loaded, logits(model)) == 0.0
-
-
-def test_other_settings_are_another_base(stored: Path, source: Path, tmp_path: Path) -> None:
-    correct(writers.load_with_hqq(stored, torch.bfloat16), source).save_pretrained(tmp_path)
-    other = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=32)
-    with pytest.raises(FingerprintError, match="other quantization settings"):
-        glowq.load_correction(other, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def labelled(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HQQ's tensors in safetensors under a config.json that says hqq: what transformers 4 saved, and 5 misreads."""
-    model = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=64)
-    model.config.quantization_config = HqqConfig(nbits=4, group_size=64)
-    folder = tmp_path_factory.mktemp("labelled") / "hqq"
-    AutoHQQHFModel.save_to_safetensors(model, str(folder))
-    return folder
-
-
-def test_a_checkpoint_that_transformers_would_misread_is_refused(labelled: Path) -> None:
-    with pytest.raises(BackendError, match=r"random weights.*AutoHQQHFModel\.from_quantized"):
-        load(labelled)
-
-
 def test_transformers_own_way_to_quantize_works_too(source: Path) -> None:
     model = load(source, quantization_config=HqqConfig(nbits=4, group_size=64))
     assert gap(model, logits(quantize(source))) == 0.0
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_model_that_transformers_gave_random_weights_is_refused(
-    dense: bool, labelled: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", HqqHfQuantizer)  # as before glowq was imported
-    model = load(labelled)
-    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear, "transformers has learnt to load HQQ"
-    with pytest.raises(BackendError, match="loaded before glowq was imported, by HqqHfQuantizer"):
-        correct(model, source, dense=dense)
-
-
-def test_a_correction_whose_base_transformers_would_misread_is_refused(
-    labelled: Path, source: Path, tmp_path: Path
-) -> None:
-    model = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=64)
-    model.config.quantization_config = HqqConfig(nbits=4, group_size=64)
-    model.config._name_or_path = str(labelled)
-    correct(model, source).save_pretrained(tmp_path)
-    with pytest.raises(BackendError, match=r"random weights.*AutoHQQHFModel\.from_quantized"):
-        load(tmp_path)
 
 
 def test_a_layer_without_a_weight_is_refused() -> None:

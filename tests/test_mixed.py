@@ -12,7 +12,7 @@ import pytest
 import torch
 import writers
 from safetensors.torch import load_file, save_file
-from tiny import CALIBRATION, TEXTS, gap, load, logits, seeded
+from tiny import CALIBRATION, SHAPE, TEXTS, VOCABULARY, gap, load, logits, seeded
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -38,23 +38,13 @@ from bases import rows, small_model
 from glowq.backends import prepare_model, quantized_modules
 from glowq.runtime import attached_factors
 
-VOCABULARY: dict[str, Any] = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-SHAPE: dict[str, Any] = {
-    **VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-}
+SETTINGS = {**SHAPE, "initializer_range": 0.1}
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SETTINGS)),
+    "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**SETTINGS, attention_bias=True, mlp_bias=True)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SETTINGS, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SETTINGS)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**VOCABULARY, n_layer=2, n_embd=128, n_head=4, n_positions=512)),
     "opt": lambda: OPTForCausalLM(
         OPTConfig(

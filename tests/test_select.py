@@ -67,6 +67,8 @@ class TestWhatIsWritten:
         assert result["overhead"] == after.overhead
         kept, had = (sum(float(entry.gains.sum()) for entry in side.factors) for side in (after, before))
         assert result["gain_kept"] == pytest.approx(kept / had)
+        assert result["predicted"] == pytest.approx(kept / before.config.total)
+        assert provenance_of(folder)["total"] == provenance_of(whole)["total"] == before.config.total
         assert result["note"] is None
         assert result["command"].endswith("--json")
 
@@ -99,6 +101,17 @@ class TestWhatIsWritten:
         size = glowq.Correction.from_pretrained(whole).factor_bytes
         assert result_of("select", whole, "--budget", size, "--output", folder / "all")["factor_bytes"] == size
 
+    def test_a_target_in_steps(self, whole: Path, folder: Path) -> None:
+        options = ["--budget", "recover 40%", "--rank-step", 4]
+        result = result_of("select", whole, *options, "--output", folder / "target")
+        assert 0.4 <= result["predicted"] <= 0.6
+        assert set(result["ranks"].values()) <= {4, 8}
+        capped = result_of("select", whole, *options, "--max-rank", 4, "--output", folder / "capped")
+        assert set(capped["ranks"].values()) == {4}
+        assert len(capped["ranks"]) >= len(result["ranks"])
+        assert (capped["budget"], capped["rank_step"], capped["max_rank"]) == ("recover 40%", 4, 4)
+        assert provenance_of(folder / "capped")["command"].endswith("--output OUT2 --json")
+
     def test_for_people(self, whole: Path, folder: Path) -> None:
         done = call("select", whole, "--budget", "2%", "--output", folder / "shown")
         assert done.exit_code == 0
@@ -121,7 +134,21 @@ class TestRefused:
     def test_budget_below_one_rank(self, whole: Path, folder: Path) -> None:
         assert "one rank of the cheapest group takes" in self.refused(folder, whole, "--budget", "1B")
 
-    @pytest.mark.parametrize("budget", ["much", "0%", "-1%", ""])
+    def test_a_step_that_no_group_holds(self, whole: Path, folder: Path) -> None:
+        message = self.refused(folder, whole, "--budget", "5%", "--rank-step", 16)
+        assert "no group holds the 16 ranks of one rank_step (the largest has 8)" in message
+
+    def test_a_target_out_of_reach(self, whole: Path, folder: Path) -> None:
+        message = self.refused(folder, whole, "--budget", "recover 99.9%")
+        assert re.search(
+            r"recover at most a predicted \d+\.\d% of the loss\. .* larger .* \(--budget, --rank\)", message
+        )
+
+    @pytest.mark.parametrize("options", [["--rank-step", "0"], ["--max-rank", "0"], ["--rank-step=9", "--max-rank=8"]])
+    def test_limits_that_are_none_are_wrong_usage(self, whole: Path, folder: Path, options: list[str]) -> None:
+        assert call("select", whole, "--budget=1%", *options, "--output", folder / "never").exit_code == 2
+
+    @pytest.mark.parametrize("budget", ["much", "0%", "-1%", "", "recover", "recover 100%"])
     def test_a_budget_that_is_none_is_wrong_usage(self, whole: Path, folder: Path, budget: str) -> None:
         assert call("select", whole, f"--budget={budget}", "--output", folder / "never").exit_code == 2
 

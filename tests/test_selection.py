@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glowq.allocation import Offer
 from glowq.errors import ConfigError, RankError
 from glowq.groups import Group
-from glowq.selection import allocate, candidate_ranks, parse_budget, ranks_within, uniform_ranks
+from glowq.selection import RankRequest, candidate_ranks, choose_ranks, parse_budget, parse_target, uniform_ranks
 
-Factory = Callable[..., Any]
-few = settings(derandomize=True, max_examples=100, deadline=None, database=None)
+few = settings(derandomize=True, max_examples=150, deadline=None, database=None)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +22,8 @@ few = settings(derandomize=True, max_examples=100, deadline=None, database=None)
         ("1%", 1_000),
         ("1.5%", 1_500),
         ("100 %", 100_000),
+        ("0.7%", 700),
+        ("0.007%", 7),
         (" 0.5% ", 500),
         ("200MB", 200 * 10**6),
         ("1.5 kb", 1_500),
@@ -37,6 +35,7 @@ few = settings(derandomize=True, max_examples=100, deadline=None, database=None)
         ("64", 64),
         (4096, 4096),
         (4096.0, 4096),
+        (f"{10**40}B", 10**40),
     ],
 )
 def test_shares_and_sizes(budget: str | int | float, size: int) -> None:
@@ -57,8 +56,58 @@ def test_nothing_is_no_budget(budget: str | int) -> None:
         parse_budget(budget, 100_000)
 
 
+@pytest.mark.parametrize(
+    ("budget", "share"),
+    [("recover 80%", 0.8), ("Recover80%", 0.8), (" RECOVER  0.5 % ", 0.005), ("recover 99.9%", 0.999)],
+)
+def test_targets(budget: str, share: float) -> None:
+    assert parse_target(budget) == pytest.approx(share)
+    with pytest.raises(ConfigError, match="is neither a share"):
+        parse_budget(budget, 100_000)
+
+
+@pytest.mark.parametrize("budget", ["80%", "200MB", 4096, "much", "80% recover"])
+def test_what_is_no_target_is_left_to_bytes(budget: str | int) -> None:
+    assert parse_target(budget) is None
+
+
+@pytest.mark.parametrize(
+    "budget", ["recover", "recover 80", "recover 0%", "recover 100%", "recover -5%", "recover much", "recover 80%%"]
+)
+def test_a_target_outside_its_range_is_refused(budget: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected 'recover' and a share .* between 0% and 100%"):
+        RankRequest(budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"rank": 4, "budget": "1%"}, "either rank or budget"),
+        ({"rank": 4, "rank_step": 8}, "give a budget with them"),
+        ({"rank": 4, "max_rank": 8}, "give a budget with them"),
+        ({"rank_step": 8}, "give a budget with them"),
+        ({"budget": "1%", "rank_step": 0}, "rank_step must be a whole number of at least 1, found 0"),
+        ({"budget": "1%", "rank_step": 8.0}, "rank_step must be a whole number"),
+        ({"budget": "1%", "rank_step": True}, "rank_step must be a whole number"),
+        ({"budget": "1%", "rank_step": None}, "rank_step must be a whole number"),
+        ({"budget": "1%", "max_rank": 0}, "max_rank must be a whole number of at least 1, found 0"),
+        ({"budget": "1%", "rank_step": 16, "max_rank": 8}, "max_rank 8 is below one rank_step of 16"),
+        ({"budget": "much"}, "is neither a share"),
+    ],
+)
+def test_requests_that_cannot_be_met(request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RankRequest(**request_)
+
+
 def groups_of(widths: list[tuple[int, int]]) -> list[Group]:
     return [Group(f"g{i}", (f"g{i}",), inputs, (outputs,), "") for i, (outputs, inputs) in enumerate(widths)]
+
+
+def offers_of(gains: list[list[int]], prices: list[int], largest: list[int]) -> list[Offer]:
+    """One group an entry: what its ranks gain, what one costs, and the rank that its shape allows."""
+    groups = groups_of([(most, most) for most in largest])
+    return [Offer(group, price, gain) for group, price, gain in zip(groups, prices, gains, strict=False)]
 
 
 def test_one_rank_for_all_as_far_as_a_group_allows() -> None:
@@ -68,69 +117,96 @@ def test_one_rank_for_all_as_far_as_a_group_allows() -> None:
         uniform_ranks(groups, 10)
 
 
-def test_candidates_leave_room_to_choose_and_cost_no_more_than_the_budget_alone() -> None:
+class TestCandidates:
     groups = groups_of([(64, 64), (512, 512)])
-    ranks = candidate_ranks(groups, 3_000, 10**6, 2, shared=True)
-    assert ranks == {"g0": 11, "g1": 1}
-    assert candidate_ranks(groups, 1_000, 10**6, 2, shared=True) == {"g0": 3}
-    assert candidate_ranks(groups, 23_040, 10**6, 2, shared=True) == {"g0": 64, "g1": 11}  # 10 for each if even
+
+    def ranks(self, budget: str | int, **limits: Any) -> dict[str, int]:
+        return candidate_ranks(self.groups, RankRequest(budget=budget, **limits), 10**6, 2, shared=True)
+
+    def test_they_leave_room_to_choose_and_cost_no_more_than_the_budget_alone(self) -> None:
+        assert self.ranks(3_000) == {"g0": 11, "g1": 1}
+        assert self.ranks(1_000) == {"g0": 3}
+        assert self.ranks(23_040) == {"g0": 64, "g1": 11}  # 10 for each if even
+
+    def test_they_are_whole_steps_below_the_largest_rank(self) -> None:
+        assert self.ranks(23_040, rank_step=8) == {"g0": 64, "g1": 8}
+        assert self.ranks(23_040, rank_step=7) == {"g0": 64, "g1": 7}
+        assert self.ranks(23_040, rank_step=8, max_rank=20) == {"g0": 16, "g1": 8}
+        assert self.ranks(23_040, max_rank=20) == {"g0": 20, "g1": 11}
+        assert self.ranks(23_040, rank_step=80) == {"g0": 64}
+
+    def test_a_target_is_solved_for_as_a_tenth_of_the_weights_is(self) -> None:
+        assert self.ranks("recover 1%") == self.ranks("recover 99%") == {"g0": 64, "g1": 512}
+        assert candidate_ranks(self.groups, RankRequest(budget="recover 9%"), 100, 2, shared=True) == {"g0": 8, "g1": 8}
+
+    @few
+    @given(
+        shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
+        budget=st.one_of(st.integers(1, 5_000), st.just("recover 50%")),
+        step=st.integers(1, 20),
+        cap=st.one_of(st.none(), st.integers(20, 40)),
+        shared=st.booleans(),
+    )
+    def test_every_rank_can_be_had_and_a_budget_that_buys_one_has_candidates(
+        self, shapes: list[tuple[int, int]], budget: Any, step: int, cap: int | None, shared: bool
+    ) -> None:
+        groups = groups_of(shapes)
+        most = {f"g{i}": min(shape) for i, shape in enumerate(shapes)}
+        price = {f"g{i}": 2 * sum(shape) for i, shape in enumerate(shapes)}
+        request = RankRequest(budget=budget, rank_step=step, max_rank=cap)
+        if budget != "recover 50%" and budget < min(price[name] * min(step, most[name]) for name in most):
+            with pytest.raises(ConfigError, match="of the cheapest group takes"):
+                candidate_ranks(groups, request, 10**4, 2, shared=shared)
+            return
+        ranks = candidate_ranks(groups, request, 10**4, 2, shared=shared)
+        assert ranks
+        for name, rank in ranks.items():
+            assert rank in allowed(most[name], most[name], step, cap)
+            assert budget == "recover 50%" or rank * price[name] <= budget
 
 
-def test_a_budget_below_the_cheapest_rank_says_what_would_do(random_factors: Factory) -> None:
-    groups = groups_of([(5, 30), (50, 20)])
-    factors = [random_factors(group, dtype=torch.bfloat16) for group in groups]
-    message = r"budget '0.5%' is 50 bytes, but one rank of the cheapest group takes 70 bytes \(0\.70%\); give at least"
-    with pytest.raises(ConfigError, match=message):
-        candidate_ranks(groups, "0.5%", 10_000, 2, shared=True)
-    with pytest.raises(ConfigError, match=message):
-        ranks_within(factors, {"g0": 3, "g1": 3}, "0.5%", 10_000)
+def allowed(held: int, largest: int, step: int, cap: int | None) -> list[int]:
+    """The ranks that a group may end with: multiples of the step, and all that its shape allows."""
+    most = held if cap is None else min(held, cap)
+    return [rank for rank in range(1, most + 1) if rank % step == 0 or rank == largest]
 
 
-@few
-@given(
-    gains=st.lists(st.lists(st.floats(0, 10), min_size=0, max_size=4), min_size=1, max_size=4),
-    price=st.integers(1, 20),
-    bought=st.integers(0, 12),
-)
-def test_at_one_price_no_other_choice_gains_more(gains: list[list[float]], price: int, bought: int) -> None:
-    offered = {f"g{i}": sorted(gain, reverse=True) for i, gain in enumerate(gains)}
-    ranks = allocate(offered, dict.fromkeys(offered, price), bought * price)
-    assert sum(ranks.values()) <= bought
-    every = product(*(range(len(gain) + 1) for gain in offered.values()))
-    best = max(_gained(offered, dict(zip(offered, choice, strict=True))) for choice in every if sum(choice) <= bought)
-    assert _gained(offered, ranks) == pytest.approx(best)
+class TestRefused:
+    offers = offers_of([[3, 1], [5, 4, 0]], [70, 140], [30, 30])
 
+    @pytest.mark.parametrize(
+        ("request_", "message"),
+        [
+            (
+                {"budget": "0.5%"},
+                r"'0.5%' is 50 bytes, but one rank of the .* takes 70 bytes \(0\.70%\); give at least",
+            ),
+            ({"budget": 139, "rank_step": 2}, r"139 bytes, but one step of 2 ranks .* takes 140 bytes \(1\.40%\)"),
+            ({"budget": 139, "rank_step": 3}, r"one step of 3 ranks .* takes 420 bytes"),
+            ({"budget": "1%", "rank_step": 4}, r"no group holds the 4 ranks of one rank_step \(the largest has 3\)"),
+            (
+                {"budget": "recover 80%"},
+                r"'recover 80%' is out of reach: .* at most a predicted 65\.0% .* larger budget",
+            ),
+            ({"budget": "recover 50%", "max_rank": 1}, r"at most a predicted 40\.0%"),
+        ],
+    )
+    def test_with_what_would_do(self, request_: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            choose_ranks(self.offers, RankRequest(**request_), 10_000, 20)
 
-@few
-@given(
-    gains=st.lists(st.lists(st.floats(0.01, 10), min_size=1, max_size=4), min_size=1, max_size=4),
-    prices=st.lists(st.integers(1, 20), min_size=4, max_size=4),
-    available=st.integers(0, 150),
-)
-def test_ranks_fit_and_nothing_that_still_fits_is_left(
-    gains: list[list[float]], prices: list[int], available: int
-) -> None:
-    offered = {f"g{i}": sorted(gain, reverse=True) for i, gain in enumerate(gains)}
-    costs = dict(zip(offered, prices, strict=False))
-    ranks = allocate(offered, costs, available)
-    left = available - sum(costs[name] * rank for name, rank in ranks.items())
-    assert left >= 0
-    assert all(costs[name] > left or ranks[name] == len(gain) for name, gain in offered.items())
+    @pytest.mark.parametrize("base_bytes", [9_999, 10_000, 10_001, 123_457])
+    def test_the_share_named_is_enough(self, base_bytes: int) -> None:
+        with pytest.raises(ConfigError) as refused:
+            choose_ranks(self.offers, RankRequest(budget=1), base_bytes, 20)
+        share = str(refused.value).partition("(")[2].partition(")")[0]
+        assert choose_ranks(self.offers, RankRequest(budget=share), base_bytes, 20)
 
+    def test_a_target_of_nothing(self) -> None:
+        with pytest.raises(ConfigError, match="nothing to recover"):
+            choose_ranks(offers_of([[0, 0]], [1], [8]), RankRequest(budget="recover 50%"), 100, 0.0)
 
-def test_no_bytes_are_spent_on_what_gains_nothing() -> None:
-    assert allocate({"a": [1.0, 0.0, 0.0], "b": []}, {"a": 1, "b": 1}, 100) == {"a": 1, "b": 0}
-
-
-def _gained(offered: dict[str, list[float]], ranks: dict[str, int]) -> float:
-    return sum(sum(gain[: ranks[name]]) for name, gain in offered.items())
-
-
-def test_ranks_within_a_budget_go_where_the_gains_are(random_factors: Factory) -> None:
-    factors = [random_factors(group, rank=4) for group in groups_of([(8, 8), (8, 8)])]
-    factors[0] = replace(factors[0], gains=torch.tensor([9.0, 8.0, 7.0, 0.5]))
-    factors[1] = replace(factors[1], gains=torch.tensor([2.0, 1.0, 0.1, 0.0]))
-    price = 4 * (8 + 8)
-    assert ranks_within(factors, {"g0": 4, "g1": 4}, 4 * price, 10_000) == {"g0": 3, "g1": 1}
-    assert ranks_within(factors, {"g0": 2, "g1": 4}, 4 * price, 10_000) == {"g0": 2, "g1": 2}
-    assert ranks_within(factors, {"g0": 4, "g1": 4}, 2 * price, 10_000) == {"g0": 2}
+    def test_before_anything_is_solved(self) -> None:
+        groups, request = groups_of([(30, 30), (15, 20)]), RankRequest(budget="5.5%", rank_step=8)
+        with pytest.raises(ConfigError, match=r"one step of 8 ranks of the cheapest group takes 560 bytes \(5\.60%\)"):
+            candidate_ranks(groups, request, 10_000, 2, shared=True)

@@ -72,6 +72,7 @@ def test_residual_is_the_sum_of_the_discarded_eigenvalues(outputs: int, inputs: 
     assert total - float(factors.gains.sum()) == pytest.approx(float(values[rank:].sum()), rel=1e-3, abs=1e-6 * total)
     torch.testing.assert_close(factors.gains[0], values[0], rtol=1e-5, atol=0.0)
     assert (factors.gains.diff() <= 0).all()
+    assert factors.total == pytest.approx(total, rel=0.05)
     assert factors.left.dtype == factors.right.dtype == torch.float32
     assert factors.gains.dtype == torch.float64
 

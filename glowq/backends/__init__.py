@@ -102,7 +102,7 @@ def own_quantizers() -> dict[str, Any]:
 def with_calibration(config: Any, sequences: Tensor) -> Any:
     """A copy of `config` that quantizes with token ids (n, length), where it `is_calibrated`; else `config` itself."""
     backend = backend_of(config)
-    return backend.with_calibration(config, sequences) if backend is not None and backend.calibrated(config) else config
+    return config if backend is None else backend.with_calibration(config, sequences)
 
 
 def stored_base(config: Any) -> Any:

@@ -137,8 +137,8 @@ class Backend(ABC):
         return False
 
     def with_calibration(self, config: Any, sequences: Tensor) -> Any:
-        """A copy of a `calibrated` config that quantizes with `sequences`, token ids of shape (n, length)."""
-        raise NotImplementedError(f"{self.name} quantizes without text")
+        """A copy of a `calibrated` config that quantizes with `sequences`, token ids (n, length); else `config`."""
+        return config
 
     def stored_config(self, config: Any) -> Any:
         """What config.json stores of a `config`: as the saved tensors need it, without text that it quantized with."""

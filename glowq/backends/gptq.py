@@ -97,6 +97,8 @@ class GPTQ(Backend):
         return getattr(config, "dataset", None) is None
 
     def with_calibration(self, config: Any, sequences: Tensor) -> Any:
+        if not self.calibrated(config):
+            return config
         config = copy.copy(config)
         config.dataset = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in sequences]
         return config

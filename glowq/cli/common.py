@@ -9,17 +9,23 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ..errors import ConfigError, GlowQError
 from ..progress import quiet
 
+if TYPE_CHECKING:
+    from ..selection import RankRequest
+
 __all__ = [
+    "BUDGET",
     "BudgetOption",
     "JsonOption",
+    "MaxRankOption",
     "ModelArgument",
+    "RankStepOption",
     "SeedOption",
     "check_budget",
     "command_line",
@@ -27,12 +33,13 @@ __all__ = [
     "grid",
     "one_line",
     "peak_rss_bytes",
+    "rank_request",
     "session",
 ]
 
 
 def check_budget(value: str | None) -> str | None:
-    """Callback of an option that takes a budget: what cannot be parsed is wrong usage."""
+    """Callback of an option that takes a budget of bytes: what cannot be parsed is wrong usage."""
     from ..selection import parse_budget
 
     try:
@@ -43,10 +50,23 @@ def check_budget(value: str | None) -> str | None:
     return value
 
 
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(callback=check_budget, help="Bytes to spend: a share of the quantized weights (1.5%) or 200MB."),
+def rank_request(rank: int | None, budget: str | None, rank_step: int, max_rank: int | None) -> RankRequest:
+    """What --rank, --budget, --rank-step and --max-rank ask for: what does not go together is wrong usage."""
+    from ..selection import RankRequest
+
+    try:
+        return RankRequest(rank, budget, rank_step, max_rank)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or what it takes to reach a predicted share of the "
+BUDGET += "lost accuracy ('recover 80%')"
+BudgetOption = Annotated[str | None, typer.Option(help=f"Bytes to spend: {BUDGET}.")]
+RankStepOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="A budget buys ranks in multiples of N; kernels like 8 or 16.")
 ]
+MaxRankOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="A budget buys no group more ranks.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]

@@ -65,6 +65,9 @@ def compare(
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens calibrated on.")] = 32768,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens reported on, picked from all over the text.")] = 32768,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    gguf_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Report on text that was calibrated on.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -83,7 +86,7 @@ def compare(
         names, sizes, wanted = _list(methods), _list(budgets), _list(tasks)
         _check_early(names, wanted, output)
         quantization = None if base in ("none", "dense") else base_config(base)
-        config = load_config(model)
+        config = load_config(model, gguf_file)
         if not scores_text(config):
             raise EvaluationError(f"{model} predicts no next token: perplexity is for causal language models.")
         source = reference_name(model, config, base, reference)
@@ -93,7 +96,7 @@ def compare(
         overlap = check_disjoint(train, report, force=force)
         if quantization is not None:
             quantization = with_calibration(quantization, train)
-        quantized = load_model(model, config, quantization)
+        quantized = load_model(model, config, quantization, gguf_file)
         comparison = compare_methods(
             quantized,
             reference=source,
@@ -142,7 +145,7 @@ def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None)
     for name in names:
         get_method(name)
     if tasks:
-        check_tasks()
+        check_tasks(tasks)
     if output is not None:
         check_plots()
         check_output(Path(output).resolve(), comparison=True)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .held_out import NO_GAP, has_gap
+
 if TYPE_CHECKING:
     from ..benefit import Benefit
 
@@ -24,9 +26,10 @@ def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | No
     from ..plots import draw_benefit, draw_recovered
 
     lines: dict[str, list[dict[str, Any]]] = {}
+    hidden = {} if _has_gap(result) else {"recovered": None}
     for row in result["rows"]:
         if row["same_as"] is None:
-            lines.setdefault(_with_equals(row["method"], result), []).append(row)
+            lines.setdefault(_with_equals(row["method"], result), []).append({**row, **hidden})
 
     def write(folder: Path) -> None:
         (folder / "compare.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -106,12 +109,19 @@ def _cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [
         (row["model"], "", "", "", _of(row, "perplexity", ".3f"), "", *_closeness(row)) for row in result["models"]
     ]
+    gap = _has_gap(result)
     for row in result["rows"]:
         size = f"{row['factor_bytes']:,} (+{row['overhead']:.2%})" if row["perplexity"] is not None else ""
         rank = "" if row["perplexity"] is None else "by gain" if row["rank"] is None else str(row["rank"])
-        shown = (_of(row, "perplexity", ".3f"), _of(row, "recovered", ".1%"), *_closeness(row))
+        share = _of(row, "recovered", ".1%") if gap or row["perplexity"] is None else NO_GAP
+        shown = (_of(row, "perplexity", ".3f"), share, *_closeness(row))
         found.append((row["method"], row["budget"], size, rank, *shown))
     return found
+
+
+def _has_gap(result: dict[str, Any]) -> bool:
+    reference, quantized = result["models"]
+    return has_gap(reference["perplexity"], quantized["perplexity"])
 
 
 def _closeness(row: dict[str, Any]) -> tuple[str, str]:

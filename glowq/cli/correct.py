@@ -14,7 +14,19 @@ import typer
 from ..backends import base_names
 from ..errors import OutputError
 from ..methods import method_names
-from .common import BudgetOption, JsonOption, ModelArgument, SeedOption, command_line, grid, peak_rss_bytes, session
+from .common import (
+    BudgetOption,
+    JsonOption,
+    MaxRankOption,
+    ModelArgument,
+    RankStepOption,
+    SeedOption,
+    command_line,
+    grid,
+    peak_rss_bytes,
+    rank_request,
+    session,
+)
 from .held_out import held_out_figures, held_out_rows, parted_sequences, reference_score
 from .loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 
@@ -34,6 +46,8 @@ def correct(
     ] = "none",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every group; 32 if no budget is given.")] = None,
     budget: BudgetOption = None,
+    rank_step: RankStepOption = 1,
+    max_rank: MaxRankOption = None,
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
     ] = None,
@@ -59,8 +73,7 @@ def correct(
       glowq correct org/model-gptq --reference org/model --calibration notes.txt --output corrected --budget 1.5%
       glowq correct org/model-GGUF --gguf-file model-Q4_0.gguf --base dense --reference org/model ...
     """
-    if rank is not None and budget is not None:
-        raise typer.BadParameter("give either --rank or --budget, not both.")
+    rank_request(rank, budget, rank_step, max_rank)
     with session(json) as show:
         from .. import correct as correct_model
         from ..backends import base_config, with_calibration
@@ -90,6 +103,8 @@ def correct(
             tokenizer=tokenizer,
             rank=rank,
             budget=budget,
+            rank_step=rank_step,
+            max_rank=max_rank,
             method=method,
             seed=seed,
             resume=kept if resume else None,

@@ -13,21 +13,37 @@ if TYPE_CHECKING:
 
     from ..evaluation import Score
 
-__all__ = ["LEAST_SEQUENCES", "held_out_figures", "held_out_rows", "parted_sequences", "reference_score"]
+__all__ = [
+    "LEAST_SEQUENCES",
+    "NO_GAP",
+    "has_gap",
+    "held_out_figures",
+    "held_out_rows",
+    "parted_sequences",
+    "reference_score",
+]
 
 _HELD_OUT = 1 / 8  # of the calibration sequences
+_LEAST_GAP = 1e-3  # of the reference's perplexity: a share of less is the noise of the text, divided by next to nothing
 LEAST_SEQUENCES = 8  # resampling fewer gives no interval worth the name
+NO_GAP = "no gap to recover"
 
 
 def parted_sequences(
     config: Any, tokenizer: Any, calibration: str, tokens: int, sequence_length: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids to calibrate on and to measure on, each of shape (n, length)."""
+    """Token ids to calibrate on and to measure on, each of shape (n, length), n >= 1.
+
+    Raises:
+        CalibrationError: the text, or `tokens`, is shorter than one sequence for each.
+    """
     from ..data import read_texts, split, token_sequences
 
     length, vocab_size = token_limits(config, sequence_length)
     texts = read_texts(calibration)
-    sequences = token_sequences(texts, tokenizer, length=length, limit=tokens, seed=seed, vocab_size=vocab_size)
+    sequences = token_sequences(
+        texts, tokenizer, length=length, limit=tokens, seed=seed, vocab_size=vocab_size, least=2
+    )
     return split(sequences, _HELD_OUT, seed)
 
 
@@ -56,6 +72,11 @@ def held_out_figures(reference: Score, model: Any, held: Tensor, seed: int) -> d
     }
 
 
+def has_gap(reference: float | None, quantized: float | None) -> bool:
+    """Whether a share of the gap between two perplexities says anything; None is one that is undefined."""
+    return reference is None or quantized is None or quantized >= (1 + _LEAST_GAP) * reference
+
+
 def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
     """The figures for people, name -> text."""
     if figures is None:
@@ -66,7 +87,10 @@ def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
 
     limits = figures["recovered_ci95"]
     interval = "" if limits is None else f" [{text(limits[0], '.1%')}, {text(limits[1], '.1%')}]"
+    share = f"{text(figures['recovered'], '.1%')}{interval}"
+    if not has_gap(figures["reference"], figures["quantized"]):
+        share = NO_GAP
     return {
         **{f"{name} perplexity": text(figures[name], ".4f") for name in ("reference", "quantized", "corrected")},
-        "recovered": f"{text(figures['recovered'], '.1%')}{interval} on {figures['tokens']:,} held-out tokens",
+        "recovered": f"{share} on {figures['tokens']:,} held-out tokens",
     }

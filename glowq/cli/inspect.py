@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,17 @@ def _unread(method: str) -> dict[str, Any]:
 
 
 def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[str, Any]:
+    from ..allocation import Offer
     from ..config import GlowQConfig
+    from ..curve import budget_curve
+    from ..factor_files import stored_group
 
     config = GlowQConfig.from_dict({**stored, "base": None})  # the base's library need not be installed
     groups = [_group(model, name, group, headers) for name, group in (config.groups or {}).items()]
     factor_bytes = sum(group["bytes"] for group in groups)
+    offers = [
+        Offer(stored_group(group["name"], group), group["bytes"] // group["rank"], group["gains"]) for group in groups
+    ]
     # A correction's base is another model, and dense weights are quantized no more.
     base = stored.get("base") or {}
     whole = config.format == "full" and base.get("quant_method") != "dense"
@@ -191,6 +198,7 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
         "method": config.method,
         "seed": config.seed,
         "provenance": config.provenance,
+        "curve": [asdict(point) for point in budget_curve(offers, config.total, config.base_bytes or 0)],
         "groups": groups,
     }
 
@@ -206,14 +214,14 @@ def _group(model: str, name: str, group: Mapping[str, Any], headers: Headers) ->
             raise CorrectionError(f"factor {tensor!r} of {model} is {what}, expected shape {shape}; correct again.")
     sizes = sum(headers.sizes[tensor] for tensor in shapes)
     values = {"name": name, "bytes": sizes, "parameters": sum(map(prod, shapes.values()))}
-    return {**values, **group, "energy_removed": sum(group["gains"])}
+    return {**values, **group, "gain": sum(group["gains"])}
 
 
 def _tables(result: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.table import Table
 
-    apart = ("groups", "schemes", "modules", "correctable", "skipped", "note", "next")
+    apart = ("groups", "curve", "schemes", "modules", "correctable", "skipped", "note", "next")
     facts = {key: value for key, value in result.items() if key not in apart}
     if "correctable" in result and result["kind"] != "gguf":
         facts["quantized modules"] = len(result["modules"])
@@ -227,7 +235,9 @@ def _tables(result: dict[str, Any]) -> Any:
     if result.get("skipped"):
         shown.append(_skipped(result["skipped"]))
     if result.get("groups"):
-        shown.append(_groups(result["groups"]))
+        shown.append(_groups(result["groups"], result["provenance"].get("gains", "squared output")))
+    if result.get("curve"):
+        shown.append(_curve(result["curve"]))
     return Group(*shown, *(f"{key}: {result[key]}" for key in ("note", "next") if result.get(key)))
 
 
@@ -242,14 +252,23 @@ def _skipped(skipped: Mapping[str, str]) -> Any:
     return table
 
 
-def _groups(groups: list[dict[str, Any]]) -> Any:
+def _groups(groups: list[dict[str, Any]], unit: str) -> Any:
     from rich.table import Table
 
-    table = Table("group", "rank", "in", "out", "bytes", "energy removed")
+    table = Table("group", "rank", "in", "out", "bytes", f"gain ({unit})")
     for group in groups:
         out = " + ".join(map(str, group["out_features"]))
-        numbers = (group["rank"], group["in_features"], out, f"{group['bytes']:,}", f"{group['energy_removed']:.4g}")
+        numbers = (group["rank"], group["in_features"], out, f"{group['bytes']:,}", f"{group['gain']:.4g}")
         table.add_row(group["name"], *map(str, numbers))
+    return table
+
+
+def _curve(points: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("bytes", "% of base", "predicted share recovered", title="by budget", title_justify="left")
+    for point in points:
+        table.add_row(f"{point['bytes']:,}", f"{100 * point['share_of_base']:.3g}", f"{point['predicted']:.1%}")
     return table
 
 

@@ -9,49 +9,60 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, OutputError
-from .common import JsonOption, check_budget, command_line, grid, session
+from ..errors import OutputError
+from .common import (
+    BUDGET,
+    JsonOption,
+    MaxRankOption,
+    RankStepOption,
+    command_line,
+    grid,
+    rank_request,
+    session,
+)
 
 if TYPE_CHECKING:
-    from ..correction import Correction
+    from ..config import GlowQConfig
 
 __all__ = ["select"]
 
 
 def select(
     correction: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a saved correction.")],
-    budget: Annotated[
-        str,
-        typer.Option(callback=check_budget, help="Bytes to keep: a share of the quantized weights (1.5%) or 200MB."),
-    ],
+    budget: Annotated[str, typer.Option(help=f"Bytes to keep: {BUDGET}.")],
     output: Annotated[str, typer.Option(metavar="OUT2", help="Folder to write; must be new, empty, or an old result.")],
+    rank_step: RankStepOption = 1,
+    max_rank: MaxRankOption = None,
     json: JsonOption = False,
 ) -> None:
     """Cut a correction to a budget: the ranks that gain most for their bytes are kept, nothing is solved again.
 
     \b
-    Example:
+    Examples:
       glowq select corrected --budget 1% --output smaller
+      glowq select corrected --budget "recover 50%" --rank-step 8 --output smaller
     """
+    request = rank_request(None, budget, rank_step, max_rank)
     with session(json) as show:
         from ..correction import Correction
         from ..files import check_output
+        from ..saved import open_saved
 
         target = Path(output).resolve()
         if target == Path(correction).resolve():
             raise OutputError(f"{target} is the correction itself, which would be lost; choose another folder.")
         check_output(target)
-        whole = Correction.from_pretrained(correction)
-        _check_size(whole, correction, budget)
-        note = _check_gains(whole, correction)
-        cut = whole.cut(budget=budget)
-        kept, had = (sum(float(entry.gains.sum()) for entry in side.factors) for side in (cut, whole))
+        with open_saved(correction) as whole:
+            cut = Correction.from_saved(whole, whole.choose(request))
+        note = _note(whole.config, correction)
+        had = sum(sum(offer.gains) for offer in whole.factors.offers)
+        kept = sum(float(entry.gains.sum()) for entry in cut.factors)
         provenance = cut.config.provenance
         # Without the folder's name, so that the same command gives the same files wherever they are written.
         command = command_line().replace(f"--output {shlex.quote(output)}", "--output OUT2")
         provenance["selected"] = {
             "budget": budget,
-            "of_factor_bytes": whole.factor_bytes,
+            "of_factor_bytes": whole.factors.factor_bytes,
             "of_held_out": provenance.pop("held_out", None),  # measured on the whole: no figure of what is left
         }
         provenance["command"] = "\n".join(filter(None, (provenance.get("command"), command)))
@@ -61,14 +72,17 @@ def select(
         result = {
             "output": output,
             "budget": budget,
+            "rank_step": rank_step,
+            "max_rank": max_rank,
             "groups": len(cut.ranks),
-            "of_groups": len(whole.ranks),
+            "of_groups": len(whole.factors.offers),
             "ranks": cut.ranks,
             "factor_bytes": cut.factor_bytes,
-            "of_factor_bytes": whole.factor_bytes,
+            "of_factor_bytes": whole.factors.factor_bytes,
             "base_bytes": cut.base_bytes,
             "overhead": cut.overhead,
             "gain_kept": kept / had,
+            "predicted": cut.predicted,
             "note": note,
             "seed": cut.config.seed,
             "command": command_line(),
@@ -76,35 +90,9 @@ def select(
         show(result, lambda: _table(result))
 
 
-def _check_size(whole: Correction, name: str, budget: str) -> None:
-    """Refuse a budget that cuts nothing: bytes that were never solved for cannot be selected.
-
-    Raises:
-        ConfigError: the correction is smaller than the budget.
-    """
-    from ..selection import parse_budget
-
-    if not whole.base_bytes:
-        raise ConfigError(f"{name} does not say how many bytes its quantized weights take; correct again.")
-    available = parse_budget(budget, whole.base_bytes)
-    if available > whole.factor_bytes:
-        raise ConfigError(
-            f"budget {budget!r} is {available} bytes, but {name} has only {whole.factor_bytes} "
-            f"({whole.overhead:.2%}); give less, or correct again with a larger --budget or --rank."
-        )
-
-
-def _check_gains(whole: Correction, name: str) -> str | None:
-    """What to know about the measurements that ranks are chosen by; None where they are nats.
-
-    Raises:
-        ConfigError: nothing was measured.
-    """
-    if not any(bool(entry.gains.any()) for entry in whole.factors):
-        raise ConfigError(
-            f"{name} holds no measured gains to select by; `glowq correct --budget ...` writes a correction that does."
-        )
-    if whole.config.provenance.get("gains") == "nats":
+def _note(config: GlowQConfig, name: str) -> str | None:
+    """What to know about the measurements that ranks are chosen by; None where they are nats."""
+    if config.provenance.get("gains") == "nats":
         return None
     return (
         f"the gains in {name} are output errors, which compare less well across groups than loss does; `glowq correct "
@@ -122,5 +110,10 @@ def _table(result: dict[str, Any]) -> Any:
             "factors": f"{result['factor_bytes']:,} of {result['of_factor_bytes']:,} bytes, {result['overhead']:.2%} "
             f"of {result['base_bytes']:,}",
             "predicted gain kept": f"{result['gain_kept']:.1%}",
+            "predicted share of the loss recovered": _share(result["predicted"]),
         }
     )
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"

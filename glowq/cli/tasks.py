@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, EvaluationError
@@ -16,14 +19,22 @@ __all__ = ["check_tasks", "run_tasks"]
 _Z95 = 1.96  # standard errors in half a 95% interval
 
 
-def check_tasks() -> None:
+def check_tasks(tasks: Sequence[str]) -> None:
     """Refuse early what could only fail at the end.
 
     Raises:
-        ConfigError: lm-evaluation-harness is not installed.
+        ConfigError: lm-evaluation-harness is not installed, or knows no task, group or tag of such a name.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    for name in tasks:
+        if name not in known and not Path(name).is_file():  # a task may be a YAML file of one's own
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"lm-evaluation-harness knows no task {name!r}; `lm-eval ls tasks` lists them all.{hint}")
 
 
 def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> dict[str, dict[str, Any]]:

@@ -132,7 +132,8 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             factors, self._factors = self._factors, ()
             _attach_all(model, config, factors)
         elif config.correction is not None:
-            load_correction(model, config.correction, budget=config.budget)
+            limits: Any = {"rank_step": config.rank_step, "max_rank": config.max_rank}
+            load_correction(model, config.correction, budget=config.budget, **limits)
         else:
             self._correct_now(model)
         return model
@@ -166,6 +167,8 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             tokenizer=AutoTokenizer.from_pretrained(source),
             rank=config.rank,
             budget=config.budget,
+            rank_step=config.rank_step,
+            max_rank=config.max_rank,
             method=config.method,
             calibration_tokens=config.calibration_tokens,
             sequence_length=config.sequence_length,
@@ -227,14 +230,22 @@ correct = _adopting(pipeline.correct)  # what `glowq.correct` is: afterwards the
 
 
 def load_correction(
-    model: nn.Module, path: str | os.PathLike[str], *, budget: str | int | None = None, **hub_kwargs: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    budget: str | int | None = None,
+    rank_step: int = 1,
+    max_rank: int | None = None,
+    **hub_kwargs: Any,
 ) -> Correction:
     """Attach a saved correction to a quantized model that is already in memory.
 
     Args:
         model: quantized, or dequantized while loading, as the correction's base was.
         path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
-        budget: cut the correction to a share of the quantized weights ("1%") or to a size ("200MB").
+        budget: cut the correction to a share of the quantized weights ("1%"), to a size ("200MB"), or to what recovers
+            a share of the predicted loss ("recover 80%"); nothing else of it is read.
+        rank_step, max_rank: of that cut, see `Correction.cut`.
         **hub_kwargs: e.g. `revision`, `token`.
 
     Returns:
@@ -243,16 +254,15 @@ def load_correction(
     Raises:
         CorrectionError: corrupt files, or a factor is missing, extra or misshaped.
         FingerprintError: the correction was made for other quantized weights.
-        ConfigError: the model carries a correction already, or the budget is too small.
+        ConfigError: the model carries a correction already; or the budget is too small, larger than the correction, or
+            out of reach, or the correction holds no measured gains.
     """
-    correction = Correction.from_pretrained(path, **hub_kwargs)
+    correction = Correction.from_pretrained(path, budget=budget, rank_step=rank_step, max_rank=max_rank, **hub_kwargs)
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     if method_of(correction.config.base) == "dense":
         take(model)
     prepare_model(model)
-    if budget is not None:
-        correction = correction.cut(budget=budget)
     _attach_all(model, correction.config, correction.factors)
     return correction
 

@@ -1,0 +1,184 @@
+"""Factors in safetensors files: every header is checked when they are opened, and only what is asked for is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .allocation import Offer
+from .errors import CorrectionError, NonFiniteError
+from .groups import Group
+from .runtime import GroupFactors
+
+__all__ = ["StoredFactors", "describe_groups", "factor_tensors", "open_factors", "read_factors", "stored_group"]
+
+_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the dtypes that a factor may have
+
+
+def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
+    """File tensors of the groups, sorted by name: `<group>.right` and `<member>.left`."""
+    tensors: dict[str, Tensor] = {}
+    for entry in factors:
+        tensors[f"{entry.group.name}.right"] = entry.right
+        tensors.update({f"{member}.left": left for member, left in entry.lefts.items()})
+    return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
+
+
+def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]]:
+    """What config.json says of each group."""
+    return {
+        entry.group.name: {
+            "members": list(entry.group.members),
+            "in_features": entry.group.in_features,
+            "out_features": list(entry.group.out_features),
+            "block": entry.group.block,
+            "rank": entry.rank,
+            "gains": [float(gain) for gain in entry.gains],
+            "total": entry.total,
+        }
+        for entry in factors
+    }
+
+
+def stored_group(name: str, stored: Mapping[str, Any]) -> Group:
+    """The group that config.json describes as `stored`, an entry of `describe_groups`."""
+    return Group(
+        name=name,
+        members=tuple(stored["members"]),
+        in_features=int(stored["in_features"]),
+        out_features=tuple(int(width) for width in stored["out_features"]),
+        block=str(stored["block"]),
+    )
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """The factors of a correction's groups, unread.
+
+    Attributes:
+        offers: one a group, with as many gains as it has ranks.
+        totals: group name -> error before any rank.
+        tensors: factor name -> the open file that holds it, and the file's path.
+    """
+
+    offers: list[Offer]
+    totals: Mapping[str, float]
+    tensors: Mapping[str, tuple[Any, Path]]
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(len(offer.gains) * offer.rank_bytes for offer in self.offers)
+
+    def read(self, ranks: Mapping[str, int] | None = None) -> list[GroupFactors]:
+        """Read the first ranks of groups, and nothing of any other.
+
+        Args:
+            ranks: group name -> rank, from 1 to what the group has; groups not named are left out. None: everything.
+
+        Raises:
+            NonFiniteError: a factor that was read holds NaN or Inf.
+        """
+        factors = []
+        for offer in self.offers:
+            group, held = offer.group, len(offer.gains)
+            rank = held if ranks is None else ranks.get(group.name, 0)
+            if rank == 0:
+                continue
+            every, first = slice(None), slice(None if rank == held else rank)
+            right = self._take(f"{group.name}.right", (first, every))
+            lefts = {member: self._take(f"{member}.left", (every, first)) for member in group.members}
+            gains = torch.tensor(offer.gains[:rank], dtype=torch.float64)
+            factors.append(GroupFactors(group, right, lefts, gains, self.totals[group.name]))
+        return factors
+
+    def _take(self, name: str, part: tuple[slice, slice]) -> Tensor:
+        opened, file = self.tensors[name]
+        if part == (slice(None), slice(None)):
+            tensor: Tensor = opened.get_tensor(name)
+        else:
+            # A slice is a view of the mapped file, which it would keep mapped.
+            tensor = opened.get_slice(name)[part].clone(memory_format=torch.contiguous_format)
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"factor {name!r} in {file} holds NaN or Inf; download or correct again.")
+        return tensor
+
+
+@contextmanager
+def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredFactors]:
+    """Open and check the factors of `groups` in safetensors files; other tensors in them are left alone.
+
+    Args:
+        files: together they hold every factor of `groups`, and no factor of another.
+        groups: as config.json stores them.
+
+    Raises:
+        CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
+    """
+    with ExitStack() as stack:
+        tensors = _open(files, stack)
+        unnamed = dict(tensors)
+        offers = [_offer(stored_group(name, stored), stored, unnamed) for name, stored in groups.items()]
+        extra = sorted(unnamed)
+        if extra:
+            raise CorrectionError(
+                f"extra factor {extra[0]!r} ({len(extra)} in all) that no group of config.json names; the file and "
+                "its config.json do not belong together. Download or correct again."
+            )
+        yield StoredFactors(offers, {name: float(stored["total"]) for name, stored in groups.items()}, tensors)
+
+
+def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
+    """Read and check all factors of `groups` from safetensors files; see `open_factors`.
+
+    Raises:
+        CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
+        NonFiniteError: a factor holds NaN or Inf.
+    """
+    with open_factors(files, groups) as stored:
+        return stored.read()
+
+
+def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]]:
+    tensors: dict[str, tuple[Any, Path]] = {}
+    for file in files:
+        if not file.is_file():
+            raise CorrectionError(f"{file} is missing; download the correction again.")
+        try:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+        except SafetensorError as error:
+            raise CorrectionError(
+                f"{file} is corrupt or truncated ({error}); download the correction again."
+            ) from error
+        names = opened.keys()
+        tensors.update({name: (opened, file) for name in names if name.endswith((".right", ".left"))})
+    return tensors
+
+
+def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any, Path]]) -> Offer:
+    """What a group can give, once the header says that its factors are what config.json says; they leave `unnamed`."""
+    rank = int(stored["rank"])
+    rank_bytes = group.in_features * _itemsize(unnamed, f"{group.name}.right", (rank, group.in_features))
+    for member, width in zip(group.members, group.out_features, strict=True):
+        rank_bytes += width * _itemsize(unnamed, f"{member}.left", (width, rank))
+    return Offer(group, rank_bytes, [float(gain) for gain in stored["gains"]])
+
+
+def _itemsize(unnamed: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> int:
+    opened, file = unnamed.pop(name, (None, None))
+    if opened is None:
+        raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
+    header = opened.get_slice(name)
+    found, dtype = tuple(header.get_shape()), header.get_dtype()
+    if found != shape or dtype not in _ITEMSIZES:
+        raise CorrectionError(
+            f"factor {name!r} in {file} has shape {found} and dtype {dtype}, expected a float tensor of shape {shape}."
+        )
+    return _ITEMSIZES[dtype]
