@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import glowq
 from glowq.backends import prepare_model
 from glowq.data import read_texts, token_sequences
-from glowq.evaluation import perplexity, perplexity_ratio, recovered, score_models
+from glowq.evaluation import score_models
 from glowq.runtime import attach
 from glowq.selection import parse_budget
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+
+from figures import figures  # noqa: E402
 
 from bases import BASES, Base  # noqa: E402 - the matrix that the tests run
 
@@ -80,25 +82,6 @@ def measure(bases: list[Base], arguments: argparse.Namespace) -> list[dict[str, 
             rows.append({"base": base.name, "budget": budget, **figures(before, after, part, arguments.seed)})
             print(rows[-1], file=sys.stderr)
     return rows
-
-
-def figures(before: dict[str, Any], after: Any, correction: glowq.Correction, seed: int) -> dict[str, Any]:
-    """One row's figures, with 95% bootstrap intervals over sequences."""
-    share = recovered(before["reference"], before["quantized"], after, seed=seed)
-    ratio = perplexity_ratio(before["quantized"], after, seed=seed)
-    return {
-        "reference": perplexity(before["reference"]),
-        "quantized": perplexity(before["quantized"]),
-        "corrected": perplexity(after),
-        "recovered": share.value,
-        "recovered_ci95": [share.low, share.high],
-        "ppl_ratio": ratio.value,
-        "ppl_ratio_ci95": [ratio.low, ratio.high],
-        "kl_quantized": float(before["quantized"].kl.mean()),
-        "kl_corrected": float(after.kl.mean()),
-        "groups": len(correction.ranks),
-        "overhead": correction.overhead,
-    }
 
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:

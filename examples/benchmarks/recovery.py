@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from figures import figures
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import glowq
 from glowq.backends import base_config, prepare_model
 from glowq.data import read_texts, token_sequences
-from glowq.evaluation import perplexity, perplexity_ratio, recovered, score_models
+from glowq.evaluation import score_models
 
 MODEL = str(Path(__file__).resolve().parents[1] / "stdlib-llama")
 
@@ -69,26 +70,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             )
             after = score_models({"reference": reference, "corrected": model}, sequences)["corrected"]
             glowq.detach(model)
-            share = recovered(before["reference"], before["quantized"], after, seed=arguments.seed)
-            ratio = perplexity_ratio(before["quantized"], after, seed=arguments.seed)
-            rows.append(
-                {
-                    "base": base,
-                    "method": method,
-                    "rank": arguments.rank,
-                    "reference": perplexity(before["reference"]),
-                    "quantized": perplexity(before["quantized"]),
-                    "corrected": perplexity(after),
-                    "recovered": share.value,
-                    "recovered_ci95": [share.low, share.high],
-                    "ppl_ratio": ratio.value,
-                    "ppl_ratio_ci95": [ratio.low, ratio.high],
-                    "kl_quantized": float(before["quantized"].kl.mean()),
-                    "kl_corrected": float(after.kl.mean()),
-                    "overhead": correction.overhead,
-                    "tokens": sequences.numel(),
-                }
-            )
+            row = {"base": base, "method": method, "rank": arguments.rank, "tokens": sequences.numel()}
+            rows.append({**row, **figures(before, after, correction, arguments.seed)})
     return rows
 
 
