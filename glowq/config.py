@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError, UnknownBaseError, UnsafePathError, VersionError
 
-__all__ = ["FORMAT_VERSION", "GlowQConfig"]
+__all__ = ["FORMAT_VERSION", "GlowQConfig", "check_int"]
 
 FORMAT_VERSION = 1
 FORMATS = ("correction", "full")
@@ -34,6 +34,7 @@ class GlowQConfig(QuantizationConfigMixin):
         calibration: text to calibrate on: list of str, a file or folder, or a datasets name.
         calibration_tokens: how many tokens of it are used.
         sequence_length: tokens a calibration sequence, at most what the model allows.
+        distill: steps of gradient descent on the chosen factors, see `glowq.correct`.
         correction: instead of `calibration`: folder or Hub name of a saved correction to attach after quantizing.
         seed: of the choice of calibration sequences and of the solver.
         version, format, base_model, groups, base_bytes, provenance: written by glowq; not for users.
@@ -57,6 +58,7 @@ class GlowQConfig(QuantizationConfigMixin):
         calibration_tokens: int = 32768,
         sequence_length: int = 512,
         correction: str | None = None,
+        distill: int = 0,
         seed: int = 0,
         version: int = FORMAT_VERSION,
         format: str = "full",
@@ -85,6 +87,7 @@ class GlowQConfig(QuantizationConfigMixin):
         self.calibration_tokens = calibration_tokens
         self.sequence_length = sequence_length
         self.correction = correction
+        self.distill = distill
         self.seed = seed
         self.version = version
         self.format = format
@@ -97,12 +100,13 @@ class GlowQConfig(QuantizationConfigMixin):
     def _validate(self) -> None:
         from .selection import RankRequest
 
-        _check_int("rank", self.rank, 1, optional=True)
+        check_int("rank", self.rank, 1, optional=True)
         RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)
-        _check_int("calibration_tokens", self.calibration_tokens, 1)
-        _check_int("sequence_length", self.sequence_length, 2)
-        _check_int("seed", self.seed, 0)
-        _check_int("version", self.version, 1)
+        check_int("calibration_tokens", self.calibration_tokens, 1)
+        check_int("sequence_length", self.sequence_length, 2)
+        check_int("distill", self.distill, 0)
+        check_int("seed", self.seed, 0)
+        check_int("version", self.version, 1)
         if not self.is_stored:
             from .methods import get_method
 
@@ -204,7 +208,12 @@ def _unknown_field(name: str) -> str:
     return f"unknown field {name!r} in a glowq configuration.{hint}"
 
 
-def _check_int(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Raises:
+        ConfigError: the message names the field.
+    """
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -226,8 +235,8 @@ def _check_group(name: str, group: Any) -> None:
     if not _strings(members) or not isinstance(widths, Sequence) or len(widths) != len(members) or not members:
         raise ConfigError(f"group {name!r} in config.json needs as many out_features as members.")
     for width in (group["in_features"], *widths):
-        _check_int(f"a width of group {name!r}", width, 1)
-    _check_int(f"rank of group {name!r}", group["rank"], 1)
+        check_int(f"a width of group {name!r}", width, 1)
+    check_int(f"rank of group {name!r}", group["rank"], 1)
     if not isinstance(gains, Sequence) or isinstance(gains, str) or len(gains) != group["rank"]:
         raise ConfigError(f"group {name!r} in config.json needs one gain a rank.")
     for gain in gains:

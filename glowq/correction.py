@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -103,6 +103,10 @@ class Correction:
             rank_step: what a budget keeps are multiples of it, or all that a group's shape allows.
             max_rank: most ranks that a budget lets a group keep.
 
+        Returns:
+            What is kept. Figures that were measured on the whole ("held_out" in its provenance) are no figures of a
+            part: they are set aside as those that it was "selected" from.
+
         Raises:
             RankError: rank below 1.
             ConfigError: the budget cannot be parsed, does not pay for one rank step of any group, or is a target out of
@@ -116,7 +120,7 @@ class Correction:
         ranks = choose_ranks(offers, request, self.base_bytes, self.config.total)
         kept = [entry for entry in self.factors if entry.group.name in ranks]
         factors = [_cut_group(entry, ranks[entry.group.name]) for entry in kept]
-        return replace(self, factors=factors, config=self.config.with_groups(describe_groups(factors)))
+        return replace(self, factors=factors, config=_config_of_part(self.config, factors, self.factor_bytes))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
@@ -227,7 +231,7 @@ class Correction:
             NonFiniteError: a factor that was read holds NaN or Inf.
         """
         factors = saved.factors.read(ranks)
-        config = saved.config if ranks is None else saved.config.with_groups(describe_groups(factors))
+        config = saved.config if ranks is None else _config_of_part(saved.config, factors, saved.factors.factor_bytes)
         tokenizer = generation = None
         if (saved.folder / "tokenizer_config.json").is_file():
             from transformers import AutoTokenizer
@@ -243,3 +247,12 @@ class Correction:
 def _cut_group(entry: GroupFactors, rank: int) -> GroupFactors:
     lefts = {member: left[:, :rank].contiguous() for member, left in entry.lefts.items()}
     return replace(entry, right=entry.right[:rank].contiguous(), lefts=lefts, gains=entry.gains[:rank])
+
+
+def _config_of_part(config: GlowQConfig, factors: Sequence[GroupFactors], of_factor_bytes: int) -> GlowQConfig:
+    part = config.with_groups(describe_groups(factors))
+    is_part = sum(entry.factor_bytes for entry in factors) < of_factor_bytes
+    if is_part and "held_out" in part.provenance:
+        figures = part.provenance.pop("held_out")
+        part.provenance["selected"] = {"of_factor_bytes": of_factor_bytes, "of_held_out": figures}
+    return part

@@ -13,9 +13,22 @@ from .data import batches
 from .errors import EvaluationError, NonFiniteError
 from .progress import progress
 
-__all__ = ["Interval", "Score", "bootstrap", "perplexity", "perplexity_ratio", "recovered", "score_models"]
+__all__ = [
+    "NO_GAP",
+    "Interval",
+    "Score",
+    "bootstrap",
+    "has_gap",
+    "perplexity",
+    "perplexity_ratio",
+    "recovered",
+    "score_models",
+]
+
+NO_GAP = "no gap to recover"
 
 _BATCH_TOKENS = 4096
+_LEAST_GAP = 1e-3  # of the reference's perplexity: a share of less is the noise of the text, divided by next to nothing
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,11 @@ def recovered(reference: Score, quantized: Score, corrected: Score, *, seed: int
         return (ppl[..., 1] - ppl[..., 2]) / (ppl[..., 1] - ppl[..., 0])
 
     return bootstrap(share, columns, seed=seed)
+
+
+def has_gap(reference: float | None, quantized: float | None) -> bool:
+    """Whether a share of the gap between two perplexities says anything; None is one that is undefined."""
+    return reference is None or quantized is None or quantized >= (1 + _LEAST_GAP) * reference
 
 
 def perplexity_ratio(first: Score, second: Score, *, seed: int = 0) -> Interval:

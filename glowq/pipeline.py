@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from . import __version__
-from .backends import check_scales, is_calibrated, prepare_model, refuse_misloaded, stored_base
+from .backends import check_scales, is_calibrated, prepare_model, refuse_misloaded
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
-from .config import GlowQConfig
+from .config import GlowQConfig, check_int
 from .correction import Correction, describe_groups
-from .data import batches, read_texts, token_sequences
+from .data import batches, read_texts, split, token_sequences
+from .distillation import distill as distill_factors
 from .errors import (
     CalibrationError,
     ConfigError,
@@ -27,20 +26,24 @@ from .errors import (
     TokenizerMismatchError,
     UnsupportedModuleError,
 )
-from .fingerprint import fingerprint
 from .groups import Trace, trace_groups
+from .low_rank import OutputMoment
+from .measurement import calibrated, measure_groups
 from .methods import Method, get_method
+from .provenance import model_config, pre_quantized, stored_config
 from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
-from .runtime import attach, attached, detach, factor_dtype
+from .runtime import GroupFactors, attach, attached, detach, factor_dtype
 from .selection import RankRequest, candidate_ranks, uniform_ranks
 from .sensitivity import output_moments
 
 __all__ = ["calibration_sequences", "correct"]
 
 _TRACE_TOKENS = 8
-_GRADIENT_TOKENS = 16384
+_GRADIENT_TOKENS = 8192
 _GRADIENT_BATCH = 512  # tokens a backward pass, which keeps the activations of all of them
+_SELECTION_TOKENS = 512  # on which each group is measured
+_SELECTED = 1 / 8  # most of the sequences that they take
 _DENSE_TOLERANCE = 0.5  # GGUF quantizes the embeddings too: 4 bits make 0.1, an unrelated model 1.4
 
 
@@ -57,6 +60,7 @@ def correct(
     method: str = "glowq",
     calibration_tokens: int = 32768,
     sequence_length: int = 512,
+    distill: int = 0,
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
     dense: bool = False,
@@ -80,6 +84,9 @@ def correct(
         method: see `glowq.methods`.
         calibration_tokens: how many tokens of the text are used, picked from all over it.
         sequence_length: tokens a sequence; lowered to what the model allows.
+        distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
+            to the reference's; some 50 are enough. The factors stay as many, and are no longer each group's own
+            optimum.
         seed: of that choice and of the solver.
         resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
@@ -93,7 +100,7 @@ def correct(
         UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected.
         ReferenceMismatchError: modules, shapes or embeddings of the reference are others.
         FoldingError: scales were folded into the quantized weights that no layer takes out again.
-        CalibrationError: no text, or fewer tokens than needed.
+        CalibrationError: no text, or fewer tokens than needed; a budget takes 2 sequences, to choose by one of them.
         RankError: rank below 1, or larger than every group allows.
         ConfigError: the budget cannot be parsed, is too small for any rank, or is a target out of reach of the ranks
             that a tenth of the quantized weights' bytes would have been spent on.
@@ -101,6 +108,12 @@ def correct(
     """
     solver = get_method(method)
     request = RankRequest(rank, budget, rank_step, max_rank)
+    check_int("distill", distill, 0)
+    if budget is not None and solver.allocation == "groups":
+        raise ConfigError(
+            f"method {method!r} spends a budget on whole groups, which only `glowq compare` does; give a rank, or "
+            "method='glowq'."
+        )
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     refuse_misloaded(model)
@@ -118,45 +131,73 @@ def correct(
         ranks = uniform_ranks(trace.groups, rank)
     else:
         ranks = candidate_ranks(trace.groups, request, base_bytes, itemsize, shared=solver.shared)
-    _check_token_count(sequences, ranks)
-    config = _stored_config(model, reference, base_bytes, solver, sequences, seed)
+    train, held = _parted(sequences, solver, request, seed)
+    _check_token_count(train, ranks)
+    config = stored_config(model, reference, base_bytes, solver.name, sequences, seed)
     try:
         with Reference(reference, type(model)) as source:
             source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
             source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
             store = Resume.open(resume, config, reference, ranks, sequences)
-            outputs = _output_moments(model, source.model, trace, sequences, seed) if solver.two_sided else {}
-            config.provenance["gains"] = "nats" if outputs else "squared output"
+            outputs = _output_moments(model, source.model, trace, train, seed) if solver.two_sided else {}
+            config.provenance["gains"] = "second order of the loss" if outputs else "squared output"
             run = BlockSolver(model, source, backends, solver, ranks, seed, store, outputs)
-            factors = run.solve(stops_of(trace, ranks), sequences)
-    except BaseException:
+            factors = run.solve(stops_of(trace, ranks), train)
+            detach(model)
+            if held is not None:
+                factors = _measured(model, source.model, factors, held, request, config)
+            # What the groups that are not restored cost must still be known when they are gone.
+            config.provenance["total"] = math.fsum(entry.total for entry in factors)
+            correction = Correction(
+                factors=factors,
+                config=config.with_groups(describe_groups(factors)),
+                model_config=model_config(model),
+                base_bytes=base_bytes,
+                tokenizer=tokenizer,
+                generation_config=getattr(model, "generation_config", None),
+                base_is_stored=pre_quantized(model) or not is_calibrated(config.base),
+            )
+            if budget is not None:
+                correction = correction.cut(budget=budget, rank_step=rank_step, max_rank=max_rank)
+            if distill:
+                options = {"steps": distill, "seed": seed}
+                correction.factors = distill_factors(model, source.model, correction.factors, train, **options)
+                correction.config.provenance["distilled_steps"] = distill
+    finally:
         detach(model)
-        raise
-    config.provenance["total"] = math.fsum(entry.total for entry in factors)  # known still when groups are cut away
-    correction = Correction(
-        factors=factors,
-        config=config.with_groups(describe_groups(factors)),
-        model_config=_model_config(model),
-        base_bytes=base_bytes,
-        tokenizer=tokenizer,
-        generation_config=getattr(model, "generation_config", None),
-        base_is_stored=pre_quantized(model) or not is_calibrated(config.base),
-    )
-    return correction if budget is None else _cut_attached(model, correction, request)
-
-
-def _cut_attached(model: nn.Module, correction: Correction, request: RankRequest) -> Correction:
-    """The correction at the ranks that a budget buys, attached in place of the whole one."""
-    detach(model)
-    chosen = correction.cut(budget=request.budget, rank_step=request.rank_step, max_rank=request.max_rank)
-    for entry in chosen.factors:
+    for entry in correction.factors:
         attach(model, entry)
-    return chosen
+    return correction
+
+
+def _parted(sequences: Tensor, method: Method, request: RankRequest, seed: int) -> tuple[Tensor, Tensor | None]:
+    """The sequences that are calibrated on, and those that groups are chosen by, if this method chooses."""
+    if method.allocation != "gain" or (len(sequences) < 2 and request.budget is None):
+        return sequences, None
+    return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
+
+
+def _measured(
+    model: nn.Module,
+    reference: nn.Module,
+    factors: Sequence[GroupFactors],
+    sequences: Tensor,
+    request: RankRequest,
+    config: GlowQConfig,
+) -> list[GroupFactors]:
+    """Gains in the unit of what was measured; under a budget, those of groups that only do harm are zero."""
+    measured = measure_groups(model, reference, factors, sequences)
+    found = calibrated(factors, measured)
+    harmful = {name for name, entry in measured.items() if request.budget is not None and entry.harms}
+    config.provenance["gains"] = next(iter(measured.values())).unit
+    config.provenance["measured_tokens"] = int(sequences.numel())
+    config.provenance["not_restored"] = {name: asdict(measured[name].benefit) for name in sorted(harmful)}
+    return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found]
 
 
 def _output_moments(
     model: nn.Module, reference: nn.Module, trace: Trace, sequences: Tensor, seed: int
-) -> dict[str, Tensor]:
+) -> dict[str, OutputMoment]:
     """How much the loss minds each group's outputs: by the model's own gradients, else by the reference's.
 
     Empty, with one word, where neither has any.
@@ -188,11 +229,6 @@ def _nothing_quantized(model: nn.Module) -> str:
         f"{found}: its {method} weights were dequantized on load. Pass dense=True (--base dense) to correct the "
         "dequantized weights as they are, or load the model with a quantizer that keeps them packed."
     )
-
-
-def pre_quantized(model: nn.Module) -> bool:
-    """Whether the model was loaded from quantized weights rather than quantized while loading."""
-    return bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True))
 
 
 def calibration_sequences(
@@ -245,56 +281,3 @@ def _check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
             f"{sequences.numel()} calibration tokens are too few for rank {max(ranks.values())}: at least {needed} are "
             "needed, and some ten thousand are better. Give longer text or a smaller rank."
         )
-
-
-def _stored_config(
-    model: nn.Module,
-    reference: Any,
-    base_bytes: int,
-    method: Method,
-    sequences: Tensor,
-    seed: int,
-) -> GlowQConfig:
-    base = getattr(getattr(model, "config", None), "quantization_config", None)
-    name, revision = base_identity(model, reference)
-    return GlowQConfig(
-        base=stored_base(base.base if isinstance(base, GlowQConfig) else base),
-        method=method.name,
-        seed=seed,
-        format="correction",
-        base_model={"name": name, "revision": revision, "fingerprint": fingerprint(model)},
-        groups={},
-        base_bytes=base_bytes,
-        provenance={
-            "glowq": __version__,
-            "calibration_tokens": int(sequences.numel()),
-            "sequence_length": int(sequences.shape[1]),
-        },
-    )
-
-
-def base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
-    """Where the base can be loaded from again: the quantized model's own folder or Hub name, and the cached commit."""
-    config: Any = getattr(model, "config", None)
-    earlier = getattr(config, "quantization_config", None)
-    if isinstance(earlier, GlowQConfig) and earlier.base_model is not None:
-        # Loaded with a correction that was detached: its folder is no base.
-        return earlier.base_model["name"], earlier.base_model["revision"]
-    name = getattr(config, "_name_or_path", "") or (reference if isinstance(reference, str) else "")
-    if not name:
-        raise ConfigError("the model does not know where it was loaded from; load it with from_pretrained.")
-    if Path(name).is_file():
-        name = str(Path(name).parent)  # HQQ's own loader names the config.json
-    if Path(name).is_dir():
-        return str(Path(name).resolve()), None
-    cached = try_to_load_from_cache(str(name), "config.json")
-    return str(name), Path(cached).parent.name if isinstance(cached, str) else None
-
-
-def _model_config(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    stored = dict(config.to_dict())
-    stored.pop("quantization_config", None)
-    stored.pop("_name_or_path", None)
-    stored["architectures"] = [type(model).__name__]
-    return stored

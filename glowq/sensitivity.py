@@ -19,12 +19,16 @@ from transformers import PreTrainedModel
 from .backends import quantized_modules
 from .errors import NonFiniteError, SensitivityError
 from .groups import Group, evaluating
+from .low_rank import SKETCH_RANK, GradientSketch, OutputMoment
 from .progress import progress
+from .recomputing import kept_bytes, recomputing
 from .statistics import BROKEN, bfloat16_products
 
 __all__ = ["FULL_WIDTH", "output_moments"]
 
-FULL_WIDTH = 4096  # outputs up to which a group's moment is a matrix; beyond, its diagonal
+FULL_WIDTH = 4096  # outputs up to which a group's moment is a matrix; beyond, a diagonal plus a low-rank part
+_KEPT_BYTES = 2**30  # of activations kept for a backward pass; beyond, each block is computed again
+_COLUMNS = 128  # of a symmetric product computed at a time: what lies below the diagonal is left out
 
 Batch = Mapping[str, Any]
 Teacher = Callable[[Batch], Tensor]
@@ -37,7 +41,9 @@ def output_moments(
     *,
     teacher: Teacher | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
+    full_width: int = FULL_WIDTH,
+    checkpoint: bool | None = None,
+) -> dict[str, OutputMoment]:
     """Second moment G = E[g g^T] of the loss gradient g at each group's stacked outputs, per token.
 
     Args:
@@ -46,23 +52,30 @@ def output_moments(
         groups: groups of the model.
         batches: keyword arguments of one forward each; every token counts.
         teacher: batch -> logits whose softmax the labels are drawn from; the model's own unless given.
-        seed: of the labels.
+        seed: of the labels, and of the random directions of wide groups.
+        full_width: outputs O up to which a group's moment is a matrix.
+        checkpoint: whether each block is computed again in the backward pass, which takes one more forward and keeps
+            only the blocks' inputs; None does so where a batch would keep more than 1 GiB. The moments are the same.
 
     Returns:
-        Group name -> float32 tensor of shape (O, O), or (O,), its diagonal, where O is above `FULL_WIDTH`; in nats
-        (of an encoder: in squared distance of normalized states) per squared output unit.
+        Group name -> float32 tensor of shape (O, O), or where O is above `full_width` a diagonal plus a low-rank part
+        of 256 directions; in nats (of an encoder: in squared distance of normalized states) per squared output unit.
 
     Raises:
         SensitivityError: the model's output has no gradient, or none reaches a group.
         NonFiniteError: the output, or a gradient, is NaN or Inf; the message names the module.
     """
-    sums = [_GroupGradient(group) for group in groups]
+    sums = [_GroupGradient(group, full_width, seed) for group in groups]
+    if checkpoint is None:
+        checkpoint = kept_bytes(model, batches) > _KEPT_BYTES
     generator = torch.Generator().manual_seed(seed)
     tokens = 0
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(evaluating(model))
         stack.enter_context(_differentiable(model))
+        if checkpoint:
+            stack.enter_context(recomputing(model))
         for entry in sums:
             for index, member in enumerate(entry.group.members):
                 handle = model.get_submodule(member).register_forward_hook(entry.hook(index))
@@ -78,32 +91,46 @@ def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator
     """One forward and one backward pass; returns the number of tokens."""
     with torch.enable_grad():
         output = model(**batch)
-        logits = getattr(output, "logits", None)
-        if isinstance(logits, Tensor) and logits.dim() == 3:
-            drawn_from = logits if teacher is None else teacher(batch)
-            loss = _surprise(logits, drawn_from.detach(), generator)
-            tokens = logits.shape[0] * logits.shape[1]
-        else:
-            states = [getattr(output, name, None) for name in ("last_hidden_state", "pooler_output")]
-            found = [state for state in states if isinstance(state, Tensor)]
-            if not found:
-                raise SensitivityError(f"{type(model).__name__} returns neither token logits nor final states.")
-            loss = torch.stack([_projection(state, generator) for state in found]).sum()
-            tokens = found[0][..., 0].numel()
-        if not loss.requires_grad:
-            raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(f"{_first_broken(model, batch)} holds NaN or Inf during calibration. {BROKEN}")
-        loss.backward()
+        answer = getattr(output, "logits", None)
+        logits = answer if isinstance(answer, Tensor) and answer.dim() == 3 else None
+        start, tokens = _projections(model, output, generator) if logits is None else (logits, logits[..., 0].numel())
+    if not start.requires_grad:
+        raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
+    gradient = None
+    if logits is not None:
+        gradient = _surprise(logits.detach(), None if teacher is None else teacher(batch).detach(), generator)
+    if not bool(torch.isfinite(start.detach() if gradient is None else gradient.sum())):
+        raise NonFiniteError(f"{_first_broken(model, batch)} holds NaN or Inf during calibration. {BROKEN}")
+    start.backward(gradient)
     return tokens
 
 
-def _surprise(logits: Tensor, drawn_from: Tensor, generator: torch.Generator) -> Tensor:
-    """Cross entropy of labels drawn from a softmax, summed over tokens; logits of shape (batch, length, vocabulary)."""
-    chances = drawn_from.float().softmax(-1).flatten(0, 1).cpu()
-    finite = chances.nan_to_num(1.0)  # the loss of what is not finite is not finite either, and says so
-    labels = torch.multinomial(finite, 1, generator=generator)[:, 0].to(logits.device)
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+def _surprise(logits: Tensor, drawn_from: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Gradient at the logits of the cross entropy of labels drawn from a softmax, summed over tokens.
+
+    It is the softmax less one at the label, so that the labels and the gradient take one softmax.
+
+    Args:
+        logits: shape (batch, length, vocabulary).
+        drawn_from: logits that the labels are drawn from, of the same shape; None for the same ones.
+    """
+    chances = logits.float().softmax(-1)
+    sums = (chances if drawn_from is None else drawn_from.float().softmax(-1)).cumsum(-1)
+    height = torch.rand(*sums.shape[:2], 1, generator=generator).to(sums.device) * sums[..., -1:]
+    if drawn_from is not None and not bool(torch.isfinite(sums[..., -1]).all()):
+        raise NonFiniteError("the teacher's logits hold NaN or Inf during calibration.")
+    labels = torch.searchsorted(sums, height, right=True).clamp_max(sums.shape[-1] - 1)
+    minus = chances.new_full((), -1.0).expand(labels.shape)
+    return chances.scatter_add_(-1, labels.to(chances.device), minus).to(logits.dtype)
+
+
+def _projections(model: nn.Module, output: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+    """The sum over an encoder's final states of `_projection`, and the number of tokens."""
+    states = [getattr(output, name, None) for name in ("last_hidden_state", "pooler_output")]
+    found = [state for state in states if isinstance(state, Tensor)]
+    if not found:
+        raise SensitivityError(f"{type(model).__name__} returns neither token logits nor final states.")
+    return torch.stack([_projection(state, generator) for state in found]).sum(), found[0][..., 0].numel()
 
 
 def _projection(states: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,10 +161,12 @@ def _first_broken(model: nn.Module, batch: Batch) -> str:
 class _GroupGradient:
     """Adds up one group's output gradients, as soon as those of all members of one forward have come."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, full_width: int, seed: int) -> None:
         self.group = group
+        self._is_wide = sum(group.out_features) > full_width
+        self._seed = seed
         self._parts: dict[int, Tensor] = {}
-        self._sum: Tensor | None = None
+        self._sum: _GradientProduct | GradientSketch | None = None
 
     def hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
         """Forward hook of member number `index`."""
@@ -154,24 +183,53 @@ class _GroupGradient:
             return
         rows = torch.cat([self._parts[number] for number in range(len(self._parts))], dim=-1)
         self._parts.clear()
-        single = rows.float()
-        if rows.shape[1] > FULL_WIDTH:
-            product = single.square().sum(0)
-        else:
-            with bfloat16_products(rows.dtype):
-                product = single.T @ single
-        # In float32: a matrix a group is held until the walk is over, and labels are drawn at random anyway.
-        self._sum = product if self._sum is None else self._sum.add_(product)
+        if self._sum is None:
+            sketch = (rows.shape[1], SKETCH_RANK, self._seed, rows.device)
+            self._sum = GradientSketch(*sketch) if self._is_wide else _GradientProduct(rows.shape[1], rows.device)
+        self._sum.add(rows)
 
-    def moment(self, tokens: int) -> Tensor:
+    def moment(self, tokens: int) -> OutputMoment:
         where = self.group.members[0]
         if self._sum is None:
             raise SensitivityError(f"{where}: no gradient of the loss reaches its output.")
-        if not bool(torch.isfinite(self._sum).all()):
+        diagonal = self._sum.diagonal
+        # A square that is not finite makes its own place on the diagonal so.
+        if not bool(torch.isfinite(diagonal).all()):
             raise NonFiniteError(f"{where}: the gradient of the loss at its output holds NaN or Inf.")
-        if not bool(self._sum.any()):
+        if not bool(diagonal.any()):
             raise SensitivityError(f"{where}: the gradient of the loss at its output is zero everywhere.")
-        return self._sum / tokens
+        done, self._sum = self._sum, None
+        return done.moment(tokens)
+
+
+class _GradientProduct:
+    """Adds up g g^T of O outputs, in float32: a matrix a group is held until the walk is over.
+
+    Of a symmetric matrix, only the blocks on and right of the diagonal are computed.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._sum = torch.zeros(width, width, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """Count one gradient a row, shape (tokens, O)."""
+        single = rows.float()
+        with bfloat16_products(rows.dtype):
+            for start in range(0, single.shape[1], _COLUMNS):
+                block = slice(start, start + _COLUMNS)
+                self._sum[block, start:].addmm_(single[:, block].T, single[:, start:])
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Sum of the squares, shape (O,)."""
+        return self._sum.diagonal()
+
+    def moment(self, tokens: int) -> Tensor:
+        """The mean over `tokens` of what was counted, shape (O, O): what holds the sum becomes it."""
+        for start in range(0, len(self._sum), _COLUMNS):
+            stop = start + _COLUMNS
+            self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+        return self._sum.div_(tokens)
 
 
 @contextmanager

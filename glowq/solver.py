@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .errors import ConfigError, NonFiniteError, RankError
+from .low_rank import LowRankMoment, OutputMoment
+from .output_root import OutputRoot
 
 __all__ = ["Factors", "factorize", "weighted_error"]
 
@@ -64,7 +66,7 @@ def factorize(
     rank: int,
     *,
     energy: Tensor | None = None,
-    output_moment: Tensor | None = None,
+    output_moment: OutputMoment | None = None,
     damping: float = 0.1,
     seed: int = 0,
 ) -> Factors:
@@ -76,8 +78,8 @@ def factorize(
             activation units; None is the identity.
         rank: largest rank r kept, 1 <= r <= min(O, d).
         energy: E S E^T streamed from the outputs, shape (O, O), given instead of `moment`.
-        output_moment: second moment G of the loss gradient at the outputs, shape (O, O), or its diagonal, shape (O,);
-            None is the identity.
+        output_moment: second moment G of the loss gradient at the outputs, shape (O, O), or its diagonal, shape (O,),
+            or that plus a low-rank part; None is the identity.
         damping: share of G's mean diagonal added to its diagonal before it is factored, > 0; unused without G.
         seed: seed of the start of the Krylov iteration; the global random state is neither read nor changed.
 
@@ -133,7 +135,8 @@ class _Problem:
     error: Tensor  # E, (O, d), in the working dtype
     inner: Tensor | None  # N as given
     thin: Tensor | None  # N in the working dtype
-    root: Tensor | None  # L: lower triangular (O, O), or its diagonal (O,), float64
+    root: OutputRoot  # L, float64
+    thin_root: OutputRoot  # L in the working dtype
     streamed: bool
     scale: float  # power of two that brings X near 1
     weight: float  # power of two that brings N near 1
@@ -144,7 +147,7 @@ class _Problem:
         error: Tensor,
         moment: Tensor | None,
         energy: Tensor | None,
-        output_moment: Tensor | None,
+        output_moment: OutputMoment | None,
         damping: float,
         working: torch.dtype = torch.float32,
     ) -> _Problem:
@@ -154,33 +157,35 @@ class _Problem:
         outer = _power("output_moment", output_moment)
         alive = scale * weight * outer > 0.0
         scale = 1.0 if streamed else scale
-        root = _root(output_moment.double() * outer, damping) if alive and output_moment is not None else None
+        root = OutputRoot.of(output_moment, outer, damping) if alive and output_moment is not None else OutputRoot()
         unit = 1.0 / scale / scale / weight / outer if alive else 0.0
         thin = None if inner is None else inner.to(working)
-        return _Problem(error.to(working), inner, thin, root, streamed, scale, weight, unit)
+        return _Problem(error.to(working), inner, thin, root, root.to(working), streamed, scale, weight, unit)
 
     def apply(self, block: Tensor) -> Tensor:
         """M Q, shape (O, b), float64, for Q (O, b); the large products run in the working dtype."""
-        image = _times(self.root, block).to(self.error.dtype)
+        image = self.thin_root.apply(block.to(self.error.dtype))
         if not self.streamed:
             image = self.error.T @ image * self.scale
         image = _times(self.thin, image) * self.weight
         if not self.streamed:
             image = self.error @ image * self.scale
-        return _times(self.root, image.double(), transposed=True)
+        return self.thin_root.apply_transposed(image).double()
 
     def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """E^T L U, shape (d, m), unscaled, and U^T M U, shape (m, m), both float64, for U (O, m)."""
-        lifted = _times(self.root, basis)
+        lifted = self.root.apply(basis)
         pulled = (self.error.T @ lifted.to(self.error.dtype)).double()
         outside = (lifted if self.streamed else pulled) * self.scale
         return pulled, outside.T @ _times(self.inner, outside) * self.weight
 
     def eigenvectors(self) -> Tensor:
         """The eigenvectors of M, leading first, from one dense float64 eigendecomposition no larger than min(O, d)."""
-        identity = torch.eye(self.error.shape[0], dtype=torch.float64, device=self.error.device)
-        wide = identity if self.streamed else self.error.double() * self.scale
-        wide = _times(self.root, wide, transposed=True)
+        if self.streamed:
+            wide = torch.eye(self.error.shape[0], dtype=torch.float64, device=self.error.device)
+        else:
+            wide = self.error.double() * self.scale
+        wide = self.root.apply_transposed(wide)
         frame, wide = torch.linalg.qr(wide) if wide.shape[0] > wide.shape[1] else (None, wide)
         return _times(frame, _leading(wide @ _times(self.inner, wide.T)))
 
@@ -227,7 +232,7 @@ def _finish(problem: _Problem, basis: Tensor, rank: int, seed: int) -> Factors:
     pulled, small = problem.project(basis)
     values, vectors = (part.flip(-1)[..., :rank] for part in torch.linalg.eigh(small))
     alive = int((values > _EXACT * values[:1].clamp_min(0)).sum())
-    left, right = _unroot(problem.root, basis @ vectors[:, :alive]), pulled @ vectors[:, :alive]
+    left, right = problem.root.solve_transposed(basis @ vectors[:, :alive]), pulled @ vectors[:, :alive]
     shift = (torch.log2(right.norm(dim=0) / left.norm(dim=0)) / 2).round().exp2()
     shift = shift * left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()[0]
     rest = rank - alive
@@ -254,39 +259,22 @@ def _leading(matrix: Tensor) -> Tensor:
     return vectors.flip(1)
 
 
-def _times(weight: Tensor | None, block: Tensor, *, transposed: bool = False) -> Tensor:
+def _times(weight: Tensor | None, block: Tensor) -> Tensor:
     """weight @ block in the block's dtype, for a full matrix, a diagonal, or None for the identity."""
     if weight is None:
         return block
     weight = weight.to(block.dtype)
     if weight.ndim == 1:
         return weight[:, None] * block
-    return weight.T @ block if transposed else weight @ block
+    return weight @ block
 
 
-def _root(output_moment: Tensor, damping: float) -> Tensor:
-    """L with L L^T = G + damping x the mean diagonal of G."""
-    if output_moment.ndim == 1:
-        return (output_moment + damping * output_moment.mean()).sqrt()
-    extra = damping * output_moment.diagonal().mean()
-    root: Tensor = torch.linalg.cholesky(output_moment + extra.expand(output_moment.shape[0]).diag())
-    return root
-
-
-def _unroot(root: Tensor | None, block: Tensor) -> Tensor:
-    """L^-T block."""
-    if root is None:
-        return block
-    if root.ndim == 1:
-        return block / root[:, None]
-    solved: Tensor = torch.linalg.solve_triangular(root.T, block, upper=True)
-    return solved
-
-
-def _power(name: str, tensor: Tensor | None) -> float:
+def _power(name: str, tensor: OutputMoment | None) -> float:
     """The power of two that brings a tensor's largest entry near 1: 0 for a zero tensor, 1 for an absent one."""
     if tensor is None:
         return 1.0
+    if isinstance(tensor, LowRankMoment):  # no entry of a positive semi-definite matrix exceeds its diagonal's
+        tensor = tensor.full_diagonal()
     low, high = (float(bound) for bound in tensor.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise NonFiniteError(f"{name} {tuple(tensor.shape)} must be finite; found NaN or Inf. Check what measured it.")
@@ -294,7 +282,7 @@ def _power(name: str, tensor: Tensor | None) -> float:
 
 
 def _check(
-    error: Tensor, moment: Tensor | None, rank: int, energy: Tensor | None, outer: Tensor | None, damping: float
+    error: Tensor, moment: Tensor | None, rank: int, energy: Tensor | None, outer: OutputMoment | None, damping: float
 ) -> None:
     if error.ndim != 2:
         raise ConfigError(f"error must have shape (outputs, inputs); found {tuple(error.shape)}.")
@@ -305,6 +293,11 @@ def _check(
         raise ConfigError("moment and energy were both given; give one: energy already holds the input moment.")
     if damping <= 0:
         raise ConfigError(f"damping must be positive; found {damping}.")
+    if isinstance(outer, LowRankMoment):
+        if outer.factor.ndim != 2 or (*outer.diagonal.shape, len(outer.factor)) != (outputs, outputs):
+            found = f"{tuple(outer.diagonal.shape)} and {tuple(outer.factor.shape)}"
+            raise ConfigError(f"output_moment must have shapes ({outputs},) and ({outputs}, k); found {found}.")
+        outer = None
     widths = (("moment", moment, inputs), ("energy", energy, outputs), ("output_moment", outer, outputs))
     for name, tensor, width in widths:
         shapes = [(width, width)] if name == "energy" else [(width, width), (width,)]

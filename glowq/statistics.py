@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import CalibrationError, NonFiniteError
 from .groups import Group
+from .low_rank import LowRankMoment, OutputMoment
 
 __all__ = ["BROKEN", "Feed", "MomentCollector", "Moments", "bfloat16_products", "collecting"]
 
@@ -33,7 +34,7 @@ class Moments:
         mean_square: tr(S) / d, the mean of E[x_i^2] over the channels, shape (), float64; with `second` or `energy`.
         magnitude: LQER's mean |x_i| (per sequence, then the largest over sequences), shape (d,), float64.
         output: second moment G of the loss gradient at the stacked outputs, shape (O, O), or its diagonal, shape (O,),
-            float32, see `glowq.sensitivity`.
+            or that plus a low-rank part, float32, see `glowq.sensitivity`.
     """
 
     tokens: int
@@ -41,13 +42,20 @@ class Moments:
     energy: Tensor | None = None
     mean_square: Tensor | None = None
     magnitude: Tensor | None = None
-    output: Tensor | None = None
+    output: OutputMoment | None = None
 
     def rows(self, start: int, stop: int) -> Moments:
         """The same input seen by the stacked output rows start..stop alone (one member of the group)."""
-        if self.energy is None:
+        if self.energy is None and self.output is None:
             return self
-        return replace(self, energy=self.energy[start:stop, start:stop])
+        energy = None if self.energy is None else self.energy[start:stop, start:stop]
+        return replace(self, energy=energy, output=_rows(self.output, start, stop))
+
+
+def _rows(output: OutputMoment | None, start: int, stop: int) -> OutputMoment | None:
+    if isinstance(output, LowRankMoment):
+        return output.rows(start, stop)
+    return None if output is None else output[(slice(start, stop),) * output.ndim]
 
 
 class MomentCollector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,69 @@ class TestFiles:
         assert done.exit_code == 0, done.stderr
         assert "by gain" in done.stdout
         assert "Nothing bought by glowq at 0.00001%: one rank of the cheapest group takes" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def grouped(folder: Path, command: list[Any]) -> tuple[dict[str, Any], Path]:
+    """(what --json printed, the folder) of the two kinds of GlowQ-S beside what they are measured against."""
+    few = ["--methods", "glowq-s,glowq-s-ratio,glowq-published,glowq", "--budgets", "4%,9%"]
+    return result_of(*command, *few, "--output", folder / "groups"), folder / "groups"
+
+
+class TestWholeGroups:
+    def row(self, result: dict[str, Any], method: str, budget: str) -> dict[str, Any]:
+        (found,) = [row for row in result["rows"] if (row["method"], row["budget"]) == (method, budget)]
+        return found
+
+    @pytest.mark.parametrize("method", ["glowq-s", "glowq-s-ratio"])
+    def test_whole_groups_at_a_power_of_two_within_the_bytes(
+        self, grouped: tuple[dict[str, Any], Path], method: str
+    ) -> None:
+        for budget in ("4%", "9%"):
+            row = self.row(grouped[0], method, budget)
+            assert (row["allocation"], row["same_as"], row["reason"]) == ("groups", None, None)
+            assert 0 < row["groups"] <= 8
+            assert row["rank"] in (1, 2, 4, 8, 16, 32, 64)
+            assert 0 < row["factor_bytes"] <= row["budget_bytes"]
+
+    def test_a_budget_that_pays_for_no_whole_group_says_so(self, folder: Path, command: list[Any]) -> None:
+        few = ["--methods", "glowq-s", "--budgets", "0.1%,9%"]
+        row = result_of(*command, *few)["rows"][0]
+        assert (row["groups"], row["rank"], row["perplexity"]) == (0, None, None)
+        assert re.fullmatch(
+            r"rank 1 of the group of the highest score takes \d+ bytes, more than the budget", row["reason"]
+        )
+
+    def test_the_table_says_how_many_groups(self, grouped: tuple[dict[str, Any], Path]) -> None:
+        result, output = grouped
+        row = self.row(result, "glowq-s", "9%")
+        assert f"| {row['rank']} in {row['groups']} groups |" in (output / "table.md").read_text()
+
+    def test_pairs_are_against_glowq(self, grouped: tuple[dict[str, Any], Path]) -> None:
+        pairs = {(pair["method"], pair["budget"]) for pair in grouped[0]["pairs"]}
+        assert {("glowq-s", "9%"), ("glowq-s-ratio", "9%")} <= pairs
+
+
+class TestDistilled:
+    def test_an_entry_of_the_same_bytes_at_every_budget(self, folder: Path, command: list[Any]) -> None:
+        few = ["--methods", "svd,glowq", "--budgets", "0.00001%,4%,9%", "--distill", 2]
+        result = result_of(*command, *few, "--output", folder / "distilled")
+        rows = {(row["method"], row["budget"]): row for row in result["rows"]}
+        assert list(dict.fromkeys(row["method"] for row in result["rows"])) == ["svd", "glowq", "glowq+distilled"]
+        for budget in ("4%", "9%"):
+            learned, plain = rows["glowq+distilled", budget], rows["glowq", budget]
+            assert learned["factor_bytes"] == plain["factor_bytes"] > 0
+            assert learned["groups"] == plain["groups"]
+            assert learned["same_as"] is None
+            assert learned["perplexity"] > 0
+        assert rows["glowq+distilled", "0.00001%"]["reason"] == rows["glowq", "0.00001%"]["reason"] is not None
+        assert "| glowq+distilled | 9% |" in (folder / "distilled" / "table.md").read_text()
+        assert ("glowq+distilled", "9%") in {(pair["method"], pair["budget"]) for pair in result["pairs"]}
+
+    def test_without_a_method_that_allocates_by_gain(self, command: list[Any]) -> None:
+        done = call(*command, "--methods", "svd,glowq-s", "--distill", 2)
+        assert done.exit_code == 1
+        assert "--distill takes a method that allocates by gain: add glowq to --methods" in done.stderr
 
 
 def test_a_gguf_file(folder: Path, tmp_path: Path) -> None:

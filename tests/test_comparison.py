@@ -11,9 +11,10 @@ from tiny import library_texts, logits, quantized, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowq
-from glowq.backends import prepare_model
-from glowq.comparison import Comparison, compare_methods, score_entries, uniform_rank_within
+from glowq.backends import prepare_model, read_weight
+from glowq.comparison import Comparison, Entry, compare_methods, distill_entries, score_entries
 from glowq.data import read_texts, token_sequences
+from glowq.entries import uniform_rank_within
 from glowq.errors import EvaluationError
 from glowq.evaluation import perplexity, score_models
 from glowq.groups import Group
@@ -21,7 +22,7 @@ from glowq.methods import get_method
 from glowq.overlap import WINDOW, check_disjoint, find_overlap
 from glowq.runtime import attach, attached
 
-METHODS = ["svd", "zeroquant", "lqer", "qera", "eora", "aser", "glowq-published", "glowq"]
+METHODS = ["svd", "zeroquant", "lqer", "qera", "eora", "aser", "glowq-published", "glowq-s", "glowq-s-ratio", "glowq"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,66 @@ class TestMeasuring:
         divergence = {name: float(score.kl.mean()) for name, score in scores.items()}
         assert divergence["glowq at 9%"] < divergence["svd at 9%"] < divergence["quantized"]
         assert perplexity(scores["glowq at 9%"]) > 0
+
+
+@pytest.fixture(scope="module")
+def calibration(folder: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    return token_sequences(read_texts(folder / "train.txt"), tokenizer, length=64, limit=1024)
+
+
+@pytest.fixture(scope="module")
+def grouped(folder: Path, calibration: torch.Tensor) -> list[Entry]:
+    """Both kinds of GlowQ-S at one budget."""
+    model, reference = quantized(folder / "model", "nf4"), str(folder / "model")
+    options: dict[str, Any] = {"methods": ["glowq-s", "glowq-s-ratio"], "budgets": ["20%"]}
+    return compare_methods(model, reference=reference, calibration=calibration, **options).entries
+
+
+class TestWholeGroups:
+    def test_factors_are_those_of_the_published_method(
+        self, grouped: list[Entry], folder: Path, calibration: torch.Tensor
+    ) -> None:
+        model = quantized(folder / "model", "nf4")
+        options: dict[str, Any] = {"method": "glowq-published", "rank": grouped[0].rank, "calibration": calibration}
+        whole = {
+            entry.group.name: entry for entry in glowq.correct(model, reference=folder / "model", **options).factors
+        }
+        for entry in grouped:
+            assert 0 < len(entry.factors) < len(whole)
+            assert all(torch.equal(found.right, whole[found.group.name].right) for found in entry.factors)
+
+    def test_the_scores_decide(self, grouped: list[Entry], folder: Path) -> None:
+        model = quantized(folder / "model", "nf4")
+        reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        backends = prepare_model(model)
+
+        def ratio(group: Group) -> float:
+            full = torch.cat([reference.get_submodule(name).weight.detach() for name in group.members])
+            lossy = torch.cat([read_weight(backends[name], name, model.get_submodule(name)) for name in group.members])
+            return float((full - lossy).norm() / full.norm())
+
+        groups = glowq.find_groups(model, {"input_ids": torch.zeros(1, 8, dtype=torch.int64)})
+        ordered = sorted(groups, key=ratio, reverse=True)
+        bought = {factors.group for factors in grouped[1].factors}
+        assert bought == set(ordered[: len(bought)])
+        following = ordered[len(bought)]
+        size = 2 * grouped[1].rank * sum((following.in_features, *following.out_features))
+        assert grouped[1].factor_bytes <= grouped[1].budget_bytes < grouped[1].factor_bytes + size
+
+
+def test_distilled_entries_are_those_of_the_first_that_allocates_by_gain(
+    measured: tuple[Any, Comparison, torch.Tensor], folder: Path
+) -> None:
+    model, found, sequences = measured
+    reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    learned = distill_entries(model, reference, found.entries, sequences, steps=2)
+    plain = [entry for entry in found.entries if entry.method == "glowq"]
+    assert [entry.label for entry in learned] == ["glowq+distilled at 24%", "glowq+distilled at 9%"]
+    for mine, other in zip(learned, plain, strict=True):
+        assert mine.factor_bytes == other.factor_bytes
+        assert [f.group for f in mine.factors] == [f.group for f in other.factors]
+    assert attached(model) == {}
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import corrected, tiny_llama
 
-from glowq.cli.held_out import has_gap, held_out_rows
+import glowq
+from glowq.cli.held_out import held_out_rows
+from glowq.evaluation import has_gap
 
 
 def figures(quantized: float | None, **changes: Any) -> dict[str, Any]:
@@ -36,3 +40,52 @@ def test_an_undefined_perplexity_leaves_the_share_undefined() -> None:
 
 def test_nothing_measured_shows_nothing() -> None:
     assert held_out_rows(None) == {}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> glowq.Correction:
+    """A correction of rank 8, with the figures that `glowq correct` would have measured."""
+    _, correction = corrected(tiny_llama(tmp_path_factory.mktemp("source") / "llama"), "nf4", rank=8)
+    correction.config.provenance["held_out"] = figures(12.0, recovered=0.6)
+    return correction
+
+
+class TestCut:
+    """Figures were measured on the whole, and are no figures of a part."""
+
+    @pytest.mark.parametrize("cut", [{"rank": 4}, {"budget": "5%"}], ids=str)
+    def test_a_part_has_none(self, measured: glowq.Correction, tmp_path: Path, cut: dict[str, Any]) -> None:
+        assert "| 10.0000 | 12.0000 | 9.9000 | 60.0% |" in measured.model_card()
+        measured.save_pretrained(tmp_path)
+        for part in (measured.cut(**cut), glowq.Correction.from_pretrained(tmp_path, **cut)):
+            assert "held_out" not in part.config.provenance
+            selected = {"of_factor_bytes": measured.factor_bytes, "of_held_out": figures(12.0, recovered=0.6)}
+            assert part.config.provenance["selected"] == selected
+            assert "Measured" not in part.model_card()
+            assert part.cut(rank=1).config.provenance["selected"] == selected
+        assert "held_out" in measured.config.provenance
+
+    def test_all_of_it_keeps_them(self, measured: glowq.Correction, tmp_path: Path) -> None:
+        measured.save_pretrained(tmp_path)
+        for whole in (measured.cut(rank=99), glowq.Correction.from_pretrained(tmp_path, rank=8)):
+            assert whole.config.provenance == measured.config.provenance
+
+    def test_what_was_never_measured_is_not_selected_from(self, measured: glowq.Correction) -> None:
+        plain = measured.cut(rank=4)
+        del plain.config.provenance["selected"]
+        assert "selected" not in plain.cut(rank=2).config.provenance
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"quantized": 10.009}, "| 10.0000 | 10.0090 | 9.9000 | no gap to recover |"),
+        ({"quantized": 10.011}, "| 10.0000 | 10.0110 | 9.9000 | 3702.0% |"),
+        ({"quantized": None, "recovered": None}, "| 10.0000 | undefined | 9.9000 | undefined |"),
+    ],
+)
+def test_a_card_shows_no_share_of_hardly_any_gap(
+    measured: glowq.Correction, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], shown: str
+) -> None:
+    monkeypatch.setitem(measured.config.provenance, "held_out", {**figures(None), **changes})
+    assert shown in measured.model_card()

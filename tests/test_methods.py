@@ -12,8 +12,9 @@ from glowq.errors import CalibrationError, ConfigError
 from glowq.methods import Method, get_method, method_names, register
 from glowq.statistics import Moments
 
-NAMES = ["aser", "eora", "glowq", "glowq-published", "lqer", "qera", "svd", "zeroquant"]
-SECOND = ["aser", "eora", "glowq", "glowq-published", "qera"]
+PUBLISHED = ["glowq-published", "glowq-s", "glowq-s-ratio"]
+NAMES = ["aser", "eora", "glowq", *PUBLISHED, "lqer", "qera", "svd", "zeroquant"]
+SECOND = ["aser", "eora", "glowq", *PUBLISHED, "qera"]
 RANK = 4
 
 
@@ -40,7 +41,7 @@ def weight_of(name: str, moments: Moments) -> Tensor:
         return identity
     if name == "lqer":
         return moments.magnitude.square().diag()
-    if name == "glowq-published":
+    if name in PUBLISHED:
         return 0.95 * moments.second + 0.05 * moments.second.trace() / len(identity) * identity
     return moments.second
 
@@ -89,10 +90,21 @@ def test_solving_leaves_the_moments_as_they_were() -> None:
 def test_what_a_method_says_of_itself(name: str) -> None:
     method = get_method(name)
     assert method.name == name
-    assert method.shared == (name in {"glowq", "glowq-published", "svd"})
+    assert method.shared == (name in {"glowq", *PUBLISHED, "svd"})
     assert method.statistic == {"svd": "none", "zeroquant": "none", "lqer": "magnitude"}.get(name, "second")
+    assert method.allocation == {"glowq": "gain", "glowq-s": "groups", "glowq-s-ratio": "groups"}.get(name, "uniform")
+    assert (method.score is not None) == (method.allocation == "groups")
     assert method.summary
     assert method.source
+
+
+def test_the_published_scores() -> None:
+    gains, scores = torch.tensor([9.0, 4.0, 0.0], dtype=torch.float64), {}
+    for name in ("glowq-s", "glowq-s-ratio"):
+        score = get_method(name).score
+        assert score is not None
+        scores[name] = score(gains, 0.125)
+    assert scores == {"glowq-s": 3.0 + 2.0, "glowq-s-ratio": 0.125}
 
 
 @pytest.mark.parametrize("name", ["svd", "zeroquant"])

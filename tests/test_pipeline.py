@@ -145,7 +145,7 @@ def test_a_damaged_block_is_not_taken_for_a_whole_one(
     assert run(model, source, monkeypatch, None, resume=tmp_path / "resume")[1] == 4
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", [name for name in method_names() if get_method(name).allocation != "groups"])
 @pytest.mark.parametrize("budget", ["25%", 40000])
 def test_a_budget_is_kept_by_every_method(method: str, budget: Any, source: Path) -> None:
     model, correction = corrected(source, "torchao-int2", rank=None, budget=budget, method=method)
@@ -153,6 +153,12 @@ def test_a_budget_is_kept_by_every_method(method: str, budget: Any, source: Path
     assert 0.5 * allowed < correction.factor_bytes <= allowed
     assert 0 < len(correction.factors) <= (12 if get_method(method).shared else 21)
     assert len(attached(model)) == len(correction.factors)
+
+
+@pytest.mark.parametrize("method", [name for name in method_names() if get_method(name).allocation == "groups"])
+def test_whole_groups_are_only_compared(method: str, source: Path) -> None:
+    with pytest.raises(ConfigError, match=f"'{method}' spends a budget on whole groups, which only `glowq compare`"):
+        corrected(source, "torchao-int2", rank=None, budget="25%", method=method)
 
 
 def test_a_file_and_a_tensor_calibrate_alike(source: Path, tmp_path: Path) -> None:
@@ -221,7 +227,7 @@ def test_every_call_of_a_shared_block_is_measured(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(MomentCollector, "moments", moments)
     folder = encoder("albert", tmp_path / "albert")
     model = AutoModel.from_pretrained(folder, quantization_config=glowq.GlowQConfig(base="nf4").base)
-    glowq.correct(model, reference=folder, calibration=tokens(64), rank=4)
+    glowq.correct(model, reference=folder, calibration=tokens(64), rank=4, method="glowq-one-sided")
     assert counted["embedding_hidden_mapping_in"] == 64 * 32
     assert counted["query"] == counted["ffn"] == counted["ffn_output"] == 3 * 64 * 32
 

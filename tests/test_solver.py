@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from glowq.errors import ConfigError, NonFiniteError, RankError
+from glowq.low_rank import LowRankMoment
 from glowq.solver import Factors, factorize, weighted_error
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "stdlib-llama" / "model.safetensors"
@@ -206,14 +208,16 @@ def test_columns_beyond_the_exact_rank_are_zero(outputs: int, inputs: int, weigh
     torch.testing.assert_close(product(factors), error.double(), rtol=0.0, atol=1e-4)
 
 
-@pytest.mark.parametrize("zero", ["error", "moment", "energy", "output_moment"])
+@pytest.mark.parametrize("zero", ["error", "moment", "energy", "output_moment", "low rank output_moment"])
 def test_nothing_to_correct_gives_zero_factors(zero: str) -> None:
     error, moment = layer(12, 9)
-    options: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
     if zero == "error":
         error = torch.zeros_like(error)
     if zero in {"energy", "output_moment"}:
         options[zero] = torch.zeros(12, 12)
+    if zero == "low rank output_moment":
+        options["output_moment"] = LowRankMoment(torch.zeros(12), torch.zeros(12, 3))
     factors = factorize(error, None if zero == "energy" else moment * (zero != "moment"), 4, **options)
     assert (factors.left.shape, factors.right.shape, factors.gains.shape) == ((12, 4), (4, 9), (4,))
     assert not factors.left.any()
@@ -289,6 +293,14 @@ def test_impossible_ranks_are_refused(rank: int) -> None:
         ({"energy": torch.ones(6)}, r"energy must have shape \(6, 6\); found \(6,\)\."),
         ({"output_moment": torch.eye(5)}, r"output_moment must have shape \(6, 6\) or \(6,\); found \(5, 5\)\."),
         ({"moment": torch.eye(5), "energy": torch.eye(6)}, "moment and energy were both given; give one"),
+        (
+            {"output_moment": LowRankMoment(torch.ones(6), torch.ones(5, 2))},
+            r"output_moment must have shapes \(6,\) and \(6, k\); found \(6,\) and \(5, 2\)\.",
+        ),
+        (
+            {"output_moment": LowRankMoment(torch.ones(6, 6), torch.ones(6, 2))},
+            r"output_moment must have shapes \(6,\) and \(6, k\); found \(6, 6\) and \(6, 2\)\.",
+        ),
         ({"output_moment": torch.eye(6), "damping": 0.0}, r"damping must be positive; found 0\.0\."),
         ({"error": torch.zeros(5)}, r"error must have shape \(outputs, inputs\); found \(5,\)\."),
     ],

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..backends import base_names
-from ..errors import EvaluationError
+from ..errors import ConfigError, EvaluationError
 from ..methods import get_method, method_names
 from .common import JsonOption, ModelArgument, SeedOption, check_budget, command_line, session
 from .comparison_files import tables, write_comparison
@@ -61,6 +61,9 @@ def compare(
         str | None,
         typer.Option(callback=_check_list, metavar="NAMES", help="Also run these tasks of lm-evaluation-harness."),
     ] = None,
+    distill: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Also distil the first method that allocates by gain.")
+    ] = 0,
     seed: SeedOption = 0,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens calibrated on.")] = 32768,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens reported on, picked from all over the text.")] = 32768,
@@ -80,11 +83,11 @@ def compare(
     with session(json) as show:
         from .. import __version__
         from ..backends import base_config, with_calibration
-        from ..comparison import compare_methods, score_entries
+        from ..comparison import compare_methods, distill_entries, score_entries
         from ..overlap import check_disjoint
 
         names, sizes, wanted = _list(methods), _list(budgets), _list(tasks)
-        _check_early(names, wanted, output)
+        _check_early(names, wanted, output, distill)
         quantization = None if base in ("none", "dense") else base_config(base)
         config = load_config(model, gguf_file)
         if not scores_text(config):
@@ -107,6 +110,9 @@ def compare(
             dense=base == "dense",
         )
         full = load_model(source, load_config(source))
+        if distill:
+            learned = distill_entries(quantized, full, comparison.entries, train, steps=distill, seed=seed)
+            comparison = replace(comparison, entries=[*comparison.entries, *learned])
         scores = score_entries(full, quantized, comparison.entries, report)
         result = {
             "model": model,
@@ -137,13 +143,14 @@ def _list(text: str | None) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
-def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None) -> None:
+def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None, distill: int) -> None:
     """Refuse before anything is loaded what could only fail at the end."""
     from ..files import check_output
     from ..plots import check_plots
 
-    for name in names:
-        get_method(name)
+    allocations = [get_method(name).allocation for name in names]
+    if distill and "gain" not in allocations:
+        raise ConfigError("--distill takes a method that allocates by gain: add glowq to --methods, or leave it out.")
     if tasks:
         check_tasks(tasks)
     if output is not None:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .held_out import NO_GAP, has_gap
-
 if TYPE_CHECKING:
     from ..benefit import Benefit
 
@@ -109,17 +107,26 @@ def _cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [
         (row["model"], "", "", "", _of(row, "perplexity", ".3f"), "", *_closeness(row)) for row in result["models"]
     ]
+    from ..evaluation import NO_GAP
+
     gap = _has_gap(result)
     for row in result["rows"]:
         size = f"{row['factor_bytes']:,} (+{row['overhead']:.2%})" if row["perplexity"] is not None else ""
-        rank = "" if row["perplexity"] is None else "by gain" if row["rank"] is None else str(row["rank"])
+        rank = "" if row["perplexity"] is None else _ranks(row)
         share = _of(row, "recovered", ".1%") if gap or row["perplexity"] is None else NO_GAP
         shown = (_of(row, "perplexity", ".3f"), share, *_closeness(row))
         found.append((row["method"], row["budget"], size, rank, *shown))
     return found
 
 
+def _ranks(row: dict[str, Any]) -> str:
+    whole = f"{row['rank']} in {row['groups']} groups"
+    return {"uniform": str(row["rank"]), "gain": "by gain", "groups": whole}[row["allocation"]]
+
+
 def _has_gap(result: dict[str, Any]) -> bool:
+    from ..evaluation import has_gap
+
     reference, quantized = result["models"]
     return has_gap(reference["perplexity"], quantized["perplexity"])
 

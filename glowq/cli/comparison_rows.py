@@ -42,6 +42,7 @@ def _row(entry: Entry, base_bytes: int, scores: Mapping[str, Score], seed: int) 
 
     row = {
         "method": entry.method,
+        "allocation": entry.allocation,
         "budget": entry.budget,
         "budget_bytes": entry.budget_bytes,
         "rank": entry.rank,

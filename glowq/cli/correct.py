@@ -62,6 +62,9 @@ def correct(
     gguf_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
     ] = None,
+    distill: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Steps of gradient descent on the chosen factors; 60 are good.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -106,6 +109,7 @@ def correct(
             rank_step=rank_step,
             max_rank=max_rank,
             method=method,
+            distill=distill,
             seed=seed,
             resume=kept if resume else None,
             dense=base == "dense",

@@ -13,20 +13,10 @@ if TYPE_CHECKING:
 
     from ..evaluation import Score
 
-__all__ = [
-    "LEAST_SEQUENCES",
-    "NO_GAP",
-    "has_gap",
-    "held_out_figures",
-    "held_out_rows",
-    "parted_sequences",
-    "reference_score",
-]
+__all__ = ["LEAST_SEQUENCES", "held_out_figures", "held_out_rows", "parted_sequences", "reference_score"]
 
 _HELD_OUT = 1 / 8  # of the calibration sequences
-_LEAST_GAP = 1e-3  # of the reference's perplexity: a share of less is the noise of the text, divided by next to nothing
 LEAST_SEQUENCES = 8  # resampling fewer gives no interval worth the name
-NO_GAP = "no gap to recover"
 
 
 def parted_sequences(
@@ -72,13 +62,10 @@ def held_out_figures(reference: Score, model: Any, held: Tensor, seed: int) -> d
     }
 
 
-def has_gap(reference: float | None, quantized: float | None) -> bool:
-    """Whether a share of the gap between two perplexities says anything; None is one that is undefined."""
-    return reference is None or quantized is None or quantized >= (1 + _LEAST_GAP) * reference
-
-
 def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
     """The figures for people, name -> text."""
+    from ..evaluation import NO_GAP, has_gap
+
     if figures is None:
         return {}
 

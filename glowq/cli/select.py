@@ -60,11 +60,8 @@ def select(
         provenance = cut.config.provenance
         # Without the folder's name, so that the same command gives the same files wherever they are written.
         command = command_line().replace(f"--output {shlex.quote(output)}", "--output OUT2")
-        provenance["selected"] = {
-            "budget": budget,
-            "of_factor_bytes": whole.factors.factor_bytes,
-            "of_held_out": provenance.pop("held_out", None),  # measured on the whole: no figure of what is left
-        }
+        of_whole = {"of_factor_bytes": whole.factors.factor_bytes, "of_held_out": None}
+        provenance["selected"] = {**of_whole, **provenance.get("selected", {}), "budget": budget}
         provenance["command"] = "\n".join(filter(None, (provenance.get("command"), command)))
         cut.save_pretrained(target)
         if note is not None:
@@ -91,8 +88,8 @@ def select(
 
 
 def _note(config: GlowQConfig, name: str) -> str | None:
-    """What to know about the measurements that ranks are chosen by; None where they are nats."""
-    if config.provenance.get("gains") == "nats":
+    """What to know about the measurements that ranks are chosen by; None where they compare across groups."""
+    if config.provenance.get("gains") != "squared output":
         return None
     return (
         f"the gains in {name} are output errors, which compare less well across groups than loss does; `glowq correct "

@@ -172,6 +172,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             method=config.method,
             calibration_tokens=config.calibration_tokens,
             sequence_length=config.sequence_length,
+            distill=config.distill,
             seed=config.seed,
         )
 

@@ -17,9 +17,10 @@ from ..errors import CalibrationError, ConfigError
 from ..solver import Factors
 from ..statistics import Moments
 
-__all__ = ["Method", "Statistic", "check_measured", "get_method", "method_names", "register"]
+__all__ = ["Allocation", "Method", "Statistic", "check_measured", "get_method", "method_names", "register"]
 
 Statistic = Literal["none", "magnitude", "second"]
+Allocation = Literal["uniform", "gain", "groups"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Method:
         summary: one line for listings.
         source: the paper.
         two_sided: whether `solve` reads the output moment too, so that gains are in nats and compare across groups.
+        allocation: what its paper spends a budget on: one rank for all groups; the ranks that gain most for their
+            bytes; or whole groups at one rank, in the order of `score`. `glowq.comparison` follows it.
+        score: where whole groups are chosen: (a group's gains at the rank (r,), its ||E||_F / ||W||_F) to its score.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Method:
     summary: str
     source: str
     two_sided: bool = False
+    allocation: Allocation = "uniform"
+    score: Callable[[Tensor, float], float] | None = None
 
 
 _METHODS: dict[str, Method] = {}

@@ -18,7 +18,7 @@ def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
 
     Args:
         error: stacked weight error E of the group, shape (O, d).
-        moments: holds `second` (d, d), or `energy` (O, O) where that is smaller; and G in `output`, (O, O) or (O,).
+        moments: holds `second` (d, d), or `energy` (O, O) where that is smaller; and G in `output`, see `OutputMoment`.
             Without it G is the identity, and the gains are output errors.
         rank: rank kept, 1 <= rank <= min(O, d).
         seed: of the iteration's start.
@@ -49,5 +49,6 @@ register(
         summary="one right factor per group, optimal for the loss that the group's error costs",
         source="arXiv 2603.25385",
         two_sided=True,
+        allocation="gain",
     )
 )

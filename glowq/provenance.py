@@ -1,0 +1,75 @@
+"""Where a correction comes from: what config.json stores of its base, its calibration and its making."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+
+from . import __version__
+from .backends import stored_base
+from .config import GlowQConfig
+from .errors import ConfigError
+from .fingerprint import fingerprint
+
+__all__ = ["model_config", "pre_quantized", "stored_config"]
+
+
+def pre_quantized(model: nn.Module) -> bool:
+    """Whether the model was loaded from quantized weights rather than quantized while loading."""
+    return bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True))
+
+
+def stored_config(
+    model: nn.Module,
+    reference: Any,
+    base_bytes: int,
+    method: str,
+    sequences: Tensor,
+    seed: int,
+) -> GlowQConfig:
+    base = getattr(getattr(model, "config", None), "quantization_config", None)
+    name, revision = _base_identity(model, reference)
+    return GlowQConfig(
+        base=stored_base(base.base if isinstance(base, GlowQConfig) else base),
+        method=method,
+        seed=seed,
+        format="correction",
+        base_model={"name": name, "revision": revision, "fingerprint": fingerprint(model)},
+        groups={},
+        base_bytes=base_bytes,
+        provenance={
+            "glowq": __version__,
+            "calibration_tokens": int(sequences.numel()),
+            "sequence_length": int(sequences.shape[1]),
+        },
+    )
+
+
+def _base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
+    """Where the base can be loaded from again: the quantized model's own folder or Hub name, and the cached commit."""
+    config: Any = getattr(model, "config", None)
+    earlier = getattr(config, "quantization_config", None)
+    if isinstance(earlier, GlowQConfig) and earlier.base_model is not None:
+        # Loaded with a correction that was detached: its folder is no base.
+        return earlier.base_model["name"], earlier.base_model["revision"]
+    name = getattr(config, "_name_or_path", "") or (reference if isinstance(reference, str) else "")
+    if not name:
+        raise ConfigError("the model does not know where it was loaded from; load it with from_pretrained.")
+    if Path(name).is_file():
+        name = str(Path(name).parent)  # HQQ's own loader names the config.json
+    if Path(name).is_dir():
+        return str(Path(name).resolve()), None
+    cached = try_to_load_from_cache(str(name), "config.json")
+    return str(name), Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    stored = dict(config.to_dict())
+    stored.pop("quantization_config", None)
+    stored.pop("_name_or_path", None)
+    stored["architectures"] = [type(model).__name__]
+    return stored
