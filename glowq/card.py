@@ -77,4 +77,7 @@ def _held_out(figures: dict[str, Any] | None) -> dict[str, str] | None:
     share = figures.get("recovered")
     if not has_gap(figures["reference"], figures["quantized"]):
         return {**shown, "recovered": NO_GAP}
-    return {**shown, "recovered": "undefined" if share is None else f"{share:.1%}"}
+    share_shown = "undefined" if share is None else f"{share:.1%}"
+    if figures.get("recovered_ci95") is None:
+        share_shown = f"too few tokens to tell ({share_shown})"
+    return {**shown, "recovered": share_shown}

@@ -12,6 +12,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,9 @@ def _read_named(name: str) -> list[str]:
         return _read_file(Path(name))
     if _DATASET.fullmatch(name) and not name.endswith(_SUFFIXES):
         return _read_dataset(name)
-    raise ModelNotFoundError(f"no file or folder {name[:200]!r}; to give the text itself, give a list of strings")
+    near = get_close_matches(name, _STDLIB, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else "to give the text itself in Python, give a list of strings"
+    raise ModelNotFoundError(f"no file or folder {name[:200]!r}; {advice}")
 
 
 def _read_file(path: Path) -> list[str]:

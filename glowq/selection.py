@@ -47,9 +47,15 @@ def parse_budget(budget: str | int | float, base_bytes: int) -> int:
     elif size is not None and size.group(2) in _UNITS:
         found = Fraction(size.group(1)) * _UNITS[size.group(2)]
     else:
-        raise ConfigError(f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes).")
+        raise ConfigError(
+            f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes); a target ('recover 80%') "
+            "is one where a single correction is cut."
+        )
     if found <= 0:
         raise ConfigError(f"budget {budget!r} must be above zero.")
+    if found < 1 and share is None:
+        share_meant = f"{float(found) * 100:g}%"
+        raise ConfigError(f"budget {budget!r} is less than one byte; a share is written with %: {share_meant!r}.")
     return int(found)
 
 
@@ -65,7 +71,7 @@ def parse_target(budget: str | int | float) -> float | None:
     share = re.fullmatch(r"recover\s*(\d+(?:\.\d+)?)\s*%", text)
     if share is None or not 0 < float(share.group(1)) < 100:
         raise ConfigError(
-            f"budget {budget!r}: expected 'recover' and a share of the predicted loss between 0% and 100%, as in "
+            f"budget {budget!r}: expected 'recover' and a share of the predicted loss above 0% and below 100%, as in "
             "'recover 80%'."
         )
     return float(share.group(1)) / 100

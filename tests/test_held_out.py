@@ -35,7 +35,7 @@ def test_without_an_interval_there_is_no_gap_either(changes: dict[str, Any]) -> 
 
 def test_an_undefined_perplexity_leaves_the_share_undefined() -> None:
     shown = held_out_rows(figures(None, recovered=None, recovered_ci95=None))
-    assert shown["recovered"] == "undefined on 1,024 held-out tokens"
+    assert shown["recovered"] == "too few tokens to tell (undefined) on 1,024 held-out tokens"
 
 
 def test_nothing_measured_shows_nothing() -> None:
@@ -89,3 +89,8 @@ def test_a_card_shows_no_share_of_hardly_any_gap(
 ) -> None:
     monkeypatch.setitem(measured.config.provenance, "held_out", {**figures(None), **changes})
     assert shown in measured.model_card()
+
+
+def test_too_few_sequences_for_an_interval_tell_nothing() -> None:
+    shown = held_out_rows(figures(11.0, recovered_ci95=None))
+    assert shown["recovered"] == "too few tokens to tell (3702.0%) on 1,024 held-out tokens"

@@ -132,7 +132,8 @@ def test_without_a_second_moment_they_do_not_fall_back_to_plain_svd(name: str) -
 
 
 def test_unknown_and_repeated_names_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^method must be one of aser, eora, glowq, .*zeroquant; found 'qlora'\.$"):
+    message = r"^method must be one of aser, eora, glowq, .*zeroquant; found 'qlora'\. Did you mean 'qera'\?$"
+    with pytest.raises(ConfigError, match=message):
         get_method("qlora")
     svd = get_method("svd")
     again = Method("svd", True, "none", svd.solve, svd.summary, svd.source)

@@ -180,3 +180,10 @@ def test_gains_in_output_units_are_selected_by_with_a_note(whole: Path, folder: 
     assert done.exit_code == 0
     assert done.stderr.startswith("glowq: note: the gains in ")
     assert "--method glowq" in json.loads(done.stdout)["note"]
+
+
+def test_a_part_of_a_distilled_correction_is_said_to_be_unmeasured(whole: Path, folder: Path) -> None:
+    distilled = changed(whole, folder / "distilled", lambda stored: stored["provenance"].update(distilled_steps=60))
+    done = call("select", distilled, "--budget", "2%", "--output", folder / "part", "--json")
+    assert done.exit_code == 0
+    assert "was distilled at the ranks that it has" in done.stderr

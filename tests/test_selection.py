@@ -75,7 +75,7 @@ def test_what_is_no_target_is_left_to_bytes(budget: str | int) -> None:
     "budget", ["recover", "recover 80", "recover 0%", "recover 100%", "recover -5%", "recover much", "recover 80%%"]
 )
 def test_a_target_outside_its_range_is_refused(budget: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected 'recover' and a share .* between 0% and 100%"):
+    with pytest.raises(ConfigError, match=r"expected 'recover' and a share .* above 0% and below 100%"):
         RankRequest(budget=budget)
 
 
@@ -210,3 +210,9 @@ class TestRefused:
         groups, request = groups_of([(30, 30), (15, 20)]), RankRequest(budget="5.5%", rank_step=8)
         with pytest.raises(ConfigError, match=r"one step of 8 ranks of the cheapest group takes 560 bytes \(5\.60%\)"):
             candidate_ranks(groups, request, 10_000, 2, shared=True)
+
+
+@pytest.mark.parametrize("budget", ["0.02", 0.02])
+def test_a_share_without_its_sign_is_told_how_it_is_written(budget: object) -> None:
+    with pytest.raises(ConfigError, match=r"is less than one byte; a share is written with %: '2%'"):
+        parse_budget(budget, 1000)  # type: ignore[arg-type]

@@ -122,6 +122,7 @@ def correct(
             "factor_bytes": correction.factor_bytes,
             "base_bytes": correction.base_bytes,
             "overhead": correction.overhead,
+            "predicted": correction.predicted,
             "calibration_tokens": train.numel(),
             "held_out": held_out,
             "command": command_line(),
@@ -136,7 +137,7 @@ def correct(
         if resume:
             shutil.rmtree(kept)
         result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())
-        show(result, lambda: _table(result))
+        show(result, lambda: _table(result, correction))
 
 
 def _check_kept(folder: Path) -> None:
@@ -169,11 +170,20 @@ def _save(correction: Any, model: Any, target: Path, format: str) -> None:
         correction.save_pretrained(target)
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _predicted(correction: Any) -> dict[str, str]:
+    # Output errors say nothing of the loss.
+    if correction.predicted is None or correction.config.provenance["gains"] == "squared output":
+        return {}
+    unit = "KL divergence" if correction.config.provenance["gains"] == "nats" else "distance of states"
+    return {"predicted": f"{correction.predicted:.1%} of what quantization changed in the answers ({unit}) is undone"}
+
+
+def _table(result: dict[str, Any], correction: Any) -> Any:
     rows = {
         "output": result["output"],
         "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
         "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
+        **_predicted(correction),
         "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
         "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
     }

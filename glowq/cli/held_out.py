@@ -75,6 +75,8 @@ def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
     limits = figures["recovered_ci95"]
     interval = "" if limits is None else f" [{text(limits[0], '.1%')}, {text(limits[1], '.1%')}]"
     share = f"{text(figures['recovered'], '.1%')}{interval}"
+    if limits is None:
+        share = f"too few tokens to tell ({share})"
     if not has_gap(figures["reference"], figures["quantized"]):
         share = NO_GAP
     return {

@@ -16,6 +16,7 @@ from .headers import Headers, read_headers
 __all__ = ["inspect"]
 
 _DEQUANTIZED = ("fp8", "mxfp4")  # which transformers can turn into plain weights while loading
+_CURVE = "predicted share of the loss by quantization that a cut to these bytes recovers"
 _WIDEST = 80  # characters of a setting that people are shown
 
 
@@ -266,7 +267,7 @@ def _groups(groups: list[dict[str, Any]], unit: str) -> Any:
 def _curve(points: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table("bytes", "% of base", "predicted share recovered", title="by budget", title_justify="left")
+    table = Table("bytes", "% of base", "predicted share recovered", title=_CURVE, title_justify="left")
     for point in points:
         table.add_row(f"{point['bytes']:,}", f"{100 * point['share_of_base']:.3g}", f"{point['predicted']:.1%}")
     return table
@@ -276,8 +277,8 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """For people: nested settings as "base.bits"; private, empty and endless ones left out."""
     rows: dict[str, str] = {}
     for key, value in facts.items():
-        if isinstance(value, dict) and prefix == "base.settings.":
-            continue  # libraries store all that they know of themselves
+        if isinstance(value, dict) and (prefix == "base.settings." or key == "not_restored"):
+            continue  # libraries store all that they know of themselves; of groups left out, --json has every figure
         if isinstance(value, dict):
             rows.update(_flat(value, f"{prefix}{key}."))
         elif (value is not None and not key.startswith("_") and len(str(value)) <= _WIDEST) or key == "model":

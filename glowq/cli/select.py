@@ -88,7 +88,12 @@ def select(
 
 
 def _note(config: GlowQConfig, name: str) -> str | None:
-    """What to know about the measurements that ranks are chosen by; None where they compare across groups."""
+    """What to know about the measurements that ranks are chosen by; None where they hold."""
+    if config.provenance.get("distilled_steps"):
+        return (
+            f"{name} was distilled at the ranks that it has: what a part of it recovers was neither measured nor "
+            "predicted. Correct with the smaller budget and --distill instead."
+        )
     if config.provenance.get("gains") != "squared output":
         return None
     return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Literal
@@ -73,7 +74,9 @@ def get_method(name: str) -> Method:
         ConfigError: no method has that name; the message lists those there are.
     """
     if name not in _METHODS:
-        raise ConfigError(f"method must be one of {', '.join(method_names())}; found {name!r}.")
+        near = get_close_matches(name, method_names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"method must be one of {', '.join(method_names())}; found {name!r}.{hint}")
     return _METHODS[name]
 
 
