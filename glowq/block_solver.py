@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from .backends import Backend
 from .data import batches
 from .groups import Group, Trace
-from .low_rank import OutputMoment
 from .methods import Method
+from .output_moment import OutputMoment
 from .progress import progress
 from .reference import Reference
 from .resume import Resume

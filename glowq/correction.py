@@ -20,13 +20,13 @@ from .backends import method_of
 from .card import correction_card
 from .config import GlowQConfig
 from .errors import ConfigError
-from .factor_files import describe_groups, factor_tensors, read_factors
+from .factor_files import describe_groups, factor_tensors
 from .files import write_directory
 from .runtime import GroupFactors
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
 from .selection import RankRequest, check_measured, choose_ranks
 
-__all__ = ["FACTORS_FILE", "Correction", "describe_groups", "factor_tensors", "read_factors"]
+__all__ = ["Correction"]
 
 
 @dataclass(repr=False)

@@ -10,9 +10,11 @@ __all__ = [
     "ConfigError",
     "CorrectionError",
     "EvaluationError",
+    "ExportError",
     "FingerprintError",
     "FoldingError",
     "GlowQError",
+    "HubError",
     "ModelNotFoundError",
     "NoGradientWarning",
     "NonFiniteError",
@@ -28,6 +30,7 @@ __all__ = [
     "UnsupportedModuleError",
     "UntestedVersionWarning",
     "VersionError",
+    "one_line",
 ]
 
 
@@ -115,9 +118,22 @@ class EvaluationError(GlowQError, ValueError):
     """Models cannot be compared on this data."""
 
 
+class ExportError(GlowQError, ValueError):
+    """A model, a module or an operator has no form in the target's format, or the export fails its own check."""
+
+
+class HubError(GlowQError, OSError):
+    """The Hub refuses, cannot be reached, or an upload was interrupted; the message says what to do."""
+
+
 class UntestedVersionWarning(UserWarning):
     """A library's version lies outside the range that glowq is tested with; said once for each library."""
 
 
 class NoGradientWarning(UserWarning):
     """No gradient of the loss could be had, so that errors are counted in output units."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())

@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from enum import Enum
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from .errors import CorrectionError, GlowQError, ModelNotFoundError, OutputError, PickleRefusedError, UnsafePathError
 
 __all__ = [
+    "EXPORT_MANIFEST",
+    "Kind",
     "check_output",
     "checkpoint_files",
     "local_snapshot",
@@ -39,7 +42,16 @@ _RESULT_FILES = (
     "*.jinja",
 )
 _COMPARISON_FILES = ("compare.json", "table.md", "bytes.png", "heatmap.png")
+EXPORT_MANIFEST = "glowq_export.json"  # names every file beside it
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+class Kind(Enum):
+    """What a folder of results holds; each replaces its own kind only."""
+
+    MODEL = "model"
+    COMPARISON = "comparison"
+    EXPORT = "export"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,18 +139,18 @@ def checkpoint_files(folder: Path) -> list[str]:
     return [str(file) for file in files]
 
 
-def write_directory(target: Path, write: Callable[[Path], None], *, comparison: bool = False) -> None:
+def write_directory(target: Path, write: Callable[[Path], None], *, kind: Kind = Kind.MODEL) -> None:
     """Let `write` fill a temporary folder beside `target`, then rename it: all of it, or nothing.
 
     Args:
         target: final folder; must not exist, be empty, or hold an earlier result of glowq and nothing else.
         write: fills the folder it is given.
-        comparison: the result is a comparison's figures rather than a model; either replaces its own kind only.
+        kind: what it is filled with.
 
     Raises:
         OutputError: other files are in the way, the parent cannot be written, or the disk is full.
     """
-    check_output(target, comparison=comparison)
+    check_output(target, kind=kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
@@ -155,7 +167,7 @@ def write_directory(target: Path, write: Callable[[Path], None], *, comparison: 
         raise OutputError(f"cannot write {target}: {reason}. Nothing was left behind.") from error
 
 
-def check_output(target: Path, *, comparison: bool = False) -> None:
+def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
     """Refuse early, before hours of work, what `write_directory` would refuse at the end.
 
     Raises:
@@ -164,10 +176,10 @@ def check_output(target: Path, *, comparison: bool = False) -> None:
     if target.is_file():
         raise OutputError(f"{target} is a file; expected a folder to write to.")
     if target.is_dir():
-        names = _COMPARISON_FILES if comparison else _RESULT_FILES
-        foreign = sorted(entry.name for entry in target.iterdir() if not _is_named(entry.name, names))
-        is_result = (target / "compare.json").is_file() if comparison else _is_result(target)
-        if foreign or (any(target.iterdir()) and not is_result):
+        patterns, is_earlier = _results(target, kind)
+        names = [path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()]
+        foreign = sorted(name for name in names if not any(fnmatch(name, pattern) for pattern in patterns))
+        if foreign or (names and not is_earlier):
             what = f"holds {foreign[0]!r}" if foreign else "holds no earlier result of glowq"
             raise OutputError(f"{target} is not empty and {what}; choose another folder, so that nothing is lost.")
     parent = target.absolute().parent
@@ -177,11 +189,14 @@ def check_output(target: Path, *, comparison: bool = False) -> None:
         raise OutputError(f"{parent} is not writable; choose another folder.")
 
 
-def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _is_result(folder: Path) -> bool:
+def _results(folder: Path, kind: Kind) -> tuple[Sequence[str], bool]:
+    """Patterns of the files that a result of this kind consists of, and whether `folder` holds one."""
+    if kind is Kind.COMPARISON:
+        return _COMPARISON_FILES, (folder / "compare.json").is_file()
+    if kind is Kind.EXPORT:
+        manifest = folder / EXPORT_MANIFEST
+        is_earlier = manifest.is_file()
+        return [EXPORT_MANIFEST, *(read_json(manifest).get("files", {}) if is_earlier else ())], is_earlier
     config = folder / "config.json"
     stored = read_json(config).get("quantization_config") if config.is_file() else None
-    return isinstance(stored, dict) and stored.get("quant_method") == "glowq"
+    return _RESULT_FILES, isinstance(stored, dict) and stored.get("quant_method") == "glowq"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .low_rank import LowRankMoment, OutputMoment
+from .output_moment import LowRankMoment, OutputMoment
 
 __all__ = ["OutputRoot"]
 

@@ -15,7 +15,7 @@ from .backends import check_scales, is_calibrated, prepare_model, refuse_misload
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
 from .config import GlowQConfig, check_int
-from .correction import Correction, describe_groups
+from .correction import Correction
 from .data import batches, read_texts, split, token_sequences
 from .distillation import distill as distill_factors
 from .errors import (
@@ -26,10 +26,11 @@ from .errors import (
     TokenizerMismatchError,
     UnsupportedModuleError,
 )
+from .factor_files import describe_groups
 from .groups import Trace, trace_groups
-from .low_rank import OutputMoment
 from .measurement import calibrated, measure_groups
 from .methods import Method, get_method
+from .output_moment import OutputMoment
 from .provenance import model_config, pre_quantized, stored_config
 from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import GlowQConfig
-from .correction import describe_groups, factor_tensors, read_factors
+from .factor_files import describe_groups, factor_tensors, read_factors
 from .files import read_json
 from .groups import Group
 from .runtime import GroupFactors

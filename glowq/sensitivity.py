@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .backends import quantized_modules
 from .errors import NonFiniteError, SensitivityError
 from .groups import Group, evaluating
-from .low_rank import SKETCH_RANK, GradientSketch, OutputMoment
+from .output_moment import SKETCH_RANK, GradientSketch, OutputMoment
 from .progress import progress
 from .recomputing import kept_bytes, recomputing
 from .statistics import BROKEN, bfloat16_products

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .errors import ConfigError, NonFiniteError, RankError
-from .low_rank import LowRankMoment, OutputMoment
+from .output_moment import LowRankMoment, OutputMoment
 from .output_root import OutputRoot
 
 __all__ = ["Factors", "factorize", "weighted_error"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import CalibrationError, NonFiniteError
 from .groups import Group
-from .low_rank import LowRankMoment, OutputMoment
+from .output_moment import LowRankMoment, OutputMoment
 
 __all__ = ["BROKEN", "Feed", "MomentCollector", "Moments", "bfloat16_products", "collecting"]
 

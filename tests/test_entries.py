@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from glowq import Correction, GlowQConfig
-from glowq.correction import describe_groups
 from glowq.entries import BUY, Entry, Terms, fixed_rank_within
+from glowq.factor_files import describe_groups
 from glowq.groups import Group
 from glowq.methods import Method, get_method
 from glowq.runtime import GroupFactors

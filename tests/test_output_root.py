@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glowq.errors import NonFiniteError
-from glowq.low_rank import LowRankMoment
+from glowq.output_moment import LowRankMoment
 from glowq.output_root import OutputRoot
 from glowq.solver import factorize
 

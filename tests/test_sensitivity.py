@@ -21,7 +21,7 @@ from glowq.backends import prepare_model
 from glowq.data import split, token_sequences
 from glowq.errors import NoGradientWarning, NonFiniteError, SensitivityError
 from glowq.groups import Group, find_groups
-from glowq.low_rank import LowRankMoment
+from glowq.output_moment import LowRankMoment
 from glowq.sensitivity import output_moments
 from glowq.solver import factorize
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from glowq.errors import ConfigError, NonFiniteError, RankError
-from glowq.low_rank import LowRankMoment
+from glowq.output_moment import LowRankMoment
 from glowq.solver import Factors, factorize, weighted_error
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "stdlib-llama" / "model.safetensors"

@@ -9,6 +9,7 @@ import typer
 from .compare import compare
 from .correct import correct
 from .evaluate import evaluate
+from .export import export
 from .groups import groups
 from .inspect import inspect
 from .run import run
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("compare")(compare)
 app.command("correct")(correct)
 app.command("evaluate")(evaluate)
+app.command("export")(export)
 app.command("groups")(groups)
 app.command("inspect")(inspect)
 app.command("select")(select)

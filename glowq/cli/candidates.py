@@ -8,8 +8,8 @@ from typing import Any
 
 from ..backends import Backend, Scheme, StoredModule, stored_scheme
 from ..errors import BackendError, ConfigError, UnsupportedModuleError
+from ..loading import load_config, model_class
 from .headers import Headers
-from .loading import load_config, model_class
 
 __all__ = ["Candidates", "find_candidates"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..errors import ConfigError, GlowQError
+from ..errors import ConfigError, GlowQError, one_line
 from ..progress import quiet
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ __all__ = [
     "command_line",
     "finite",
     "grid",
-    "one_line",
     "peak_rss_bytes",
     "rank_request",
     "session",
@@ -132,11 +131,6 @@ def _print_rich(renderable: Any) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False).print(renderable)
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def command_line() -> str:

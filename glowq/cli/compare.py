@@ -12,11 +12,11 @@ import typer
 
 from ..backends import base_names
 from ..errors import ConfigError, EvaluationError
+from ..loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
 from ..methods import get_method, method_names
 from .common import JsonOption, ModelArgument, SeedOption, check_budget, command_line, session
 from .comparison_files import tables, write_comparison
 from .comparison_rows import figures
-from .loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
 from .tasks import check_tasks, run_tasks
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _list(text: str | None) -> list[str]:
 
 def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None, distill: int) -> None:
     """Refuse before anything is loaded what could only fail at the end."""
-    from ..files import check_output
+    from ..files import Kind, check_output
     from ..plots import check_plots
 
     allocations = [get_method(name).allocation for name in names]
@@ -155,7 +155,7 @@ def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None,
         check_tasks(tasks)
     if output is not None:
         check_plots()
-        check_output(Path(output).resolve(), comparison=True)
+        check_output(Path(output).resolve(), kind=Kind.COMPARISON)
 
 
 def _sequences(config: Any, tokenizer: Any, text: str, tokens: int, sequence_length: int, seed: int) -> Tensor:

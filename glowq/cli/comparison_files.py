@@ -20,7 +20,7 @@ def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | No
     Raises:
         OutputError: see `write_directory`.
     """
-    from ..files import write_directory
+    from ..files import Kind, write_directory
     from ..plots import draw_benefit, draw_recovered
 
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -36,7 +36,7 @@ def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | No
         if benefit is not None:
             draw_benefit(folder / "heatmap.png", benefit)
 
-    write_directory(target, write, comparison=True)
+    write_directory(target, write, kind=Kind.COMPARISON)
 
 
 def markdown(result: dict[str, Any]) -> str:

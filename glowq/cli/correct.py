@@ -13,6 +13,7 @@ import typer
 
 from ..backends import base_names
 from ..errors import OutputError
+from ..loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ..methods import method_names
 from .common import (
     BudgetOption,
@@ -28,7 +29,6 @@ from .common import (
     session,
 )
 from .held_out import held_out_figures, held_out_rows, parted_sequences, reference_score
-from .loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 
 __all__ = ["correct"]
 

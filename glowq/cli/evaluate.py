@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EvaluationError
+from ..loading import load_config, load_model, load_tokenizer, scores_text, token_limits
 from .common import JsonOption, SeedOption, command_line, finite, session
-from .loading import load_config, load_model, load_tokenizer, scores_text, token_limits
 
 __all__ = ["evaluate"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..loading import load_config, load_model
 from .common import JsonOption, ModelArgument, session
-from .loading import load_config, load_model
 
 __all__ = ["example_inputs", "groups"]
 

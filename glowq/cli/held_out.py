@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from ..loading import load_config, load_model, token_limits
 from .common import finite
-from .loading import load_config, load_model, token_limits
 
 if TYPE_CHECKING:
     from torch import Tensor

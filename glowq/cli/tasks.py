@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, EvaluationError
-from .common import finite, one_line
+from ..errors import ConfigError, EvaluationError, one_line
+from .common import finite
 
 if TYPE_CHECKING:
     from torch import nn

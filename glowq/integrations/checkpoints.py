@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..backends import method_of
 from ..config import GlowQConfig
-from ..correction import FACTORS_FILE
 from ..errors import ConfigError, CorrectionError, GlowQError, PickleRefusedError, UnsafePathError
 from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
+from ..saved import FACTORS_FILE
 
 __all__ = ["FACTOR_KEYS", "base_folder", "base_shards", "model_shards", "original_tensors", "refuse_unsafe"]
 

@@ -39,8 +39,9 @@ from ..backends import (
 )
 from ..backends.dense import take
 from ..config import GlowQConfig
-from ..correction import Correction, factor_tensors, read_factors
+from ..correction import Correction
 from ..errors import ConfigError
+from ..factor_files import factor_tensors, read_factors
 from ..files import read_json
 from ..fingerprint import verify_fingerprint
 from ..runtime import GroupFactors, attach, attached, attached_factors, factor_dtype, set_aside

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glowq.low_rank import GradientSketch, LowRankMoment
+from glowq.output_moment import GradientSketch, LowRankMoment
 from glowq.solver import factorize
 from glowq.statistics import Moments
 

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, GlowQError, ModelNotFoundError
-from ..files import refuse_pickles
-from .common import one_line
+from .errors import ConfigError, GlowQError, ModelNotFoundError, one_line
+from .files import refuse_pickles
 
 __all__ = [
     "load_config",
@@ -91,7 +90,7 @@ def load_model(name: str, config: Any, quantization_config: Any = None, gguf_fil
     """
     import torch
 
-    from ..backends import backend_of, check_installed, prepare_model
+    from .backends import backend_of, check_installed, prepare_model
 
     backend = backend_of(getattr(config, "quantization_config", None))
     if backend is not None:

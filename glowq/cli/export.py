@@ -1,0 +1,63 @@
+"""`glowq export`: a corrected model in another project's format."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .common import JsonOption, command_line, grid, session
+
+__all__ = ["export"]
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a corrected model, either form.")],
+    to: Annotated[str, typer.Option(help="peft, onnx, or merged (one dense model, the correction folded in).")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Folder to write; must be new, empty, or an old export.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="merged: dtype of the weights, bfloat16 unless given; float16 or float32.")
+    ] = None,
+    pad_ranks: Annotated[
+        bool, typer.Option(help="peft: one rank for every module, the missing part zeros (SGLang wants that).")
+    ] = False,
+    fill_modules: Annotated[
+        bool, typer.Option(help="peft: zeros for modules without a correction (GPTQModel's loader wants that).")
+    ] = False,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="peft: the engine's limit; a larger rank is refused.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a corrected model for another program, checked against the model itself.
+
+    \b
+    Examples:
+      glowq export corrected --to peft --output adapter
+      glowq export corrected --to onnx --output onnx
+      glowq export corrected --to merged --output dense
+    """
+    given: dict[str, Any] = {"dtype": dtype, "max_rank": max_rank, "pad_ranks": pad_ranks, "fill_modules": fill_modules}
+    options = {name: value for name, value in given.items() if value is not None and value is not False}
+    from ..integrations.exporting import check_options
+    from ..integrations.exporting import export as export_model
+
+    try:
+        check_options(to, options)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    with session(json) as show:
+        result = {**export_model(model, to, output, **options), "command": command_line()}
+        show(result, lambda: _table(result))
+
+
+def _table(result: dict[str, Any]) -> Any:
+    check = result.get("check", {})
+    return grid(
+        {
+            "output": result["output"],
+            "files": f"{len(result['files'])}, {result['bytes']:,} bytes",
+            **{name.replace("_", " "): value for name, value in check.items()},
+        }
+    )
