@@ -146,6 +146,7 @@ def distill_entries(
         replace(
             entry,
             method=f"{first}+distilled",
+            predicted=None,
             factors=tuple(distill(model, reference, entry.factors, sequences, steps=steps, seed=seed)),
         )
         for entry in entries

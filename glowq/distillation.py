@@ -22,6 +22,7 @@ from .divergence import answer, divergences
 from .errors import CalibrationError, ConfigError, NonFiniteError, SensitivityError
 from .groups import evaluating
 from .progress import progress
+from .recomputing import is_large, recomputing
 from .runtime import GroupFactors, SharedCorrection, attach, attached, detach
 
 __all__ = ["distill"]
@@ -97,6 +98,8 @@ def _descend(
     called: set[str] = set()
     with ExitStack() as stack:
         bar = stack.enter_context(progress(total=steps, desc="Distilling", unit="step"))
+        if is_large(model, batches(sequences[: _batch_size(sequences)], _batch_size(sequences))):
+            stack.enter_context(recomputing(model))
         for name, container in containers.items():
             stack.callback(container.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
         for _ in range(steps):

@@ -28,7 +28,9 @@ def final_states(output: Any) -> list[Tensor]:
     states = [getattr(output, name, None) for name in ("last_hidden_state", "pooler_output")]
     found = [state for state in states if isinstance(state, Tensor)]
     if not found:
-        raise SensitivityError(f"{type(output).__name__} holds neither token logits nor final states.")
+        raise SensitivityError(
+            f"the model returned {type(output).__name__}, which holds neither token logits nor final states."
+        )
     return found
 
 

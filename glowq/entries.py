@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .allocation import largest_rank
 from .correction import Correction
@@ -29,6 +29,7 @@ class Entry:
         factors: what the budget bought; nothing where `reason` says why.
         reason: why nothing was bought.
         same_as: the method whose solve this one shares, so that the two corrections are one.
+        predicted: see `Correction.predicted`; None where ranks do not follow measured gains.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Entry:
     factors: tuple[GroupFactors, ...]
     reason: str | None = None
     same_as: str | None = None
+    predicted: float | None = None
 
     @property
     def factor_bytes(self) -> int:
@@ -155,7 +157,7 @@ def _by_gain(method: Method, terms: Terms) -> tuple[list[Entry], Correction | No
         else:
             cut = whole if budget == terms.largest or not whole.factors else whole.cut(budget=found)
             reason = None if cut.factors else "no rank of any group gains anything"
-            entries.append(_entry(method, terms, budget, cut.factors, reason=reason))
+            entries.append(replace(_entry(method, terms, budget, cut.factors, reason=reason), predicted=cut.predicted))
     return entries, whole
 
 

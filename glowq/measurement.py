@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .block_solver import to_model
 from .data import batches
 from .divergence import answer, divergences
 from .evaluation import Interval
+from .forwards import replaced_forward
 from .groups import evaluating
 from .progress import progress
 from .runtime import GroupFactors, attach, detach
@@ -28,7 +30,7 @@ from .runtime import GroupFactors, attach, detach
 __all__ = ["Measured", "calibrated", "measure_groups"]
 
 _BATCH_TOKENS = 512
-_AUDIBLE = 4e-3  # nats; half precision rounds anew after every change, which alone makes up to 2e-4
+_AUDIBLE = 4e-3  # nats; half precision rounds anew after every change, however small: 1e-4 and more
 _LOUDEST = 32.0  # most that a correction is amplified
 
 
@@ -183,10 +185,9 @@ class _Prefix:
             for stop in stops:
                 if stop in self.outputs:
                     module = self.model.get_submodule(stop)
-                    earlier = module.__dict__.get("forward")  # accelerate puts its own on the instance
-                    stack.callback(_restore_forward, module, earlier)
                     # A later layer may write into what it is given: every forward gets a copy.
-                    module.forward = lambda *args, output=self.outputs[stop], **kwargs: tree_map(_copy, output)
+                    given = partial(_again, self.outputs[stop])
+                    stack.enter_context(replaced_forward(module, given))
             yield
 
 
@@ -194,8 +195,5 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _restore_forward(module: nn.Module, earlier: Any) -> None:
-    if earlier is None:
-        del module.__dict__["forward"]
-    else:
-        module.forward = earlier
+def _again(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return tree_map(_copy, output)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .backends import check_scales, is_calibrated, prepare_model, refuse_misloaded
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
-from .config import GlowQConfig, check_int
+from .config import check_int
 from .correction import Correction
 from .data import batches, read_texts, split, token_sequences
 from .distillation import distill as distill_factors
@@ -86,8 +86,7 @@ def correct(
         calibration_tokens: how many tokens of the text are used, picked from all over it.
         sequence_length: tokens a sequence; lowered to what the model allows.
         distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
-            to the reference's; some 50 are enough. The factors stay as many, and are no longer each group's own
-            optimum.
+            to the reference's; 60 are good. The factors stay as many, and are no longer each group's own optimum.
         seed: of that choice and of the solver.
         resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
@@ -146,7 +145,8 @@ def correct(
             factors = run.solve(stops_of(trace, ranks), train)
             detach(model)
             if held is not None:
-                factors = _measured(model, source.model, factors, held, request, config)
+                factors, facts = _measured(model, source.model, factors, held, request)
+                config.provenance.update(facts)
             # What the groups that are not restored cost must still be known when they are gone.
             config.provenance["total"] = math.fsum(entry.total for entry in factors)
             correction = Correction(
@@ -184,16 +184,17 @@ def _measured(
     factors: Sequence[GroupFactors],
     sequences: Tensor,
     request: RankRequest,
-    config: GlowQConfig,
-) -> list[GroupFactors]:
-    """Gains in the unit of what was measured; under a budget, those of groups that only do harm are zero."""
+) -> tuple[list[GroupFactors], dict[str, Any]]:
+    """Gains in the unit of what was measured, under a budget those of groups that only do harm zero; and the facts."""
     measured = measure_groups(model, reference, factors, sequences)
     found = calibrated(factors, measured)
     harmful = {name for name, entry in measured.items() if request.budget is not None and entry.harms}
-    config.provenance["gains"] = next(iter(measured.values())).unit
-    config.provenance["measured_tokens"] = int(sequences.numel())
-    config.provenance["not_restored"] = {name: asdict(measured[name].benefit) for name in sorted(harmful)}
-    return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found]
+    facts = {
+        "gains": next(iter(measured.values())).unit,
+        "measured_tokens": int(sequences.numel()),
+        "not_restored": {name: asdict(measured[name].benefit) for name in sorted(harmful)},
+    }
+    return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found], facts
 
 
 def _output_moments(

@@ -30,6 +30,19 @@ def stored_config(
     sequences: Tensor,
     seed: int,
 ) -> GlowQConfig:
+    """What config.json will say of a correction, before its groups are known.
+
+    Args:
+        model: the quantized model.
+        reference: the full-precision model; its name stands for the base's where the model knows none.
+        base_bytes: bytes of the quantized weights.
+        method: name of the solver method.
+        sequences: the calibration text's token ids, shape (n, length).
+        seed: of the calibration and the solver.
+
+    Raises:
+        ConfigError: neither the model nor the reference says where the base can be loaded from again.
+    """
     base = getattr(getattr(model, "config", None), "quantization_config", None)
     name, revision = _base_identity(model, reference)
     return GlowQConfig(
@@ -67,6 +80,7 @@ def _base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
+    """The model's own fields of config.json: its class, and neither its quantization nor the folder it came from."""
     config: Any = getattr(model, "config", None)
     stored = dict(config.to_dict())
     stored.pop("quantization_config", None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,38 +12,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .backends import quantized_modules
+from .forwards import replaced_forward
 from .groups import blocks
 
-__all__ = ["kept_bytes", "recomputing"]
+__all__ = ["is_large", "kept_bytes", "recomputing"]
+
+_KEPT_BYTES = 2**30
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Inside, the backward pass runs each block's forward again instead of keeping what it computed.
 
-    What is kept is a block's input. The numbers are the same, bit for bit; the time is one more forward. Afterwards
-    every block's `forward` is what it was, one that was put on the instance included.
+    What is kept is a block's input. The numbers are the same, bit for bit; the time is one more forward.
     """
-    wrapped: list[tuple[nn.Module, Any]] = []
-    try:
-        for name in blocks(model):
-            block = model.get_submodule(name)
-            if any(block is known for known, _ in wrapped):
-                continue
-            wrapped.append((block, vars(block).get("forward")))
+    with ExitStack() as stack:
+        for block in {id(block): block for block in map(model.get_submodule, blocks(model))}.values():
             # Whole forwards are run again: hooks that bring a module's weights in must take them out, too.
             again = partial(checkpoint, block.forward, use_reentrant=False, early_stop=False)
-            block.forward = again
+            stack.enter_context(replaced_forward(block, again))
         yield
-    finally:
-        for block, own in wrapped:
-            if own is None:
-                del block.forward
-            else:
-                block.forward = own
 
 
-def kept_bytes(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> int:
+def is_large(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the backward pass of the largest batch would keep so much that each block is better run again: 1 GiB."""
+    return kept_bytes(model, batches) > _KEPT_BYTES
+
+
+def kept_bytes(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
     """About what the backward pass of the largest batch would keep: twice every linear module's inputs and outputs.
 
     Twice, because norms, activation functions and attention keep theirs as well.

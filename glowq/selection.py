@@ -48,8 +48,8 @@ def parse_budget(budget: str | int | float, base_bytes: int) -> int:
         found = Fraction(size.group(1)) * _UNITS[size.group(2)]
     else:
         raise ConfigError(
-            f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes); a target ('recover 80%') "
-            "is one where a single correction is cut."
+            f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes), nor, where one correction "
+            "is cut, a target ('recover 80%')."
         )
     if found <= 0:
         raise ConfigError(f"budget {budget!r} must be above zero.")

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backends import quantized_modules
+from .divergence import final_states, token_logits
 from .errors import NonFiniteError, SensitivityError
 from .groups import Group, evaluating
 from .output_moment import SKETCH_RANK, GradientSketch, OutputMoment
 from .progress import progress
-from .recomputing import kept_bytes, recomputing
+from .recomputing import is_large, recomputing
 from .statistics import BROKEN, bfloat16_products
 
 __all__ = ["FULL_WIDTH", "output_moments"]
 
 FULL_WIDTH = 4096  # outputs up to which a group's moment is a matrix; beyond, a diagonal plus a low-rank part
-_KEPT_BYTES = 2**30  # of activations kept for a backward pass; beyond, each block is computed again
 _COLUMNS = 128  # of a symmetric product computed at a time: what lies below the diagonal is left out
 
 Batch = Mapping[str, Any]
@@ -67,7 +67,7 @@ def output_moments(
     """
     sums = [_GroupGradient(group, full_width, seed) for group in groups]
     if checkpoint is None:
-        checkpoint = kept_bytes(model, batches) > _KEPT_BYTES
+        checkpoint = is_large(model, batches)
     generator = torch.Generator().manual_seed(seed)
     tokens = 0
     with ExitStack() as stack:
@@ -91,9 +91,8 @@ def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator
     """One forward and one backward pass; returns the number of tokens."""
     with torch.enable_grad():
         output = model(**batch)
-        answer = getattr(output, "logits", None)
-        logits = answer if isinstance(answer, Tensor) and answer.dim() == 3 else None
-        start, tokens = _projections(model, output, generator) if logits is None else (logits, logits[..., 0].numel())
+        logits = token_logits(output)
+        start, tokens = _projections(output, generator) if logits is None else (logits, logits[..., 0].numel())
     if not start.requires_grad:
         raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
     gradient = None
@@ -124,13 +123,10 @@ def _surprise(logits: Tensor, drawn_from: Tensor | None, generator: torch.Genera
     return chances.scatter_add_(-1, labels.to(chances.device), minus).to(logits.dtype)
 
 
-def _projections(model: nn.Module, output: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+def _projections(output: Any, generator: torch.Generator) -> tuple[Tensor, int]:
     """The sum over an encoder's final states of `_projection`, and the number of tokens."""
-    states = [getattr(output, name, None) for name in ("last_hidden_state", "pooler_output")]
-    found = [state for state in states if isinstance(state, Tensor)]
-    if not found:
-        raise SensitivityError(f"{type(model).__name__} returns neither token logits nor final states.")
-    return torch.stack([_projection(state, generator) for state in found]).sum(), found[0][..., 0].numel()
+    states = final_states(output)
+    return torch.stack([_projection(state, generator) for state in states]).sum(), states[0][..., 0].numel()
 
 
 def _projection(states: Tensor, generator: torch.Generator) -> Tensor:

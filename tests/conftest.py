@@ -14,6 +14,7 @@ from torch import Tensor, nn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tiny
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -58,6 +59,29 @@ def tokenizer() -> Any:
 def token_ids(tokenizer: Any) -> Tensor:
     """Token ids of real text, shape (4, 48)."""
     return tokenizer(TEXT, return_tensors="pt").input_ids[:, : 4 * 48].reshape(4, 48)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random full-precision Llama of two layers; never written to."""
+    return tiny.tiny_llama(tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="session")
+def rank_8(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a correction of `source` in nf4, of rank 8; never written to."""
+    saved = tmp_path_factory.mktemp("saved") / "correction"
+    tiny.corrected(source, "nf4", rank=8)[1].save_pretrained(saved)
+    return saved
+
+
+@pytest.fixture(scope="session")
+def compared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, a random Llama of two layers, train.txt and test.txt; never written to."""
+    folder = tmp_path_factory.mktemp("compared")
+    tiny.tiny_llama(folder / "model")
+    tiny.library_texts(folder)
+    return folder
 
 
 @pytest.fixture

@@ -63,11 +63,6 @@ def correct(model: Any, reference: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
-
-
 def save_quantized(source: Path, base: str, folder: Path, **options: Any) -> Path:
     model = quantized(source, base)
     prepare_model(model)

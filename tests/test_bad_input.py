@@ -25,11 +25,6 @@ RIGHT = "model.layers.0.self_attn.o_proj.right"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
-
-
-@pytest.fixture(scope="module")
 def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[glowq.Correction, Path]:
     folder = tmp_path_factory.mktemp("saved")
     model, correction = corrected(source, "nf4")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import writers
 from test_cli import call, result_of
-from tiny import library_texts, tiny_llama
 
 import glowq
 from bases import small_model
@@ -23,11 +23,8 @@ INTERVALS = ("perplexity", "kl", "top1", "ppl_ratio", "recovered")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compare")
-    tiny_llama(folder / "model")
-    library_texts(folder)
-    return folder
+def folder(compared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(compared_folder, tmp_path_factory.mktemp("compare"), dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +61,14 @@ class TestResult:
             assert row["factor_bytes"] <= row["budget_bytes"]
             assert (row["factor_bytes"] == 0) == (row["reason"] is not None)
         assert all(row["rank"] is None for row in result["rows"] if row["method"] == "glowq")
+
+    def test_what_was_predicted_is_said_of_ranks_that_follow_gains(self, compared: tuple[dict[str, Any], Path]) -> None:
+        result, output = compared
+        for row in result["rows"]:
+            assert (row["predicted"] is None) == (row["method"] != "glowq")
+        most = next(row["predicted"] for row in result["rows"] if (row["method"], row["budget"]) == ("glowq", "9%"))
+        assert 0 < most < 1
+        assert f"{most:.1%} of glowq at 9%" in (output / "table.md").read_text()
 
     def test_uniform_ranks_are_the_largest_that_fit(self, compared: tuple[dict[str, Any], Path]) -> None:
         for row in compared[0]["rows"]:

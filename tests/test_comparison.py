@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import library_texts, logits, quantized, tiny_llama
+from tiny import logits, quantized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowq
@@ -26,12 +26,8 @@ METHODS = ["svd", "zeroquant", "lqer", "qera", "eora", "aser", "glowq-published"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, train.txt and test.txt."""
-    folder = tmp_path_factory.mktemp("comparison")
-    tiny_llama(folder / "model")
-    library_texts(folder)
-    return folder
+def folder(compared_folder: Path) -> Path:
+    return compared_folder
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +78,17 @@ class TestMeasuring:
             assert small.rank < large.rank
             for more, less in zip(large.factors, small.factors, strict=True):
                 assert torch.equal(less.right, more.right[: less.rank])
+
+    def test_predictions_are_those_of_the_correction(
+        self, measured: tuple[Any, Comparison, torch.Tensor], folder: Path, calibration: torch.Tensor
+    ) -> None:
+        model, found, _ = measured
+        correction = glowq.correct(model, reference=folder / "model", calibration=calibration, budget="24%")
+        glowq.detach(model)
+        predicted = {entry.label: entry.predicted for entry in found.entries}
+        assert predicted["glowq at 24%"] == correction.predicted
+        assert predicted["glowq at 9%"] == correction.cut(budget="9%").predicted
+        assert predicted["svd at 9%"] is predicted["qera at 24%"] is None
 
     def test_better_methods_come_closer_to_the_reference(
         self, measured: tuple[Any, Comparison, torch.Tensor], folder: Path
@@ -150,6 +157,7 @@ def test_distilled_entries_are_those_of_the_first_that_allocates_by_gain(
     assert [entry.label for entry in learned] == ["glowq+distilled at 24%", "glowq+distilled at 9%"]
     for mine, other in zip(learned, plain, strict=True):
         assert mine.factor_bytes == other.factor_bytes
+        assert (mine.predicted, other.predicted is None) == (None, False)
         assert [f.group for f in mine.factors] == [f.group for f in other.factors]
     assert attached(model) == {}
 

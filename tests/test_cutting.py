@@ -18,19 +18,6 @@ from glowq.errors import ConfigError
 from glowq.runtime import attached
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
-
-
-@pytest.fixture(scope="module")
-def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved correction of rank 8."""
-    saved = tmp_path_factory.mktemp("saved") / "correction"
-    corrected(source, "nf4", rank=8)[1].save_pretrained(saved)
-    return saved
-
-
 class TestCorrect:
     @pytest.mark.parametrize("method", ["glowq", "qera"])
     def test_rank_steps_and_a_cap(self, source: Path, method: str) -> None:
@@ -112,8 +99,8 @@ class TestCorrect:
 
 
 class TestTheWholeIsKnown:
-    def test_after_groups_were_cut_away(self, folder: Path, tmp_path: Path) -> None:
-        whole = glowq.Correction.from_pretrained(folder)
+    def test_after_groups_were_cut_away(self, rank_8: Path, tmp_path: Path) -> None:
+        whole = glowq.Correction.from_pretrained(rank_8)
         assert whole.config.total == pytest.approx(sum(entry.total for entry in whole.factors))
         assert whole.predicted == pytest.approx(
             sum(float(entry.gains.sum()) for entry in whole.factors) / whole.config.total
@@ -124,13 +111,13 @@ class TestTheWholeIsKnown:
         assert small.config.total == whole.config.total > sum(entry.total for entry in small.factors)
         assert 0 < small.predicted < whole.predicted < 1
 
-    def test_without_it_the_groups_left_are_the_whole(self, folder: Path, tmp_path: Path) -> None:
-        copy = changed(folder, tmp_path / "copy", lambda stored: stored["provenance"].pop("total"))
+    def test_without_it_the_groups_left_are_the_whole(self, rank_8: Path, tmp_path: Path) -> None:
+        copy = changed(rank_8, tmp_path / "copy", lambda stored: stored["provenance"].pop("total"))
         correction = glowq.Correction.from_pretrained(copy, budget="2%")
         assert correction.config.total == pytest.approx(sum(entry.total for entry in correction.factors))
 
-    def test_a_target_is_a_share_of_the_whole(self, folder: Path, tmp_path: Path) -> None:
-        whole = glowq.Correction.from_pretrained(folder)
+    def test_a_target_is_a_share_of_the_whole(self, rank_8: Path, tmp_path: Path) -> None:
+        whole = glowq.Correction.from_pretrained(rank_8)
         small = whole.cut(budget="recover 50%")
         assert small.predicted >= 0.5
         small.save_pretrained(tmp_path / "small")
@@ -145,12 +132,12 @@ class TestTheWholeIsKnown:
 class TestDoors:
     """`load_correction` and `GlowQConfig(correction=...)` refuse what `glowq select` does."""
 
-    def load(self, door: str, source: Path, folder: Path, **cut: Any) -> Any:
+    def load(self, door: str, source: Path, rank_8: Path, **cut: Any) -> Any:
         if door == "load_correction":
             model = quantized(source, "nf4")
-            glowq.load_correction(model, folder, **cut)
+            glowq.load_correction(model, rank_8, **cut)
             return model
-        return load(source, quantization_config=glowq.GlowQConfig(base="nf4", correction=str(folder), **cut))
+        return load(source, quantization_config=glowq.GlowQConfig(base="nf4", correction=str(rank_8), **cut))
 
     @pytest.fixture(params=["load_correction", "GlowQConfig"])
     def door(self, request: pytest.FixtureRequest) -> str:
@@ -159,9 +146,9 @@ class TestDoors:
     @pytest.mark.parametrize(
         "cut", [{"budget": "9%", "rank_step": 4, "max_rank": 4}, {"budget": "recover 40%"}], ids=str
     )
-    def test_a_cut(self, door: str, source: Path, folder: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
-        glowq.Correction.from_pretrained(folder).cut(**cut).save_pretrained(tmp_path / "cut")
-        assert gap(self.load(door, source, folder, **cut), logits(load(tmp_path / "cut"))) == 0.0
+    def test_a_cut(self, door: str, source: Path, rank_8: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
+        glowq.Correction.from_pretrained(rank_8).cut(**cut).save_pretrained(tmp_path / "cut")
+        assert gap(self.load(door, source, rank_8, **cut), logits(load(tmp_path / "cut"))) == 0.0
 
     @pytest.mark.parametrize(
         ("cut", "message"),
@@ -177,24 +164,24 @@ class TestDoors:
             ({"budget": "5%", "rank_step": 8, "max_rank": 4}, "max_rank 4 is below one rank_step of 8"),
         ],
     )
-    def test_a_bad_cut(self, door: str, source: Path, folder: Path, cut: dict[str, Any], message: str) -> None:
+    def test_a_bad_cut(self, door: str, source: Path, rank_8: Path, cut: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            self.load(door, source, folder, **cut)
+            self.load(door, source, rank_8, **cut)
 
     @pytest.mark.parametrize("budget", ["5%", "recover 40%"])
-    def test_nothing_measured(self, door: str, source: Path, folder: Path, tmp_path: Path, budget: str) -> None:
+    def test_nothing_measured(self, door: str, source: Path, rank_8: Path, tmp_path: Path, budget: str) -> None:
         def forget(stored: dict[str, Any]) -> None:
             for group in stored["groups"].values():
                 group["gains"] = [0.0] * group["rank"]
 
-        copy = changed(folder, tmp_path / "copy", forget)
+        copy = changed(rank_8, tmp_path / "copy", forget)
         with pytest.raises(ConfigError, match=r"holds no measured gains to select by; `glowq correct --budget \.\.\.`"):
             self.load(door, source, copy, budget=budget)
         assert len(glowq.Correction.from_pretrained(copy, rank=2).factors) == 8  # which needs none
         with pytest.raises(ConfigError, match="the correction holds no measured gains"):
             glowq.Correction.from_pretrained(copy).cut(budget=budget)
 
-    def test_bytes_that_are_not_known(self, door: str, source: Path, folder: Path, tmp_path: Path) -> None:
-        copy = changed(folder, tmp_path / "copy", lambda stored: stored.update(base_bytes=None))
+    def test_bytes_that_are_not_known(self, door: str, source: Path, rank_8: Path, tmp_path: Path) -> None:
+        copy = changed(rank_8, tmp_path / "copy", lambda stored: stored.update(base_bytes=None))
         with pytest.raises(ConfigError, match="does not say how many bytes its quantized weights take"):
             self.load(door, source, copy, budget="1%")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import load, quantized, seeded, tiny_llama
+from tiny import load, quantized, seeded
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -28,11 +28,6 @@ class Fixed(nn.Module):
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import writers
-from tiny import CALIBRATION, TEXTS, biased_llama, correct, gap, load, logits, tiny_llama
+from tiny import CALIBRATION, TEXTS, biased_llama, correct, gap, load, logits
 from torch import nn
 from transformers import HqqConfig
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -23,11 +23,6 @@ pytest.importorskip("hqq")
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
 
 
 def request(base: Any = "hqq-4") -> glowq.GlowQConfig:

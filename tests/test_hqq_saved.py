@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import writers
-from tiny import correct, gap, load, logits, tiny_llama
+from tiny import correct, gap, load, logits
 from torch import nn
 from transformers import HqqConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -19,11 +19,6 @@ from glowq.errors import BackendError, ConfigError, FingerprintError
 pytest.importorskip("hqq")
 
 from hqq.models.hf.base import AutoHQQHFModel
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
 
 
 @pytest.fixture(scope="module")

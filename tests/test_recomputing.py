@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from bases import Base, rows, small_model
+from glowq import recomputing as recomputing_module
 from glowq import sensitivity
 from glowq.backends import prepare_model
 from glowq.errors import NonFiniteError
@@ -117,6 +118,6 @@ def test_the_size_of_a_batch_decides(tiny_llama: Factory, tiny_ids: Tensor, monk
     entered = []
     monkeypatch.setattr(sensitivity, "recomputing", lambda model: entered.append(model) or recomputing(model))
     for limit in (expected, expected - 1):
-        monkeypatch.setattr(sensitivity, "_KEPT_BYTES", limit)
+        monkeypatch.setattr(recomputing_module, "_KEPT_BYTES", limit)
         output_moments(model, find_groups(model, batch), [batch])
     assert len(entered) == 1

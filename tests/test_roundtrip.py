@@ -24,11 +24,6 @@ DTYPES = [(base, torch.bfloat16) for base in BASES]
 DTYPES += [(base, dtype) for base in ("nf4", "int8", "torchao-int4") for dtype in (torch.float16, torch.float32)]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
-
-
 @pytest.fixture(params=DTYPES, ids=lambda row: f"{row[0]}-{str(row[1]).removeprefix('torch.')}", scope="module")
 def saved(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model corrected while loading, its logits, and both forms of it on disk."""

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_select import changed
-from tiny import corrected, tiny_llama
 
 import glowq
 from glowq import factor_files
@@ -35,19 +34,6 @@ CUTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
-
-
-@pytest.fixture(scope="module")
-def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved correction of rank 8."""
-    saved = tmp_path_factory.mktemp("saved") / "correction"
-    corrected(source, "nf4", rank=8)[1].save_pretrained(saved)
-    return saved
-
-
 def same(found: glowq.Correction, expected: glowq.Correction) -> None:
     assert found.config.to_dict() == expected.config.to_dict()
     assert found.ranks == expected.ranks
@@ -61,8 +47,8 @@ def same(found: glowq.Correction, expected: glowq.Correction) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_the_same_as_reading_all_of_it_and_cutting(folder: Path, cut: dict[str, Any]) -> None:
-    same(glowq.Correction.from_pretrained(folder, **cut), glowq.Correction.from_pretrained(folder).cut(**cut))
+def test_the_same_as_reading_all_of_it_and_cutting(rank_8: Path, cut: dict[str, Any]) -> None:
+    same(glowq.Correction.from_pretrained(rank_8, **cut), glowq.Correction.from_pretrained(rank_8).cut(**cut))
 
 
 @few
@@ -71,17 +57,17 @@ def test_the_same_as_reading_all_of_it_and_cutting(folder: Path, cut: dict[str, 
     step=st.integers(1, 9),
     cap=st.one_of(st.none(), st.integers(9, 12)),
 )
-def test_the_same_for_any_cut(folder: Path, budget: Any, step: int, cap: int | None) -> None:
-    whole, cut = glowq.Correction.from_pretrained(folder), {"budget": budget, "rank_step": step, "max_rank": cap}
+def test_the_same_for_any_cut(rank_8: Path, budget: Any, step: int, cap: int | None) -> None:
+    whole, cut = glowq.Correction.from_pretrained(rank_8), {"budget": budget, "rank_step": step, "max_rank": cap}
     try:
         expected = whole.cut(**cut)
     except ConfigError as refused:
         message = str(refused)
     else:
-        same(glowq.Correction.from_pretrained(folder, **cut), expected)
+        same(glowq.Correction.from_pretrained(rank_8, **cut), expected)
         return
     with pytest.raises(ConfigError) as error:
-        glowq.Correction.from_pretrained(folder, **cut)
+        glowq.Correction.from_pretrained(rank_8, **cut)
     assert str(error.value) == message
 
 
@@ -133,10 +119,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_nothing_else_is_read_or_kept_in_memory(
-    folder: Path, cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    rank_8: Path, cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with watched(monkeypatch) as seen:
-        found = glowq.Correction.from_pretrained(folder, **cut)
+        found = glowq.Correction.from_pretrained(rank_8, **cut)
     assert sorted(seen) == sorted((name, tensor.numel()) for name, tensor in found.tensors().items())
     kept = [tensor for entry in found.factors for tensor in (entry.right, *entry.lefts.values())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
@@ -144,16 +130,16 @@ def test_nothing_else_is_read_or_kept_in_memory(
     assert all(tensor.is_contiguous() for tensor in kept)
 
 
-def test_opening_reads_no_factor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = glowq.Correction.from_pretrained(folder)
-    with watched(monkeypatch) as seen, open_saved(folder) as saved:
+def test_opening_reads_no_factor(rank_8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = glowq.Correction.from_pretrained(rank_8)
+    with watched(monkeypatch) as seen, open_saved(rank_8) as saved:
         assert saved.choose(RankRequest(budget="5%")) == whole.cut(budget="5%").ranks
         assert saved.factors.factor_bytes == whole.factor_bytes
     assert seen == []
 
 
-def damaged(folder: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    shutil.copytree(folder, copy)
+def damaged(rank_8: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    shutil.copytree(rank_8, copy)
     found = load_file(copy / "glowq.safetensors")
     change(found)
     save_file(found, copy / "glowq.safetensors", metadata={"format": "pt"})
@@ -163,29 +149,29 @@ def damaged(folder: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]]
 class TestDamage:
     budget = "3%"
 
-    def names(self, folder: Path) -> tuple[str, str]:
+    def names(self, rank_8: Path) -> tuple[str, str]:
         """(a group that the budget keeps a part of, one that it leaves out)."""
-        ranks = glowq.Correction.from_pretrained(folder, budget=self.budget).ranks
-        left_out = sorted(glowq.Correction.from_pretrained(folder).ranks.keys() - ranks.keys())
+        ranks = glowq.Correction.from_pretrained(rank_8, budget=self.budget).ranks
+        left_out = sorted(glowq.Correction.from_pretrained(rank_8).ranks.keys() - ranks.keys())
         return next(name for name, rank in ranks.items() if rank < 8), left_out[0]
 
-    def test_values_that_are_not_kept_do_not_matter(self, folder: Path, tmp_path: Path) -> None:
-        kept, left_out = self.names(folder)
-        rank = glowq.Correction.from_pretrained(folder, budget=self.budget).ranks[kept]
+    def test_values_that_are_not_kept_do_not_matter(self, rank_8: Path, tmp_path: Path) -> None:
+        kept, left_out = self.names(rank_8)
+        rank = glowq.Correction.from_pretrained(rank_8, budget=self.budget).ranks[kept]
 
         def spoil(tensors: dict[str, torch.Tensor]) -> None:
             tensors[f"{left_out}.right"].fill_(math.nan)
             tensors[f"{kept}.right"][rank:] = math.inf
 
-        copy = damaged(folder, tmp_path / "copy", spoil)
-        expected = glowq.Correction.from_pretrained(folder, budget=self.budget)
+        copy = damaged(rank_8, tmp_path / "copy", spoil)
+        expected = glowq.Correction.from_pretrained(rank_8, budget=self.budget)
         same(glowq.Correction.from_pretrained(copy, budget=self.budget), expected)
         with pytest.raises(NonFiniteError, match="holds NaN or Inf"):
             glowq.Correction.from_pretrained(copy)
 
-    def test_values_that_are_kept_do(self, folder: Path, tmp_path: Path) -> None:
-        kept, _ = self.names(folder)
-        copy = damaged(folder, tmp_path / "copy", lambda tensors: tensors[f"{kept}.right"][0, :1].fill_(math.nan))
+    def test_values_that_are_kept_do(self, rank_8: Path, tmp_path: Path) -> None:
+        kept, _ = self.names(rank_8)
+        copy = damaged(rank_8, tmp_path / "copy", lambda tensors: tensors[f"{kept}.right"][0, :1].fill_(math.nan))
         with pytest.raises(NonFiniteError, match=f"factor '{kept}.right' in .* holds NaN or Inf".replace("+", r"\+")):
             glowq.Correction.from_pretrained(copy, budget=self.budget)
 
@@ -200,27 +186,27 @@ class TestDamage:
         ids=["missing", "misshaped", "whole", "extra"],
     )
     def test_headers_of_what_is_not_kept_do(
-        self, folder: Path, tmp_path: Path, change: Callable[..., Any], message: str
+        self, rank_8: Path, tmp_path: Path, change: Callable[..., Any], message: str
     ) -> None:
-        _, left_out = self.names(folder)
-        copy = damaged(folder, tmp_path / "copy", lambda tensors: change(tensors, f"{left_out}.right"))
+        _, left_out = self.names(rank_8)
+        copy = damaged(rank_8, tmp_path / "copy", lambda tensors: change(tensors, f"{left_out}.right"))
         with pytest.raises(CorrectionError, match=message):
             glowq.Correction.from_pretrained(copy, budget=self.budget)
 
-    def test_a_truncated_file(self, folder: Path, tmp_path: Path) -> None:
-        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    def test_a_truncated_file(self, rank_8: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(rank_8, tmp_path / "copy"))
         content = (copy / "glowq.safetensors").read_bytes()
         (copy / "glowq.safetensors").write_bytes(content[:-1])
         with pytest.raises(CorrectionError, match="corrupt or truncated"):
             glowq.Correction.from_pretrained(copy, budget=self.budget)
 
-    def test_one_factor_claimed_twice(self, folder: Path, tmp_path: Path) -> None:
+    def test_one_factor_claimed_twice(self, rank_8: Path, tmp_path: Path) -> None:
         def claim(stored: dict[str, Any]) -> None:
             first, second, *_ = (group for group in stored["groups"].values() if len(group["members"]) == 1)
             second.update(members=first["members"], out_features=first["out_features"])
 
         with pytest.raises(CorrectionError, match=r"left' is missing"):
-            glowq.Correction.from_pretrained(changed(folder, tmp_path / "copy", claim), budget=self.budget)
+            glowq.Correction.from_pretrained(changed(rank_8, tmp_path / "copy", claim), budget=self.budget)
 
 
 def first_group(stored: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +225,6 @@ def first_group(stored: dict[str, Any]) -> dict[str, Any]:
         (lambda s: s["provenance"].update(total="all"), r"provenance\.total .* at least 0, found 'all'"),
     ],
 )
-def test_measurements_that_are_none(folder: Path, tmp_path: Path, change: Callable[..., Any], message: str) -> None:
+def test_measurements_that_are_none(rank_8: Path, tmp_path: Path, change: Callable[..., Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        glowq.Correction.from_pretrained(changed(folder, tmp_path / "copy", change))
+        glowq.Correction.from_pretrained(changed(rank_8, tmp_path / "copy", change))

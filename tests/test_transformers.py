@@ -28,11 +28,6 @@ COMMIT = "a" * 40
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "llama")
-
-
-@pytest.fixture(scope="module")
 def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, glowq.Correction, Path]:
     folder = tmp_path_factory.mktemp("saved")
     model, correction = corrected(source, "nf4", rank=8)

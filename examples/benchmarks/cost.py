@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--base", default="nf4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="of distillation, counted in")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="one leaves the ratio to the work, not the scheduler")
     parser.add_argument("--json", action="store_true")
@@ -64,7 +65,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.repeats):
         forwards.append(forward_seconds(model, sequences))
         start = time.perf_counter()
-        glowq.correct(model, reference=str(MODEL), calibration=sequences, rank=arguments.rank)
+        options = {"rank": arguments.rank, "distill": arguments.distill}
+        glowq.correct(model, reference=str(MODEL), calibration=sequences, **options)
         corrections.append(time.perf_counter() - start)
         ratios.append(corrections[-1] / forwards[-1])
         glowq.detach(model)
@@ -73,6 +75,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "base": arguments.base,
         "tokens": sequences.numel(),
+        "distill": arguments.distill,
         "correction_seconds": sorted(corrections)[middle],
         "forward_seconds": sorted(forwards)[middle],
         "ratio": sorted(ratios)[middle],

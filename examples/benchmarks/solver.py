@@ -54,7 +54,8 @@ def published(error: Tensor, moment: Tensor, rank: int) -> Factors:
     orthogonal, reduced = torch.linalg.qr(error @ root)
     left, singular, right = torch.svd_lowrank(reduced, q=rank + _OVERSAMPLING, niter=2)
     scaled = singular[:rank, None] * right[:, :rank].T
-    return Factors(orthogonal @ left[:, :rank], scaled @ inverse, singular[:rank].double().square())
+    total = float(reduced.double().square().sum())
+    return Factors(orthogonal @ left[:, :rank], scaled @ inverse, singular[:rank].double().square(), total)
 
 
 def optimum(error: Tensor, moment: Tensor, rank: int) -> float:

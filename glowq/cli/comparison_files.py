@@ -85,6 +85,10 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"seed {result['seed']}; brackets: 95% paired bootstrap over sequences.",
         "A uniform rank leaves bytes of its budget unspent; the column of bytes is what each really takes.",
     ]
+    predicted = [row for row in result["rows"] if row["predicted"] is not None]
+    if predicted:
+        shares = ", ".join(f"{row['predicted']:.1%} of {row['method']} at {row['budget']}" for row in predicted)
+        notes.append(f"Predicted before any evaluation, share of the KL divergence undone: {shares}.")
     if overlap["windows"]:
         notes.append(
             f"{overlap['windows'] / overlap['of']:.1%} of this text was calibrated on (--force): the figures flatter."

@@ -49,6 +49,7 @@ def _row(entry: Entry, base_bytes: int, scores: Mapping[str, Score], seed: int) 
         "groups": len(entry.factors),
         "factor_bytes": entry.factor_bytes,
         "overhead": entry.factor_bytes / base_bytes,
+        "predicted": entry.predicted,
         "reason": entry.reason,
         "same_as": entry.same_as,
     }

@@ -1,0 +1,53 @@
+"""The benchmarks behind README's figures run, at small sizes, and print what they are read for."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs one with --json, as its command does, and returns what it printed."""
+
+    def call(name: str, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--json"])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_the_solver_against_the_published_recipe(run: Any) -> None:
+    sizes = ["--d", "64", "--outputs", "96", "--rank", "4", "--tokens", "256", "--repeats", "1"]
+    found = run("solver.py", *sizes)
+    assert set(found["seconds"]) == {"published", "glowq"}
+    assert -1e-6 < found["excess_residual"]["glowq"] < 1e-3
+    assert found["excess_residual"]["glowq"] < found["excess_residual"]["published"]
+
+
+def test_the_cost_of_a_correction(run: Any) -> None:
+    sizes = ["--calibration-tokens", "1024", "--rank", "2", "--repeats", "1", "--distill", "1"]
+    found = run("cost.py", "--base", "torchao-int4", *sizes)
+    assert (found["base"], found["tokens"], found["distill"]) == ("torchao-int4", 1024, 1)
+    assert found["ratio"] == pytest.approx(found["correction_seconds"] / found["forward_seconds"])
+
+
+def test_every_base_at_equal_bytes(run: Any) -> None:
+    sizes = ["--budgets", "262144", "--calibration-tokens", "2048", "--tokens", "2048"]
+    rows = run("backends.py", "--bases", "torchao-int2", *sizes)["rows"]
+    assert [(row["base"], row["method"], row["rank"]) for row in rows] == [
+        ("torchao-int2", "glowq-published", 4),
+        ("torchao-int2", "glowq", None),
+    ]
+    for row in rows:
+        gap = row["quantized"] - row["reference"]
+        assert row["recovered"] == pytest.approx((row["quantized"] - row["corrected"]) / gap)
