@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,14 @@ __all__ = [
     "Interval",
     "Score",
     "bootstrap",
+    "finite",
     "has_gap",
     "perplexity",
     "perplexity_ratio",
     "recovered",
     "score_models",
+    "shown",
+    "shown_share",
 ]
 
 NO_GAP = "no gap to recover"
@@ -129,6 +133,31 @@ def recovered(reference: Score, quantized: Score, corrected: Score, *, seed: int
 def has_gap(reference: float | None, quantized: float | None) -> bool:
     """Whether a share of the gap between two perplexities says anything; None is one that is undefined."""
     return reference is None or quantized is None or quantized >= (1 + _LEAST_GAP) * reference
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None (JSON's null) where it is NaN or infinite."""
+    return value if math.isfinite(value) else None
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure for people in a format such as ".4f"; one that is undefined (None) says so."""
+    return "undefined" if value is None else format(value, form)
+
+
+def shown_share(figures: Mapping[str, Any]) -> str:
+    """The share of the gap that was recovered, for people: with its interval, or with the reason why it says nothing.
+
+    Args:
+        figures: "reference" and "quantized", perplexities; "recovered"; and "recovered_ci95", (low, high) or None where
+            there were too few sequences to resample. Any of them is None where it is undefined.
+    """
+    if not has_gap(figures["reference"], figures["quantized"]):
+        return NO_GAP
+    share, limits = shown(figures["recovered"], ".1%"), figures.get("recovered_ci95")
+    if limits is None:
+        return f"too few tokens to tell ({share})"
+    return f"{share} [{shown(limits[0], '.1%')}, {shown(limits[1], '.1%')}]"
 
 
 def perplexity_ratio(first: Score, second: Score, *, seed: int = 0) -> Interval:

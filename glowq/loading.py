@@ -79,7 +79,9 @@ def _refuse_unnamed_gguf(path: Path) -> None:
         )
 
 
-def load_model(name: str, config: Any, quantization_config: Any = None, gguf_file: str | None = None) -> Any:
+def load_model(
+    name: str, config: Any, quantization_config: Any = None, gguf_file: str | None = None, auto_class: Any = None
+) -> Any:
     """A model of the class that its config names, ready to run.
 
     Args:
@@ -87,6 +89,7 @@ def load_model(name: str, config: Any, quantization_config: Any = None, gguf_fil
         config: what `load_config(name)` returned.
         quantization_config: quantize while loading.
         gguf_file: GGUF file in the folder, which transformers dequantizes.
+        auto_class: transformers class to load it with; None takes `model_class(config)`.
     """
     import torch
 
@@ -101,7 +104,7 @@ def load_model(name: str, config: Any, quantization_config: Any = None, gguf_fil
     if torch.cuda.is_available():
         options["device_map"] = "auto"
     with loading(name):
-        model = model_class(config).from_pretrained(name, dtype="auto", **options)
+        model = (auto_class or model_class(config)).from_pretrained(name, dtype="auto", **options)
     prepare_model(model)
     return model.eval()
 
@@ -118,9 +121,9 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
 
 
-def scores_text(config: Any) -> bool:
+def scores_text(config: Any, auto_class: Any = None) -> bool:
     """Whether the model is one whose perplexity can be measured: a decoder that predicts the next token."""
-    found = model_class(config)
+    found = auto_class or model_class(config)
     causal = found.can_generate() if hasattr(found, "can_generate") else found.__name__ == "AutoModelForCausalLM"
     return bool(causal) and not getattr(config, "is_encoder_decoder", False)
 

@@ -48,7 +48,7 @@ def parse_budget(budget: str | int | float, base_bytes: int) -> int:
         found = Fraction(size.group(1)) * _UNITS[size.group(2)]
     else:
         raise ConfigError(
-            f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes), nor, where one correction "
+            f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes), nor, where a correction "
             "is cut, a target ('recover 80%')."
         )
     if found <= 0:

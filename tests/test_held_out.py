@@ -9,7 +9,7 @@ import pytest
 from tiny import corrected, tiny_llama
 
 import glowq
-from glowq.cli.held_out import held_out_rows
+from glowq.cli.correct import held_out_rows
 from glowq.evaluation import has_gap
 
 
@@ -55,7 +55,7 @@ class TestCut:
 
     @pytest.mark.parametrize("cut", [{"rank": 4}, {"budget": "5%"}], ids=str)
     def test_a_part_has_none(self, measured: glowq.Correction, tmp_path: Path, cut: dict[str, Any]) -> None:
-        assert "| 10.0000 | 12.0000 | 9.9000 | 60.0% |" in measured.model_card()
+        assert "| 10.0000 | 12.0000 | 9.9000 | 60.0% [-500.0%, 8000.0%] |" in measured.model_card()
         measured.save_pretrained(tmp_path)
         for part in (measured.cut(**cut), glowq.Correction.from_pretrained(tmp_path, **cut)):
             assert "held_out" not in part.config.provenance
@@ -80,8 +80,8 @@ class TestCut:
     ("changes", "shown"),
     [
         ({"quantized": 10.009}, "| 10.0000 | 10.0090 | 9.9000 | no gap to recover |"),
-        ({"quantized": 10.011}, "| 10.0000 | 10.0110 | 9.9000 | 3702.0% |"),
-        ({"quantized": None, "recovered": None}, "| 10.0000 | undefined | 9.9000 | undefined |"),
+        ({"quantized": 10.011}, "| 10.0000 | 10.0110 | 9.9000 | 3702.0% [-500.0%, 8000.0%] |"),
+        ({"quantized": None, "recovered": None}, "| 10.0000 | undefined | 9.9000 | undefined [-500.0%, 8000.0%] |"),
     ],
 )
 def test_a_card_shows_no_share_of_hardly_any_gap(

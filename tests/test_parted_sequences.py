@@ -11,8 +11,8 @@ from test_cli import call
 from tiny import tiny_llama
 from transformers import AutoConfig
 
-from glowq.cli.held_out import parted_sequences
 from glowq.errors import CalibrationError
+from glowq.held_out import parted_sequences
 
 
 @pytest.fixture(scope="module")

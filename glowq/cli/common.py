@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -29,7 +28,6 @@ __all__ = [
     "SeedOption",
     "check_budget",
     "command_line",
-    "finite",
     "grid",
     "peak_rss_bytes",
     "rank_request",
@@ -133,14 +131,15 @@ def _print_rich(renderable: Any) -> None:
     Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False).print(renderable)
 
 
-def command_line() -> str:
-    """The command as it was typed, quoted for a shell."""
-    return shlex.join(["glowq", *sys.argv[1:]])
+def command_line(output: str | None = None, shown: str = "OUT") -> str:
+    """The command as it was typed, quoted for a shell.
 
-
-def finite(value: float) -> float | None:
-    """`value`, or None (JSON's null) where it is NaN or infinite."""
-    return value if math.isfinite(value) else None
+    Args:
+        output: a folder that is written as `shown`, so that the same command gives the same files wherever they go.
+    """
+    program = "optimum-cli" if os.path.basename(sys.argv[0]) == "optimum-cli" else "glowq"
+    named = {output: shown, f"--output={output}": f"--output={shown}"} if output is not None else {}
+    return shlex.join([program, *(named.get(argument, argument) for argument in sys.argv[1:])])
 
 
 def grid(rows: Mapping[str, Any]) -> Any:

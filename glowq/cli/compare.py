@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -132,8 +131,7 @@ def compare(
         if wanted:
             result["tasks"] = _tasks(full, quantized, comparison.entries, tokenizer, wanted, seed)
         if output is not None:
-            # Without the folder's name, so that the same command gives the same files wherever they are written.
-            command = command_line().replace(f"--output {shlex.quote(output)}", "--output DIR")
+            command = command_line(output, "DIR")
             write_comparison(Path(output).resolve(), {**result, "command": command}, comparison.benefit)
         show({**result, "output": output}, lambda: tables(result))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .common import finite
-from .held_out import LEAST_SEQUENCES
+from ..evaluation import finite
+from ..held_out import LEAST_SEQUENCES
 
 if TYPE_CHECKING:
     from ..comparison import Comparison, Entry

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ..backends import base_names
-from ..errors import OutputError
-from ..loading import load_config, load_model, load_tokenizer, reference_name, scores_text
+from ..evaluation import shown, shown_share
 from ..methods import method_names
 from .common import (
     BudgetOption,
@@ -28,9 +25,8 @@ from .common import (
     rank_request,
     session,
 )
-from .held_out import held_out_figures, held_out_rows, parted_sequences, reference_score
 
-__all__ = ["correct"]
+__all__ = ["correct", "held_out_rows", "report"]
 
 
 def correct(
@@ -77,114 +73,82 @@ def correct(
       glowq correct org/model-GGUF --gguf-file model-Q4_0.gguf --base dense --reference org/model ...
     """
     rank_request(rank, budget, rank_step, max_rank)
-    with session(json) as show:
-        from .. import correct as correct_model
-        from ..backends import base_config, with_calibration
-        from ..files import check_output
-        from ..methods import get_method
+    options: dict[str, Any] = {
+        "rank": rank,
+        "budget": budget,
+        "rank_step": rank_step,
+        "max_rank": max_rank,
+        "method": method,
+    }
 
-        started = time.monotonic()
-        target = Path(output).resolve()
-        kept = target.with_name(f"{target.name}.resume")
-        check_output(target)
-        if resume:
-            _check_kept(kept)
-        get_method(method)
-        quantization = None if base in ("none", "dense") else base_config(base)
-        config = load_config(model, gguf_file)
-        source = reference_name(model, config, base, reference)
-        tokenizer = load_tokenizer(model, source)
-        train, held = parted_sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
-        score = reference_score(source, held) if _is_measured(model, config) else None
-        if quantization is not None:
-            quantization = with_calibration(quantization, train)
-        corrected = load_model(model, config, quantization, gguf_file)
-        correction = correct_model(
-            corrected,
-            reference=source,
-            calibration=train,
-            tokenizer=tokenizer,
-            rank=rank,
-            budget=budget,
-            rank_step=rank_step,
-            max_rank=max_rank,
+    def run(command: str) -> dict[str, Any]:
+        from ..integrations.step import correct_checkpoint
+
+        return correct_checkpoint(
+            model,
+            output,
+            calibration=calibration,
             method=method,
+            base=base,
+            reference=reference,
+            format=format,
+            calibration_tokens=calibration_tokens,
+            sequence_length=sequence_length,
             distill=distill,
             seed=seed,
-            resume=kept if resume else None,
-            dense=base == "dense",
+            gguf_file=gguf_file,
+            resume=resume,
+            command=command,
+            **options,
         )
-        held_out = None if score is None else held_out_figures(score, corrected, held, seed)
-        result = {
-            "output": output,
-            "groups": len(correction.ranks),
-            "ranks": correction.ranks,
-            "factor_bytes": correction.factor_bytes,
-            "base_bytes": correction.base_bytes,
-            "overhead": correction.overhead,
-            "predicted": correction.predicted,
-            "calibration_tokens": train.numel(),
-            "held_out": held_out,
-            "command": command_line(),
-            "seed": seed,
-        }
-        # Without the folder's name, so that the same command gives the same files wherever they are written.
-        command = command_line().replace(f"--output {shlex.quote(output)}", "--output OUT")
-        facts = {"command": command, "held_out": held_out}
-        for config in (correction.config, corrected.config.quantization_config):
-            config.provenance.update(facts)
-        _save(correction, corrected, target, format or ("correction" if correction.base_is_stored else "full"))
-        if resume:
-            shutil.rmtree(kept)
+
+    report(run, model, output, json)
+
+
+def report(run: Callable[[str], dict[str, Any]], model: str, output: str, json: bool) -> None:
+    """Run the step and print what it gave.
+
+    Args:
+        run: command line for the model card -> what `correct_checkpoint` returns.
+        model, output: as they were given.
+        json: see `session`.
+    """
+    with session(json) as show:
+        started = time.monotonic()
+        result = run(command_line(output))
+        result["command"] = command_line()
         result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())
-        show(result, lambda: _table(result, correction))
+        if result["held_out"] is None:
+            note = f"{model} predicts no next token: nothing is measured on held-out text."
+            print(f"glowq: note: {note}", file=sys.stderr)
+        show(result, lambda: _table(result))
 
 
-def _check_kept(folder: Path) -> None:
-    """The folder is removed in the end: it must hold nothing but finished blocks."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.suffix not in (".json", ".safetensors", ".tmp"):
-            raise OutputError(
-                f"{folder} holds {entry.name!r}, which is no finished block; move it, or choose another OUT."
-            )
-
-
-def _is_measured(model: str, config: Any) -> bool:
-    if not scores_text(config):
-        print(f"glowq: note: {model} predicts no next token: nothing is measured on held-out text.", file=sys.stderr)
-    return scores_text(config)
-
-
-def _save(correction: Any, model: Any, target: Path, format: str) -> None:
-    from ..files import write_directory
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        correction.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(correction.model_card())
-
-    if format == "full":
-        correction.config = correction.config.with_format("full")
-        write_directory(target, write)
-    else:
-        correction.save_pretrained(target)
-
-
-def _predicted(correction: Any) -> dict[str, str]:
-    # Output errors say nothing of the loss.
-    if correction.predicted is None or correction.config.provenance["gains"] == "squared output":
-        return {}
-    unit = "KL divergence" if correction.config.provenance["gains"] == "nats" else "distance of states"
-    return {"predicted": f"{correction.predicted:.1%} of what quantization changed in the answers ({unit}) is undone"}
-
-
-def _table(result: dict[str, Any], correction: Any) -> Any:
+def _table(result: dict[str, Any]) -> Any:
     rows = {
         "output": result["output"],
         "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
         "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
-        **_predicted(correction),
+        **_predicted(result),
         "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
         "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
     }
     return grid({**rows, **held_out_rows(result["held_out"])})
+
+
+def _predicted(result: dict[str, Any]) -> dict[str, str]:
+    # Output errors say nothing of the loss.
+    if result["predicted"] is None or result["gains"] == "squared output":
+        return {}
+    unit = "KL divergence" if result["gains"] == "nats" else "distance of states"
+    return {"predicted": f"{result['predicted']:.1%} of what quantization changed in the answers ({unit}) is undone"}
+
+
+def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
+    """The figures for people, name -> text."""
+    if figures is None:
+        return {}
+    return {
+        **{f"{name} perplexity": shown(figures[name], ".4f") for name in ("reference", "quantized", "corrected")},
+        "recovered": f"{shown_share(figures)} on {figures['tokens']:,} held-out tokens",
+    }

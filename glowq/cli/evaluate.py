@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EvaluationError
+from ..evaluation import finite
 from ..loading import load_config, load_model, load_tokenizer, scores_text, token_limits
-from .common import JsonOption, SeedOption, command_line, finite, session
+from .common import JsonOption, SeedOption, command_line, session
 
 __all__ = ["evaluate"]
 

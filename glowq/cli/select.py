@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,8 +57,7 @@ def select(
         had = sum(sum(offer.gains) for offer in whole.factors.offers)
         kept = sum(float(entry.gains.sum()) for entry in cut.factors)
         provenance = cut.config.provenance
-        # Without the folder's name, so that the same command gives the same files wherever they are written.
-        command = command_line().replace(f"--output {shlex.quote(output)}", "--output OUT2")
+        command = command_line(output, "OUT2")
         of_whole = {"of_factor_bytes": whole.factors.factor_bytes, "of_held_out": None}
         provenance["selected"] = {**of_whole, **provenance.get("selected", {}), "budget": budget}
         provenance["command"] = "\n".join(filter(None, (provenance.get("command"), command)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, EvaluationError, one_line
-from .common import finite
+from ..evaluation import finite
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,14 +28,20 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install lm_eval")
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager().all_tasks
+    known = _task_manager().all_tasks
     for name in tasks:
         if name not in known and not Path(name).is_file():  # a task may be a YAML file of one's own
             near = get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"lm-evaluation-harness knows no task {name!r}; `lm-eval ls tasks` lists them all.{hint}")
+
+
+@cache
+def _task_manager() -> Any:
+    """The harness's index of all its tasks, which takes seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> dict[str, dict[str, Any]]:
@@ -49,13 +56,16 @@ def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> 
     Raises:
         EvaluationError: a task is unknown, or its data cannot be had.
     """
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
+        options = {"tasks": tasks, "task_manager": _task_manager(), "log_samples": False, **seeds}
+        # In bfloat16, which is the harness's way with such models, sums of log-probabilities round to whole numbers.
         found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, log_samples=False, **seeds
+            model=HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype=torch.float32), **options
         )
     except (KeyError, ValueError, OSError) as error:
         raise EvaluationError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {one_line(error)}") from error

@@ -1,0 +1,81 @@
+"""optimum's exporter step: `main_export`, and what `TasksManager` is told of it.
+
+Installed as `optimum.exporters.glowq` as well, where optimum's users look for an exporter.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from optimum.exporters.base import ExporterConfig
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from ..errors import ConfigError
+from ..loading import load_config
+from .step import correct_checkpoint
+
+__all__ = ["GlowQExporterConfig", "main_export", "register"]
+
+EXPORTER = "glowq"
+
+
+class GlowQExporterConfig(ExporterConfig):  # type: ignore[misc]
+    """What optimum asks of a model that is corrected: the inputs of a forward, whatever the architecture."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Input name -> axis -> its name."""
+        axes = {0: "batch_size", 1: "sequence_length"}
+        return {"input_ids": axes, "attention_mask": axes}
+
+
+def register() -> None:
+    """Tell `TasksManager` of the exporter "glowq" for every text model that transformers has; again does nothing."""
+    declare = TasksManager.create_register(EXPORTER)
+    tasks: dict[str, Any] = {"text-generation": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    tasks["feature-extraction"] = MODEL_MAPPING_NAMES
+    for task, mapping in tasks.items():
+        for model_type in mapping:
+            declare(model_type, task)(GlowQExporterConfig)
+
+
+def main_export(
+    model_name_or_path: str, output: str | os.PathLike[str], *, task: str = "auto", **options: Any
+) -> dict[str, Any]:
+    """Quantize a model if asked to, correct it, and save the result; the same as `glowq correct`.
+
+    Args:
+        model_name_or_path: folder or Hub name.
+        output: folder to write; must be new, empty, or an earlier result.
+        task: "text-generation" or "feature-extraction", as optimum calls them; "auto" takes the class in config.json.
+        **options: of `glowq.integrations.step.correct_checkpoint`; `calibration` is required.
+
+    Returns:
+        See `correct_checkpoint`.
+
+    Raises:
+        ConfigError: the task is none that this model can be corrected for.
+        GlowQError: see `correct_checkpoint`.
+    """
+    register()
+    if task == "auto":
+        return correct_checkpoint(model_name_or_path, output, **options)
+    model_type = load_config(model_name_or_path, options.get("gguf_file")).model_type
+    try:
+        TasksManager.get_exporter_config_constructor(
+            EXPORTER, model_type=model_type, task=task, library_name="transformers"
+        )
+    except (KeyError, ValueError) as error:
+        known = TasksManager._SUPPORTED_MODEL_TYPE.get(model_type, {}).get(EXPORTER, {})
+        raise ConfigError(
+            f"a {model_type} model cannot be corrected for the task {task!r}; it can for "
+            f"{', '.join(known) or 'none'}. Leave out --task for the class that its config.json names."
+        ) from error
+    auto_class = TasksManager.get_model_class_for_task(task, model_type=model_type)
+    return correct_checkpoint(model_name_or_path, output, auto_class=auto_class, **options)
