@@ -1,60 +1,137 @@
-"""The model card of a saved correction, from the template in `model_cards/`."""
+"""The model card of a corrected model, either form, from the template in `model_cards/`, with its picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from .allocation import Offer
 from .config import GlowQConfig
-from .evaluation import NO_GAP, has_gap
-from .runtime import GroupFactors
+from .curve import CurvePoint, budget_curve
+from .errors import GlowQError
+from .evaluation import has_gap, shown, shown_share
+from .files import read_json
+from .plots import can_plot, draw_budgets
 
-__all__ = ["correction_card"]
+__all__ = ["CARD", "PICTURE", "base_license", "card_files", "license_of"]
+
+CARD = "README.md"
+PICTURE = "budgets.png"
+
+_LICENSE = ("license", "license_name", "license_link")
+_PERPLEXITIES = {"reference": "full precision", "quantized": "quantized", "corrected": "corrected"}
+_UNITS = {  # of the gains, as provenance names them
+    "nats": "KL divergence from full precision",
+    "squared distance": "squared distance of the states from full precision's",
+    "second order of the loss": "loss, to second order",
+    "squared output": "squared error of the modules' outputs",
+}
 
 
-def correction_card(config: GlowQConfig, factors: Sequence[GroupFactors], base_bytes: int) -> str:
-    """Text of README.md: metadata, what was corrected, what was measured, how to load it.
+def card_files(
+    config: GlowQConfig,
+    offers: Sequence[Offer],
+    *,
+    license: Mapping[str, Any] | None = None,
+    repository: str = "this/repository",
+    picture: bool | None = None,
+) -> dict[str, bytes]:
+    """A corrected model's card, and its picture of what every smaller budget is predicted to keep.
 
     Args:
-        config: its provenance may hold "command" (the exact command line) and "held_out" (the figures of
-            `glowq correct --json`); sections without data are left out. Nothing in it depends on time or machine.
-        factors: one entry a restored group.
-        base_bytes: bytes of the quantized weights.
+        config: what config.json stores. Its provenance may hold "command" (the exact command line) and "held_out" (the
+            figures of `glowq correct --json`); sections without data are left out.
+        offers: one a restored group.
+        license: the base's, see `base_license`.
+        repository: the Hub name that the card tells people to load.
+        picture: whether to draw; None: if matplotlib is installed.
+
+    Returns:
+        File name -> content: "README.md", and "budgets.png" if there is one. Neither depends on time or machine.
     """
-    factor_bytes = sum(entry.factor_bytes for entry in factors)
+    provenance, base_bytes = config.provenance, config.base_bytes or 0
     base_model: dict[str, Any] = config.base_model or {}
     name = str(base_model.get("name", ""))
-    ranks = sorted({entry.rank for entry in factors})
-    data = ModelCardData(
-        base_model=None if Path(name).is_absolute() else name,
-        base_model_relation=None if Path(name).is_absolute() else "quantized",
-        library_name="glowq",
-        tags=["glowq", "quantized", "low-rank-correction"],
-    )
+    title = f"{Path(name).name}, corrected by glowq"
+    unit = _UNITS.get(str(provenance.get("gains")), "what quantization cost")
+    curve = [] if provenance.get("distilled_steps") else budget_curve(offers, config.total, base_bytes)
+    drawn = len(curve) > 1 and (can_plot() if picture is None else picture)
+    factor_bytes = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
+    ranks = sorted({len(offer.gains) for offer in offers})
     card = ModelCard.from_template(
-        data,
+        _metadata(name, title, provenance.get("held_out"), license or {}),
         template_path=str(_templates() / "correction.md"),
         full=config.format == "full",
-        title=f"{Path(name).name}, corrected by glowq",
+        title=title,
         base_model_name=Path(name).name if Path(name).is_absolute() else name,
         revision=base_model.get("revision"),
         base=_base_name(config.base),
         method=config.method,
         seed=config.seed,
-        group_count=len(factors),
-        module_count=sum(len(entry.group.members) for entry in factors),
+        group_count=len(offers),
+        module_count=sum(len(offer.group.members) for offer in offers),
         ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-        factor_bytes=factor_bytes,
-        overhead=f"{factor_bytes / base_bytes:.2%}",
-        calibration_tokens=config.provenance.get("calibration_tokens", "no"),
-        held_out=_held_out(config.provenance.get("held_out")),
-        command=config.provenance.get("command"),
-        repository="this/repository",
+        factor_bytes=f"{factor_bytes:,}",
+        overhead=f"{factor_bytes / base_bytes:.2%}" if base_bytes else "an unknown share",
+        calibration_tokens=_count(provenance.get("calibration_tokens")),
+        held_out=_held_out(provenance.get("held_out")),
+        selected=provenance.get("selected"),
+        distilled=provenance.get("distilled_steps"),
+        curve=_rows(curve),
+        picture=PICTURE if drawn else None,
+        unit=unit,
+        command=provenance.get("command"),
+        repository=repository,
     )
-    return str(card.content)
+    files = {CARD: str(card.content).encode()}
+    if drawn:
+        files[PICTURE] = _picture(curve, unit, title)
+    return files
+
+
+def base_license(base_model: Mapping[str, Any]) -> dict[str, Any]:
+    """The license fields that the base's own card or config states, where its files are on this machine.
+
+    Args:
+        base_model: "name", a folder or Hub name, and "revision", as config.json stores them.
+    """
+    name, revision = str(base_model.get("name", "")), base_model.get("revision")
+    for file in (CARD, "config.json"):
+        local = Path(name).is_absolute()
+        path = Path(name) / file if local else try_to_load_from_cache(name, file, revision=revision)
+        found = license_of(_stated(Path(path))) if isinstance(path, str | Path) and Path(path).is_file() else {}
+        if found:
+            return found
+    return {}
+
+
+def license_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a card's metadata: its license, and what belongs to it; empty where it states none."""
+    return {key: metadata[key] for key in _LICENSE if metadata.get(key)} if metadata.get("license") else {}
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    """The metadata of a card, or a config; of a file that is damaged, nothing: it is somebody else's."""
+    try:
+        return read_json(file) if file.suffix == ".json" else metadata_load(file) or {}
+    except (GlowQError, ValueError, YAMLError):
+        return {}
+
+
+def _metadata(name: str, title: str, figures: Mapping[str, Any] | None, license: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub indexes. The name of a base that is a folder of this machine says nothing to anybody else."""
+    base = {} if Path(name).is_absolute() else {"base_model": name, "base_model_relation": "quantized"}
+    results = _results(figures)
+    measured = {"model_name": title, "eval_results": results, "pipeline_tag": "text-generation"} if results else {}
+    tags = ["glowq", "quantized", "low-rank-correction"]
+    fields: dict[str, Any] = {**license, **base, "library_name": "glowq", "tags": tags, **measured}
+    return ModelCardData(**fields)
 
 
 def _templates() -> Path:
@@ -68,16 +145,45 @@ def _base_name(base: Any) -> str:
     return str(getattr(method, "value", method))
 
 
-def _held_out(figures: dict[str, Any] | None) -> dict[str, str] | None:
-    """The figures as shown; one that is undefined, and a share of hardly any gap, say so."""
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "no"
+
+
+def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """The figures as shown; None where nothing was measured."""
     if not figures or figures.get("reference") is None:
         return None
-    names = ("reference", "quantized", "corrected")
-    shown = {name: "undefined" if figures[name] is None else f"{figures[name]:.4f}" for name in names}
-    share = figures.get("recovered")
-    if not has_gap(figures["reference"], figures["quantized"]):
-        return {**shown, "recovered": NO_GAP}
-    share_shown = "undefined" if share is None else f"{share:.1%}"
-    if figures.get("recovered_ci95") is None:
-        share_shown = f"too few tokens to tell ({share_shown})"
-    return {**shown, "recovered": share_shown}
+    perplexities = {name: shown(figures[name], ".4f") for name in _PERPLEXITIES}
+    return {**perplexities, "recovered": shown_share(figures), "tokens": _count(figures.get("tokens"))}
+
+
+def _results(figures: Mapping[str, Any] | None) -> list[EvalResult]:
+    """The measured figures as the Hub reads them; what is undefined, and a share that says nothing, is left out."""
+    if not figures or figures.get("reference") is None:
+        return []
+    values = {("perplexity", f"Perplexity, {what}"): figures[name] for name, what in _PERPLEXITIES.items()}
+    if has_gap(figures["reference"], figures["quantized"]) and figures.get("recovered_ci95") is not None:
+        values["recovered", "Share of the perplexity gap recovered"] = figures["recovered"]
+    text: dict[str, Any] = {"dataset_type": "held-out-text", "dataset_name": "Held out from the calibration text"}
+    return [
+        EvalResult(task_type="text-generation", metric_type=kind, metric_name=name, metric_value=value, **text)
+        for (kind, name), value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _rows(curve: Sequence[CurvePoint]) -> list[dict[str, str]]:
+    return [
+        {
+            "bytes": f"{point.bytes:,}",
+            "share": f"{100 * point.share_of_base:.3g}%",
+            "predicted": f"{point.predicted:.1%}",
+        }
+        for point in curve
+    ]
+
+
+def _picture(curve: Sequence[CurvePoint], unit: str, title: str) -> bytes:
+    file = io.BytesIO()
+    draw_budgets(file, curve, unit, title)
+    return file.getvalue()

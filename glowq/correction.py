@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .allocation import Offer
 from .backends import method_of
-from .card import correction_card
+from .card import CARD, base_license, card_files
 from .config import GlowQConfig
 from .errors import ConfigError
 from .factor_files import describe_groups, factor_tensors
@@ -78,13 +78,27 @@ class Correction:
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "empty"
         return f"Correction({len(self.factors)} groups, {shown}, {self.factor_bytes} bytes, +{self.overhead:.2%})"
 
+    @property
+    def offers(self) -> list[Offer]:
+        """What each group has to sell to a budget."""
+        return [Offer(entry.group, entry.factor_bytes // entry.rank, entry.gains.tolist()) for entry in self.factors]
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors as a file holds them, on the CPU: `<group>.right` (r, d) and `<member>.left` (o, r)."""
         return factor_tensors(self.factors)
 
     def model_card(self) -> str:
         """Text of README.md: metadata, what was corrected, what was measured, how to load it."""
-        return correction_card(self.config, self.factors, self.base_bytes)
+        return self._card_files()[CARD].decode()
+
+    def write_card(self, folder: Path) -> None:
+        """Write the model card into `folder`, with its picture where matplotlib is installed."""
+        for name, content in self._card_files().items():
+            (folder / name).write_bytes(content)
+
+    def _card_files(self) -> dict[str, bytes]:
+        license = base_license(self.config.base_model or {})
+        return card_files(self.config, self.offers, license=license)
 
     def cut(
         self,
@@ -114,10 +128,9 @@ class Correction:
                 `glowq.selection.RankRequest`.
         """
         request = RankRequest(rank, budget, rank_step, max_rank)
-        offers = [Offer(entry.group, entry.factor_bytes // entry.rank, entry.gains.tolist()) for entry in self.factors]
         if budget is not None and any(bool(entry.right.any()) for entry in self.factors):  # else there was no error
-            check_measured(offers, "the correction")
-        ranks = choose_ranks(offers, request, self.base_bytes, self.config.total)
+            check_measured(self.offers, "the correction")
+        ranks = choose_ranks(self.offers, request, self.base_bytes, self.config.total)
         kept = [entry for entry in self.factors if entry.group.name in ranks]
         factors = [_cut_group(entry, ranks[entry.group.name]) for entry in kept]
         return replace(self, factors=factors, config=_config_of_part(self.config, factors, self.factor_bytes))
@@ -155,40 +168,52 @@ class Correction:
             if self.generation_config is not None:
                 # Not its own save_pretrained: that refuses the settings of many published models.
                 (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
-            (folder / "README.md").write_text(self.model_card())
+            self.write_card(folder)
 
         write_directory(target, write)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
     ) -> str:
-        """Upload the small form to the Hub and return the commit's address.
+        """Upload the small form to the Hub in one commit, and return its address, or the pull request's.
 
         Args:
             repo_id: "name" or "organization/name"; created if missing.
-            private: visibility of a new repository.
-            token: access token; None takes the one that `hf auth login` stored.
-            **kwargs: to `HfApi.upload_folder`, e.g. `commit_message`, `revision`, `create_pr`.
+            base_model: Hub name of the base, where the correction was made on a folder of this machine.
+            base_revision: its branch, tag or commit; the commit that it stands for now is stored.
+            private, create_pr, revision, commit_message, token: see `glowq.integrations.hub.push`.
 
         Raises:
-            ConfigError: the base is a folder of this machine, which nobody else can load.
+            ConfigError: the base is a folder of this machine, which nobody else can load, and no `base_model` is given.
+            HubError: the Hub refuses, cannot be reached, or the upload was interrupted.
         """
-        from huggingface_hub import HfApi
+        from .integrations.hub import push
 
-        base = str((self.config.base_model or {}).get("name", ""))
-        if os.path.isabs(base):
-            raise ConfigError(
-                f"the base of this correction is the local folder {base!r}, which nobody else can load. Push the base "
-                "first, then set correction.config.base_model['name'] to its Hub name and ['revision'] to its commit."
-            )
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "correction")
-            kwargs.setdefault("commit_message", "Upload glowq correction")
-            return str(api.upload_folder(repo_id=repo, folder_path=Path(folder) / "correction", **kwargs))
+            pushed = push(
+                Path(folder) / "correction",
+                repo_id,
+                base_model=base_model,
+                base_revision=base_revision,
+                private=private,
+                create_pr=create_pr,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+            )
+        return str(pushed["pull_request"] or pushed["commit"])
 
     @classmethod
     def from_pretrained(

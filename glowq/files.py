@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ from .errors import CorrectionError, GlowQError, ModelNotFoundError, OutputError
 
 __all__ = [
     "EXPORT_MANIFEST",
+    "PICKLES",
     "Kind",
     "check_output",
     "checkpoint_files",
@@ -33,6 +34,7 @@ _RESULT_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "README.md",
+    "budgets.png",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -43,7 +45,7 @@ _RESULT_FILES = (
 )
 _COMPARISON_FILES = ("compare.json", "table.md", "bytes.png", "heatmap.png")
 EXPORT_MANIFEST = "glowq_export.json"  # names every file beside it
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 class Kind(Enum):
@@ -90,11 +92,15 @@ def refuse_pickles(folder: Path) -> None:
     Raises:
         PickleRefusedError: weights in a format that can run code, and no safetensors.
     """
-    names = sorted(entry.name for entry in folder.iterdir())
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    _refuse_only_pickles(str(folder), [entry.name for entry in folder.iterdir()])
+
+
+def _refuse_only_pickles(where: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise PickleRefusedError(
-            f"{folder} offers its weights as {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
+            f"{where} offers its weights as {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
             "safetensors (save_pretrained of a current transformers does)."
         )
 
@@ -102,22 +108,31 @@ def refuse_pickles(folder: Path) -> None:
 def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
     """The local folder of a model: the folder itself, or the Hub repository's safetensors, JSON and tokenizer files.
 
+    Args:
+        name: folder or Hub name.
+        **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
+
     Raises:
-        ModelNotFoundError: neither a folder nor a repository that can be reached or is in the cache.
+        ModelNotFoundError: neither a folder nor a repository of that name and revision, or the Hub may not be asked and
+            the cache does not hold it.
+        HubError: it is gated, the token is not valid, or the Hub cannot be reached.
+        PickleRefusedError: it offers its weights only as pickles, which are not downloaded.
+        OutputError: the disk is full.
     """
     if os.path.isdir(name):
         return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    from .hub_errors import asking_hub
 
     patterns = ["*.json", "model*.safetensors", "glowq.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(os.fspath(name), allow_patterns=patterns, **hub_kwargs))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelNotFoundError(
-            f"{os.fspath(name)!r} is neither a folder nor a Hub repository within reach ({type(error).__name__}). "
-            "Check the name, or `hf auth login` for a private one."
-        ) from error
+    with asking_hub(os.fspath(name), hub_kwargs):
+        folder = Path(snapshot_download(os.fspath(name), allow_patterns=patterns, **hub_kwargs))
+        asked = not (constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only"))
+        if asked and not any(folder.glob("*.safetensors")):
+            api = HfApi(token=hub_kwargs.get("token"))
+            _refuse_only_pickles(os.fspath(name), api.list_repo_files(os.fspath(name), revision=folder.name))
+    return folder
 
 
 def checkpoint_files(folder: Path) -> list[str]:

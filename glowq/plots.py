@@ -1,22 +1,28 @@
-"""Pictures of a comparison, drawn with matplotlib, which is the optional extra `plot`."""
+"""Pictures of a comparison and of a correction, drawn with matplotlib, which is the optional extra `plot`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .benefit import Benefit
+    from .curve import CurvePoint
 
-__all__ = ["check_plots", "draw_benefit", "draw_recovered"]
+__all__ = ["can_plot", "check_plots", "draw_benefit", "draw_budgets", "draw_recovered"]
 
 _DPI = 150
 _MARKERS = "osD^vPX*<>h"
 _METADATA = {"Software": None}  # matplotlib's version: the same figures give the same file
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def check_plots() -> None:
@@ -25,7 +31,7 @@ def check_plots() -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
+    if not can_plot():
         raise ConfigError(
             "plots need matplotlib: pip install 'glowq[plot]', or leave out --output and take the figures from --json."
         )
@@ -53,6 +59,30 @@ def draw_recovered(file: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]],
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
+    _save(figure, file)
+
+
+def draw_budgets(file: IO[bytes], points: Sequence[CurvePoint], unit: str, title: str) -> None:
+    """What every budget is predicted to recover, one line.
+
+    Args:
+        file: PNG to write.
+        points: what `glowq.curve.budget_curve` returned.
+        unit: what the predicted shares are shares of.
+        title: shown above.
+    """
+    figure = _figure(7.0, 4.0)
+    axes = figure.add_subplot()
+    axes.plot([100 * point.share_of_base for point in points], [100 * point.predicted for point in points], marker="o")
+    axes.set_xscale("log")
+    shares = [100 * point.share_of_base for point in points[:-1]]  # the last is no round one
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("bytes kept, % of the quantized weights")
+    axes.set_ylabel(f"predicted share recovered, %\n({unit})")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25)
     _save(figure, file)
 
 
@@ -97,5 +127,5 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, file: Path) -> None:
+def _save(figure: Any, file: Path | IO[bytes]) -> None:
     figure.savefig(file, format="png", dpi=_DPI, metadata=_METADATA)

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,26 +271,3 @@ def test_a_hub_repository_may_not_name_a_folder_of_this_machine(saved: Any, hub:
     hub("me/correction", saved[2] / "correction")
     with pytest.raises(UnsafePathError, match=r"names the local folder .* as its base; refused"):
         load("me/correction")
-
-
-def test_push_to_hub_uploads_what_is_saved(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: dict[str, Any] = {}
-
-    def create(self: Any, repo_id: str, **kwargs: Any) -> Any:
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload(self: Any, *, repo_id: str, folder_path: Path, **kwargs: Any) -> str:
-        sent.update(repo_id=repo_id, files={path.name: path.read_bytes() for path in folder_path.iterdir()}, **kwargs)
-        return "https://huggingface.co/me/model-glowq/commit/1"
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    correction = glowq.Correction.from_pretrained(saved[2] / "correction")
-    assert correction.config.base_model is not None
-    with pytest.raises(ConfigError, match="which nobody else can load"):
-        correction.push_to_hub("model-glowq")
-    assert sent == {}
-    correction.config.base_model.update(name="me/base", revision=COMMIT)
-    correction.save_pretrained(tmp_path / "model-glowq", push_to_hub=True, revision="v1")
-    assert sent.pop("files") == {path.name: path.read_bytes() for path in (tmp_path / "model-glowq").iterdir()}
-    assert sent == {"repo_id": "me/model-glowq", "revision": "v1", "commit_message": "Upload glowq correction"}

@@ -73,13 +73,6 @@ def correct(
       glowq correct org/model-GGUF --gguf-file model-Q4_0.gguf --base dense --reference org/model ...
     """
     rank_request(rank, budget, rank_step, max_rank)
-    options: dict[str, Any] = {
-        "rank": rank,
-        "budget": budget,
-        "rank_step": rank_step,
-        "max_rank": max_rank,
-        "method": method,
-    }
 
     def run(command: str) -> dict[str, Any]:
         from ..integrations.step import correct_checkpoint
@@ -88,9 +81,13 @@ def correct(
             model,
             output,
             calibration=calibration,
-            method=method,
             base=base,
             reference=reference,
+            rank=rank,
+            budget=budget,
+            rank_step=rank_step,
+            max_rank=max_rank,
+            method=method,
             format=format,
             calibration_tokens=calibration_tokens,
             sequence_length=sequence_length,
@@ -99,7 +96,6 @@ def correct(
             gguf_file=gguf_file,
             resume=resume,
             command=command,
-            **options,
         )
 
     report(run, model, output, json)

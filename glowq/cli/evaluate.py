@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EvaluationError
-from ..evaluation import finite
+from ..evaluation import finite, shown
 from ..loading import load_config, load_model, load_tokenizer, scores_text, token_limits
 from .common import JsonOption, SeedOption, command_line, session
 
@@ -107,9 +107,9 @@ def _table(result: dict[str, Any]) -> Any:
     for row in result["models"]:
         table.add_row(
             row["model"],
-            _text(row["perplexity"], ".4f"),
+            shown(row["perplexity"], ".4f"),
             _ratio(pairs.get(row["model"])),
-            _text(row["kl"], ".5f"),
+            shown(row["kl"], ".5f"),
             f"{row['top1']:.2%}",
             f"{row['weight_bytes'] / 1e6:,.1f}",
         )
@@ -119,9 +119,5 @@ def _table(result: dict[str, Any]) -> Any:
 def _ratio(pair: dict[str, Any] | None) -> str:
     if pair is None:
         return ""
-    low, high = (_text(value, ".4f") for value in pair["ci95"])
-    return f"{_text(pair['ppl_ratio'], '.4f')} [{low}, {high}]"
-
-
-def _text(value: float | None, form: str) -> str:
-    return "undefined" if value is None else format(value, form)
+    low, high = (shown(value, ".4f") for value in pair["ci95"])
+    return f"{shown(pair['ppl_ratio'], '.4f')} [{low}, {high}]"
