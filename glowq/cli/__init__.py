@@ -11,9 +11,12 @@ from .correct import correct
 from .evaluate import evaluate
 from .export import export
 from .groups import groups
+from .import_ import import_
 from .inspect import inspect
+from .push import push
 from .run import run
 from .select import select
+from .verify import verify
 
 __all__ = ["app", "main"]
 
@@ -31,8 +34,11 @@ app.command("correct")(correct)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
 app.command("groups")(groups)
+app.command("import")(import_)
 app.command("inspect")(inspect)
+app.command("push")(push)
 app.command("select")(select)
+app.command("verify")(verify)
 # Everything after the program's name belongs to the program, its --help too.
 app.command("run", context_settings={**_HELP, "allow_interspersed_args": False})(run)
 

@@ -20,13 +20,18 @@ def export(
         str | None, typer.Option(help="merged: dtype of the weights, bfloat16 unless given; float16 or float32.")
     ] = None,
     pad_ranks: Annotated[
-        bool, typer.Option(help="peft: one rank for every module, the missing part zeros (SGLang wants that).")
+        bool,
+        typer.Option("--pad-ranks", help="peft: one rank for every module, the missing part zeros (SGLang, vLLM)."),
     ] = False,
     fill_modules: Annotated[
-        bool, typer.Option(help="peft: zeros for modules without a correction (GPTQModel's loader wants that).")
+        bool, typer.Option("--fill-modules", help="peft: zeros for modules without a correction (GPTQModel).")
     ] = False,
     max_rank: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="peft: the engine's limit; a larger rank is refused.")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="peft: where the base is, if it is not what the correction names."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -38,7 +43,13 @@ def export(
       glowq export corrected --to onnx --output onnx
       glowq export corrected --to merged --output dense
     """
-    given: dict[str, Any] = {"dtype": dtype, "max_rank": max_rank, "pad_ranks": pad_ranks, "fill_modules": fill_modules}
+    given: dict[str, Any] = {
+        "base_model": base_model,
+        "dtype": dtype,
+        "fill_modules": fill_modules,
+        "max_rank": max_rank,
+        "pad_ranks": pad_ranks,
+    }
     options = {name: value for name, value in given.items() if value is not None and value is not False}
     from ..integrations.exporting import check_options
     from ..integrations.exporting import export as export_model
@@ -53,11 +64,9 @@ def export(
 
 
 def _table(result: dict[str, Any]) -> Any:
-    check = result.get("check", {})
-    return grid(
-        {
-            "output": result["output"],
-            "files": f"{len(result['files'])}, {result['bytes']:,} bytes",
-            **{name.replace("_", " "): value for name, value in check.items()},
-        }
-    )
+    shown = {"output": result["output"], "files": f"{len(result['files'])}, {result['bytes']:,} bytes"}
+    facts = {name: value for name, value in result.items() if name not in ("to", "output", "files", "bytes", "command")}
+    for name, value in {**facts, **result.get("check", {})}.items():
+        if not isinstance(value, dict | list):
+            shown[name.replace("_", " ")] = f"{value:,}" if name.endswith("_bytes") else value
+    return grid(shown)

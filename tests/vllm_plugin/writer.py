@@ -146,9 +146,15 @@ def exact(folder: Path, *, corrected: bool = True) -> Any:
 
 
 def expected(folder: Path, prompts: Tensor) -> dict[str, Any]:
-    """What transformers answers to the three of `prompts` whose answer is surest, and each token's log-probability."""
+    """What transformers answers, and how likely each token is.
+
+    Of `prompts` the three with the surest answers are taken, among those that the base alone answers otherwise.
+    """
     model, dense = load(folder, dtype=torch.bfloat16), exact(folder)
-    ids = model.generate(prompts, max_new_tokens=ANSWER, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options: dict[str, Any] = {"max_new_tokens": ANSWER, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = model.generate(prompts, **options)
+    with glowq.disabled(model):
+        ids = ids[(ids != model.generate(prompts, **options)).any(1)]
     best = scores(dense, ids)[:, PROMPT - 1 :].topk(2).values
     ids = ids[(best[..., 0] - best[..., 1]).amin(1).argsort(descending=True)[:3]]
     said: dict[str, Any] = {"prompts": ids[:, :PROMPT].tolist(), "answers": ids[:, PROMPT:].tolist()}

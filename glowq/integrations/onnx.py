@@ -1,0 +1,95 @@
+"""A corrected model as an ONNX graph for ONNX Runtime and onnxruntime-genai.
+
+Quantized layers become ONNX Runtime's own operators, which take the quantized weights as they are; each group's right
+product is one node of the graph. Everything else is float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from ..errors import ConfigError, ExportError, UntestedVersionWarning
+from ..loading import load_tokenizer
+from ..runtime import attached
+from ..switching import set_enabled
+from .corrected import difference, example_inputs, first_output, load_corrected, stored_correction
+from .onnx_check import check, operator_counts
+from .onnx_genai import write_genai_config
+from .onnx_graph import describe, export_graph
+from .onnx_operators import use_operators
+
+__all__ = ["write"]
+
+_TESTED = {
+    "onnx": ">=1.23,<1.24",
+    "onnxruntime": ">=1.25,<1.32",
+    "onnxscript": ">=0.7,<0.8",
+    "torch": ">=2.13,<2.14",
+}
+
+
+def write(source: str, folder: Path) -> dict[str, Any]:
+    """Write model.onnx, model.onnx.data, config.json and the tokenizer, for a decoder genai_config.json as well.
+
+    Args:
+        source: folder or Hub name of a corrected text decoder or text encoder, either form.
+        folder: empty.
+
+    Returns:
+        "inputs" and "outputs" (names, without the cache), "operators" (name -> nodes), "genai" (whether
+        genai_config.json was written), "kernel_difference" (how far the model in float32 lies from what the base's
+        library computes in its own dtype, as a share of the outputs), and "check", see `onnx_check.check`.
+
+    Raises:
+        ConfigError: a package is not installed.
+        ExportError: the model carries no correction; ONNX Runtime has no operator for a module's packing; torch cannot
+            export the architecture; or what ONNX Runtime computes is not what the model does.
+    """
+    _check_packages()
+    correction = stored_correction(source)
+    if not correction.groups:
+        raise ExportError(f"the correction of {source} restores no group: there is nothing to export.")
+    tokenizer = load_tokenizer(source, (correction.base_model or {}).get("name"))
+    model = load_corrected(source)
+    interface = describe(model, tokenizer)
+    silent = [group for group, container in attached(model).items() if not bool(container.right.factor.any())]
+    set_enabled(model, False, groups=silent)  # nodes that add zero
+    inputs = example_inputs(model)
+    as_is = first_output(model, inputs)
+    use_operators(model)
+    rounding = difference(first_output(model, {name: value.cpu() for name, value in inputs.items()}), as_is)
+    export_graph(model, interface, folder)
+    figures = check(folder, model, interface)
+    config = copy.deepcopy(model.config)
+    del config.quantization_config  # what loads this folder quantizes nothing
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {
+        "inputs": list(interface.inputs),
+        "outputs": list(interface.outputs),
+        "operators": operator_counts(folder),
+        "genai": write_genai_config(folder, model, interface),
+        "kernel_difference": rounding["relative_difference"],
+        "check": figures,
+    }
+
+
+def _check_packages() -> None:
+    for package, tested in _TESTED.items():
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"--to onnx needs {package}, which is not installed: pip install 'glowq[onnx]'")
+        installed = importlib.metadata.version(package)
+        if not SpecifierSet(tested).contains(installed, prereleases=True):
+            warnings.warn(
+                f"{package} {installed} is outside the versions that glowq's ONNX export is tested with ({tested}); "
+                "what it writes is checked all the same.",
+                UntestedVersionWarning,
+                stacklevel=2,
+            )
