@@ -125,7 +125,15 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
 
     from .hub_errors import asking_hub
 
-    patterns = ["*.json", "model*.safetensors", "glowq.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = [
+        "*.json",
+        "model*.safetensors",
+        "glowq.safetensors",
+        "adapter_model.safetensors",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+    ]
     with asking_hub(os.fspath(name), hub_kwargs):
         folder = Path(snapshot_download(os.fspath(name), allow_patterns=patterns, **hub_kwargs))
         asked = not (constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only"))

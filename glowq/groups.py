@@ -8,7 +8,7 @@ inputs can hold equal values, and a name says nothing about what a module reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .backends import find_backend, quantized_modules
 from .errors import UnsupportedModuleError
 
-__all__ = ["Group", "Trace", "blocks", "evaluating", "find_groups", "trace_groups"]
+__all__ = ["Group", "Trace", "blocks", "evaluating", "example_inputs", "find_groups", "group_name", "trace_groups"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
         gathered.setdefault((block_of[name], inputs), []).append(name)
     groups = [
         Group(
-            name=_group_name(members),
+            name=group_name(members),
             members=tuple(members),
             in_features=candidates[members[0]][1],
             out_features=tuple(candidates[member][0] for member in members),
@@ -227,7 +227,16 @@ def _common_parent(members: Iterable[str]) -> str:
     return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps))
 
 
-def _group_name(members: list[str]) -> str:
+def example_inputs(model: Any) -> dict[str, Any]:
+    """The arguments of one forward that transformers keeps for every architecture, on the device of `model`."""
+    inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
+    if model.config.is_encoder_decoder and "input_ids" in inputs:
+        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+    return inputs
+
+
+def group_name(members: Sequence[str]) -> str:
+    """What a group of these members is called: their common parent, and their names under it joined by "+"."""
     parent = _common_parent(members)
     local = "+".join(member.removeprefix(f"{parent}.") for member in members)
     return f"{parent}.{local}" if parent else local

@@ -39,9 +39,9 @@ def disabled(model: nn.Module, groups: Iterable[str] | None = None) -> Iterator[
 def set_enabled(model: nn.Module, enabled: bool, groups: Iterable[str] | None = None) -> None:
     """Switch the correction of `model`, or that of some groups, on or off for good.
 
-    A group that is off computes nothing and keeps its factors: `save_pretrained` stores them and `dequantize` adds
-    them to the weights whether it is on or off, and a saved model is loaded with every group on. A compiled model is
-    compiled once more for each set of groups that it has not run with.
+    A group that is off computes nothing and keeps its factors: `save_pretrained` stores them, and a saved model is
+    loaded with every group on. `dequantize` folds in what runs. A compiled model is compiled once more for each set of
+    groups that it has not run with.
 
     Args:
         model: carries a correction.

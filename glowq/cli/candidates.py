@@ -172,8 +172,7 @@ def _trace(model: Any, found: Candidates) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ..backends.dense import mark
-    from ..groups import trace_groups
-    from .groups import example_inputs
+    from ..groups import example_inputs, trace_groups
 
     mark(model)
     try:

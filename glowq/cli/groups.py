@@ -7,7 +7,7 @@ from typing import Any
 from ..loading import load_config, load_model
 from .common import JsonOption, ModelArgument, session
 
-__all__ = ["example_inputs", "groups"]
+__all__ = ["groups"]
 
 
 def groups(model: ModelArgument, json: JsonOption = False) -> None:
@@ -18,7 +18,7 @@ def groups(model: ModelArgument, json: JsonOption = False) -> None:
       glowq groups org/model
     """
     with session(json) as show:
-        from ..groups import trace_groups
+        from ..groups import example_inputs, trace_groups
 
         loaded = load_model(model, load_config(model))
         trace = trace_groups(loaded, example_inputs(loaded))
@@ -37,14 +37,6 @@ def groups(model: ModelArgument, json: JsonOption = False) -> None:
             "skipped": trace.skipped,
         }
         show(result, lambda: _tables(result))
-
-
-def example_inputs(model: Any) -> dict[str, Any]:
-    """The arguments of one forward that transformers keeps for every architecture, on the device of `model`."""
-    inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
-    if model.config.is_encoder_decoder and "input_ids" in inputs:
-        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
-    return inputs
 
 
 def _tables(result: dict[str, Any]) -> Any:

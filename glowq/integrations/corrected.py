@@ -11,7 +11,7 @@ from ..config import GlowQConfig
 from ..errors import ExportError
 from ..loading import load_config, load_model
 
-__all__ = ["difference", "example_inputs", "first_output", "load_corrected", "stored_correction"]
+__all__ = ["difference", "first_output", "load_corrected", "stored_correction"]
 
 
 def stored_correction(source: str) -> GlowQConfig:
@@ -37,14 +37,6 @@ def load_corrected(source: str) -> Any:
     """
     stored_correction(source)
     return load_model(source, load_config(source))
-
-
-def example_inputs(model: Any) -> dict[str, Any]:
-    """The arguments of one forward that transformers keeps for every architecture, on the device of `model`."""
-    inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
-    if model.config.is_encoder_decoder and "input_ids" in inputs:
-        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
-    return inputs
 
 
 def first_output(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..backends import quantized_modules, read_weight
 from ..errors import ConfigError, ExportError, ModelNotFoundError
+from ..groups import example_inputs
 from ..loading import load_config, load_tokenizer, loading, model_class
-from .corrected import difference, example_inputs, first_output, load_corrected, stored_correction
+from .corrected import difference, first_output, load_corrected, stored_correction
 from .folded import cast, running_factors
 
 __all__ = ["write"]

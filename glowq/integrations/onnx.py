@@ -16,10 +16,11 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from ..errors import ConfigError, ExportError, UntestedVersionWarning
+from ..groups import example_inputs
 from ..loading import load_tokenizer
 from ..runtime import attached
 from ..switching import set_enabled
-from .corrected import difference, example_inputs, first_output, load_corrected, stored_correction
+from .corrected import difference, first_output, load_corrected, stored_correction
 from .onnx_check import check, operator_counts
 from .onnx_genai import write_genai_config
 from .onnx_graph import describe, export_graph

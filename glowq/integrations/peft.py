@@ -18,10 +18,11 @@ from torch import Tensor
 from ..backends import quantized_modules
 from ..config import GlowQConfig
 from ..errors import ConfigError, ExportError, one_line
+from ..groups import example_inputs
 from ..runtime import attached_factors
 from ..saved import open_saved
 from .adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEY_PREFIX
-from .corrected import difference, example_inputs, first_output, load_corrected, stored_correction
+from .corrected import difference, first_output, load_corrected, stored_correction
 from .peft_base import find_base, load_base
 from .peft_card import adapter_card
 

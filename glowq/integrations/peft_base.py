@@ -15,9 +15,10 @@ from ..config import GlowQConfig
 from ..errors import ConfigError, ExportError
 from ..files import local_snapshot
 from ..fingerprint import verify_fingerprint
+from ..groups import example_inputs
 from ..loading import load_config, loading, model_class
 from .checkpoints import base_folder
-from .corrected import example_inputs, first_output
+from .corrected import first_output
 
 __all__ = ["Base", "find_base", "load_base"]
 

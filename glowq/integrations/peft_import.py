@@ -20,11 +20,10 @@ from ..correction import Correction
 from ..errors import ConfigError, CorrectionError, FingerprintError, NonFiniteError, UnsupportedModuleError
 from ..factor_files import describe_groups
 from ..fingerprint import fingerprint
-from ..groups import Group, Trace, trace_groups
+from ..groups import Group, Trace, example_inputs, group_name, trace_groups
 from ..provenance import model_config, pre_quantized, stored_config
 from ..runtime import GroupFactors, attached, factor_dtype
 from .adapter_files import Adapter, read_adapter
-from .corrected import example_inputs
 
 __all__ = ["import_adapter"]
 
@@ -162,9 +161,7 @@ def _part(group: Group, members: Sequence[str]) -> Group:
     if len(members) == len(group.members):
         return group
     widths = tuple(group.shapes[member][0] for member in members)
-    part = replace(group, members=tuple(members), out_features=widths)
-    local = "+".join(member.removeprefix(f"{part.parent}.") for member in members)
-    return replace(part, name=f"{part.parent}.{local}" if part.parent else local)
+    return replace(group, name=group_name(members), members=tuple(members), out_features=widths)
 
 
 def _factors(group: Group, pairs: _Pairs, dtype: torch.dtype) -> GroupFactors | None:
