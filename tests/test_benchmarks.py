@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from bases import small_model
+
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
@@ -51,3 +53,23 @@ def test_every_base_at_equal_bytes(run: Any) -> None:
     for row in rows:
         gap = row["quantized"] - row["reference"]
         assert row["recovered"] == pytest.approx((row["quantized"] - row["corrected"]) / gap)
+
+
+def test_every_form(run: Any) -> None:
+    sizes = ["--rank", "2", "--calibration-tokens", "1024", "--repeats", "1"]
+    rows = run("forms.py", "--model", str(small_model()), *sizes)["rows"]
+    size = {row["form"]: row["bytes"] for row in rows}
+    assert list(size) == ["full precision", "quantized", "correction", "full", "peft", "merged", "onnx"]
+    assert size["correction"] < size["peft"] < size["quantized"] < size["full"] < size["merged"]
+    assert all(row["load_seconds"] > 0 for row in rows)
+
+
+def test_onnx_runtime_with_shared_and_with_per_module_factors(run: Any) -> None:
+    sizes = ["--hidden", "256", "--intermediate", "128", "--blocks", "1", "--rank", "4"]
+    rows = run("onnx_runtime.py", *sizes, "--decodes", "2", "--prefills", "1", "--prompt", "8")["rows"]
+    nodes = [(row["groups"], row["right_factor"], row["right_factor_nodes"]) for row in rows]
+    assert nodes == [
+        ("", "base", 0),
+        *(("q, k, v", "shared", 1), ("q, k, v", "per module", 3)),
+        *(("every group", "shared", 4), ("every group", "per module", 7)),
+    ]
