@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import copy
+import hashlib
 import importlib.util
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 import writers
+from filelock import FileLock
 from torch import Tensor, nn
 
 MODEL = Path(__file__).parents[1] / "examples" / "stdlib-llama"
 BLOCKS = 2
+SCRATCH = "GLOWQ_TEST_SCRATCH"  # names the folder that the processes of a test run share
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Base:
         if self.read is not None:
             return self.read(source if self.is_preset else self.checkpoint(source), dtype)
         if self.is_preset:
+            if self.package == "gptqmodel" and not options:
+                return copy.deepcopy(_quantized(self, source, dtype))
             options["quantization_config"] = self.config(source)
             return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         return AutoModelForCausalLM.from_pretrained(self.checkpoint(source), dtype=dtype, **options)
@@ -79,24 +85,44 @@ class Base:
         return with_calibration(base_config(self.name), ids[0, : ids.shape[1] // 128 * 128].reshape(-1, 128))
 
     def checkpoint(self, source: Path) -> Path:
-        """The folder that `write` saved `source` to: written once a process."""
+        """The folder that `write` saved `source` to: written once a test run."""
         assert self.write is not None
         return _written(self, source)
 
 
 @cache
 def _scratch() -> Path:
+    """A folder that all processes of a test run share."""
+    if SCRATCH in os.environ:
+        return Path(os.environ[SCRATCH])
     folder = Path(tempfile.mkdtemp(prefix="glowq-bases-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
+def _once(name: str, fill: Callable[[Path], Any]) -> Path:
+    """The folder of this name in the scratch, filled by the first process that asks for it."""
+    folder = _scratch() / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = _scratch() / f"{name}.part"
+            made.mkdir()
+            fill(made)
+            made.rename(folder)
+    return folder
+
+
 @cache
 def _written(base: Base, source: Path) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=f"{base.name}-", dir=_scratch()))
     assert base.write is not None
-    base.write(source, folder)
-    return folder
+    name = f"{base.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:12]}"
+    return _once(name, partial(base.write, source))
+
+
+@cache
+def _quantized(base: Base, source: Path, dtype: torch.dtype) -> Any:
+    """What GPTQ takes seconds to quantize, once a process: never run and never changed."""
+    return base.load(dtype, source, device_map="cpu")
 
 
 @cache
@@ -104,10 +130,11 @@ def small_model() -> Path:
     """The first two blocks of the bundled model, trained weights and tokenizer, as a model of its own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = _scratch() / "small"
-    AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=BLOCKS, dtype="auto").save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-    return folder
+    def fill(folder: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=BLOCKS, dtype="auto").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+
+    return _once("small", fill)
 
 
 def _four_bit(module: Any) -> Tensor:

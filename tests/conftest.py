@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import tiny
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from bases import SCRATCH
 from glowq.groups import Group, find_groups
 from glowq.runtime import GroupFactors, attach
 
@@ -25,6 +28,14 @@ BUNDLED = Path(__file__).parents[1] / "examples" / "stdlib-llama"
 TEXT = "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n        return file.read()\n\n" * 12
 
 Factory = Callable[..., Any]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of this run one folder for models that take long to quantize."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="glowq-bases-")
+        os.environ[SCRATCH] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(autouse=True)

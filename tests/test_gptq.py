@@ -33,6 +33,14 @@ def act_order() -> Path:
     return ROWS["gptqmodel-int4-act-order"].checkpoint(small_model())
 
 
+@pytest.fixture(scope="module")
+def groups_of_128(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that optimum wrote: 4 bits, symmetric."""
+    folder = tmp_path_factory.mktemp("optimum") / "model"
+    writers.optimum(small_model(), folder, bits=4, group_size=128)
+    return folder
+
+
 def correct(model: Any, **options: Any) -> glowq.Correction:
     tokenizer = AutoTokenizer.from_pretrained(small_model())
     settings = {"reference": small_model(), "calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CALIBRATION}
@@ -173,10 +181,11 @@ def test_a_permuted_column_order_is_other_weights(damaged: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("settings", [{"group_size": 64}, {"group_size": 128, "desc_act": True}, {"sym": False}])
-def test_a_base_quantized_with_other_settings_is_other_weights(settings: dict[str, Any], tmp_path: Path) -> None:
-    writers.optimum(small_model(), tmp_path / "as made", bits=4, group_size=128)
+def test_a_base_quantized_with_other_settings_is_other_weights(
+    settings: dict[str, Any], groups_of_128: Path, tmp_path: Path
+) -> None:
     writers.optimum(small_model(), tmp_path / "other", **{"bits": 4, "group_size": 128, **settings})
-    correct(load(tmp_path / "as made")).save_pretrained(tmp_path / "corr")
+    correct(load(groups_of_128)).save_pretrained(tmp_path / "corr")
     with pytest.raises(FingerprintError, match="other quantization settings"):
         glowq.load_correction(load(tmp_path / "other"), tmp_path / "corr")
 

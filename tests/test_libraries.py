@@ -21,6 +21,7 @@ from bases import BASES
 from glowq import backends, errors
 from glowq.backends import prepare_model
 from glowq.cli import app
+from glowq.versions import warn_untested
 
 ROWS = {base.name: base for base in BASES}
 
@@ -131,9 +132,9 @@ def version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], No
 
         monkeypatch.setattr(importlib.metadata, "version", version)
 
-    backends._warn_untested.cache_clear()
+    warn_untested.cache_clear()
     yield pretend
-    backends._warn_untested.cache_clear()
+    warn_untested.cache_clear()
 
 
 def untested(models: list[Any]) -> list[str]:
@@ -161,9 +162,9 @@ def test_an_untested_version_is_named_once(names: tuple[str, ...], distribution:
     chosen = [ROWS[name] for name in names]
     models = [base.load() for base in chosen]
     assert untested(models) == []
-    backends._warn_untested.cache_clear()
+    warn_untested.cache_clear()
     tested = next(iter(prepare_model(models[0]).values())).tested
-    backends._warn_untested.cache_clear()
+    warn_untested.cache_clear()
     version(distribution, "99.1")
     (message,) = untested(models)
     name, _, rest = message.partition(" ")

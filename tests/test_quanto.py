@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import glowq
-from glowq import backends
 from glowq.backends import Scheme, find_backend, prepare_model, quantized_modules, read_weight
 from glowq.errors import BackendError, ConfigError, FingerprintError, NonFiniteError, UntestedVersionWarning
+from glowq.versions import warn_untested
 
 quanto = pytest.importorskip("optimum.quanto")
 
@@ -193,8 +193,8 @@ def test_biases_are_kept(tmp_path: Path) -> None:
 def test_another_version_of_quanto_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(frozen("int8"))
     monkeypatch.setattr(type(find_backend(module[0])), "tested", ">=9")
-    backends._warn_untested.cache_clear()
+    warn_untested.cache_clear()
     with pytest.warns(UntestedVersionWarning, match=r"quanto 0\.2\.\d+ is outside .*>=9"):
         prepare_model(module)
     prepare_model(module)  # a warning of glowq is an error here
-    backends._warn_untested.cache_clear()
+    warn_untested.cache_clear()

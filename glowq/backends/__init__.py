@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -18,10 +17,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
-from ..errors import BackendError, NonFiniteError, UnknownBaseError, UntestedVersionWarning
+from ..errors import BackendError, NonFiniteError, UnknownBaseError
+from ..versions import warn_untested
 from ._backend import Backend, Scheme, StoredModule
 
 __all__ = [
@@ -48,6 +47,8 @@ __all__ = [
     "stored_scheme",
     "with_calibration",
 ]
+
+_MISREAD = "if weights are read back wrongly, please report it"
 
 
 _REGISTRY: dict[str, Backend] = {}
@@ -152,7 +153,7 @@ def prepare_model(model: nn.Module) -> dict[str, Backend]:
     modules = quantized_modules(model)
     dtype = getattr(model, "dtype", torch.float32)
     for name, backend in modules.items():
-        _warn_untested(backend.package, backend.tested)
+        warn_untested(backend.package, backend.tested, _MISREAD)
         module = model.get_submodule(name)
         with _naming(name), align_module_device(module):
             backend.prepare(module, dtype)
@@ -237,22 +238,6 @@ def check_installed(backend: Backend, wanted_by: str) -> None:
     if not is_installed(backend):
         raise UnknownBaseError(
             f"{wanted_by} needs {backend.package}, which is not installed: pip install 'glowq[{backend.extra}]'"
-        )
-
-
-@cache
-def _warn_untested(package: str, tested: str) -> None:
-    """One word, once for all backends of a library, where its version is none of those that glowq is tested with."""
-    if not tested:
-        return
-    distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
-    installed = importlib.metadata.version(distribution)
-    if not SpecifierSet(tested).contains(installed, prereleases=True):
-        warnings.warn(
-            f"{distribution} {installed} is outside the versions that glowq is tested with ({tested}); if "
-            "weights are read back wrongly, please report it.",
-            UntestedVersionWarning,
-            stacklevel=2,
         )
 
 

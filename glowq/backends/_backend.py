@@ -115,6 +115,10 @@ class Backend(ABC):
         """
         return None
 
+    def rounds_inputs(self, module: Any) -> bool:
+        """Whether the module's kernel quantizes its inputs as well, so that it computes no product with its weight."""
+        return any(detail.startswith("inputs rounded") for detail in self.scheme(module).details)
+
     def packed_bytes(self, module: Any) -> int:
         """Bytes of the weight at its nominal bit width plus its scales, however the library stores it."""
         out_features, in_features = self.features(module)

@@ -49,6 +49,9 @@ class BitsAndBytes8Bit(Backend):
     def scheme(self, module: Any) -> Scheme:
         return Scheme("int8", 8, None)
 
+    def rounds_inputs(self, module: Any) -> bool:
+        return True
+
     def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
         return Scheme("int8", 8, None) if {"SCB", "weight"} <= module.shapes.keys() else None
 

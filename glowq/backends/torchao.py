@@ -90,6 +90,10 @@ class TorchAO(Backend):
         mapping = "asymmetric" if _mapping(module.name, config) == "ASYMMETRIC" else "symmetric"
         return Scheme(f"int{bits}", bits, None if block == module.shapes["_weight_qdata"][-1] else block, (mapping,))
 
+    def rounds_inputs(self, module: Any) -> bool:
+        settings = ("act_quant_kwargs", "activation_quantization")  # by tensor class
+        return any(getattr(module.weight, setting, None) is not None for setting in settings)
+
     def packed_bytes(self, module: Any) -> int:
         zeros = self._zero_points(module)
         return super().packed_bytes(module) + (0 if zeros is None else zeros.numel() * zeros.element_size())

@@ -7,19 +7,16 @@ product is one node of the graph. Everything else is float32.
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-
-from ..errors import ConfigError, ExportError, UntestedVersionWarning
+from ..errors import ConfigError, ExportError
 from ..groups import example_inputs
 from ..loading import load_tokenizer
 from ..runtime import attached
 from ..switching import set_enabled
+from ..versions import warn_untested
 from .corrected import difference, first_output, load_corrected, stored_correction
 from .onnx_check import check, operator_counts
 from .onnx_genai import write_genai_config
@@ -86,11 +83,4 @@ def _check_packages() -> None:
     for package, tested in _TESTED.items():
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"--to onnx needs {package}, which is not installed: pip install 'glowq[onnx]'")
-        installed = importlib.metadata.version(package)
-        if not SpecifierSet(tested).contains(installed, prereleases=True):
-            warnings.warn(
-                f"{package} {installed} is outside the versions that glowq's ONNX export is tested with ({tested}); "
-                "what it writes is checked all the same.",
-                UntestedVersionWarning,
-                stacklevel=2,
-            )
+        warn_untested(package, tested, "what the export writes is checked all the same")

@@ -220,7 +220,7 @@ def _four_bit_floats(
 
 def _refuse(name: str, backend: Backend, module: Any, scheme: Scheme) -> None:
     """Say no to a packing that no operator takes."""
-    if _rounds_inputs(backend, module, scheme):
+    if backend.rounds_inputs(module):
         raise ExportError(
             f"{name} ({scheme}): its {backend.name} kernel rounds its inputs too, which no float32 graph does. "
             f"{_INSTEAD} (a weight-only one)."
@@ -243,15 +243,6 @@ def _refuse(name: str, backend: Backend, module: Any, scheme: Scheme) -> None:
         raise ExportError(
             f"{name} ({scheme}): MatMulNBits takes groups that are multiples of {BLOCKS[0]}. {_INSTEAD} with those."
         )
-
-
-def _rounds_inputs(backend: Backend, module: Any, scheme: Scheme) -> bool:
-    settings = ("act_quant_kwargs", "activation_quantization")  # torchao's, by tensor class
-    return (
-        backend.name == "bitsandbytes-8bit"
-        or any(detail.startswith("inputs rounded") for detail in scheme.details)
-        or any(getattr(getattr(module, "weight", None), setting, None) is not None for setting in settings)
-    )
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

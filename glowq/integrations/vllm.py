@@ -7,8 +7,11 @@ as for q, k and v), and `vllm_loader` reads it.
 from __future__ import annotations
 
 from ..progress import quiet
+from ..versions import warn_untested
 
 __all__ = ["register"]
+
+_TESTED = ">=0.32,<0.33"
 
 
 def register() -> None:
@@ -17,6 +20,7 @@ def register() -> None:
     A plugin cannot choose the loader of a model, and a user should not have to. So the default loader is replaced by a
     subclass that does as vLLM's own for every model but a corrected one.
     """
+    warn_untested("vllm", _TESTED, "if the server does not start, or answers wrongly, please report it")
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
 
