@@ -19,11 +19,12 @@ from .evaluation import has_gap, shown, shown_share
 from .files import read_json
 from .plots import can_plot, draw_budgets
 
-__all__ = ["CARD", "PICTURE", "base_license", "card_files", "license_of"]
+__all__ = ["CARD", "PICTURE", "base_license", "card_files", "export_card", "license_of"]
 
 CARD = "README.md"
 PICTURE = "budgets.png"
 
+_TAGS = ["glowq", "quantized", "low-rank-correction"]
 _LICENSE = ("license", "license_name", "license_link")
 _PERPLEXITIES = {"reference": "full precision", "quantized": "quantized", "corrected": "corrected"}
 _UNITS = {  # of the gains, as provenance names them
@@ -95,6 +96,23 @@ def card_files(
     return files
 
 
+def export_card(base_model: Mapping[str, Any], what: str, use: str) -> bytes:
+    """The card of an exported model.
+
+    Args:
+        base_model: "name" and "revision", as config.json stores them.
+        what: what the files are.
+        use: how they are run, Markdown.
+    """
+    name = str(base_model.get("name", ""))
+    template = str(_templates() / "export.md")
+    base = {} if Path(name).is_absolute() else {"base_model": name}
+    fields: dict[str, Any] = {**base_license(base_model), **base, "tags": _TAGS}
+    data = ModelCardData(**fields)
+    card = ModelCard.from_template(data, template_path=template, title=Path(name).name, what=what, use=use)
+    return str(card.content).encode()
+
+
 def base_license(base_model: Mapping[str, Any]) -> dict[str, Any]:
     """The license fields that the base's own card or config states, where its files are on this machine.
 
@@ -129,8 +147,7 @@ def _metadata(name: str, title: str, figures: Mapping[str, Any] | None, license:
     base = {} if Path(name).is_absolute() else {"base_model": name, "base_model_relation": "quantized"}
     results = _results(figures)
     measured = {"model_name": title, "eval_results": results, "pipeline_tag": "text-generation"} if results else {}
-    tags = ["glowq", "quantized", "low-rank-correction"]
-    fields: dict[str, Any] = {**license, **base, "library_name": "glowq", "tags": tags, **measured}
+    fields: dict[str, Any] = {**license, **base, "library_name": "glowq", "tags": _TAGS, **measured}
     return ModelCardData(**fields)
 
 

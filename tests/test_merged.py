@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +189,13 @@ def test_the_command(saved: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "relative difference" in shown.stdout
     assert call(*arguments, tmp_path / "other", "--pad-ranks").exit_code == 2
+
+
+def test_its_readme_says_what_to_type(saved: Path, tmp_path: Path) -> None:
+    export(str(saved / "correction"), "merged", tmp_path / "dense")
+    text = (tmp_path / "dense" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("this/repository", str(tmp_path / "dense")), names)
+    assert quantized_modules(names["model"]) == {}
+    assert str(saved) not in text

@@ -63,10 +63,21 @@ def export(
         show(result, lambda: _table(result))
 
 
+_LABELS = {  # of figures that say little by their names
+    "max_difference": "check: largest difference of an output",
+    "relative_difference": "check: mean square difference, its root, as a share of the outputs",
+    "tolerance": "check: that share is at most",
+    "weight_error": "check: largest error of a weight, as a share of what rounding allows",
+    "kernel_difference": "float32 against the base's own kernels, as a share of the outputs",
+}
+
+
 def _table(result: dict[str, Any]) -> Any:
     shown = {"output": result["output"], "files": f"{len(result['files'])}, {result['bytes']:,} bytes"}
     facts = {name: value for name, value in result.items() if name not in ("to", "output", "files", "bytes", "command")}
     for name, value in {**facts, **result.get("check", {})}.items():
         if not isinstance(value, dict | list):
-            shown[name.replace("_", " ")] = f"{value:,}" if name.endswith("_bytes") else value
+            label = _LABELS.get(name, name.replace("_", " "))
+            form = ".3g" if isinstance(value, float) else "," if name.endswith("_bytes") else ""
+            shown[label] = format(value, form)
     return grid(shown)

@@ -6,7 +6,9 @@ An exporter is a file of this folder with one function:
 
 It reads the corrected model `source` (folder or Hub name, either saved form), writes into `folder` (empty), and checks
 what it wrote against the corrected model in memory: it raises `ExportError` if they differ, and returns what a user
-wants to know as JSON, "check" with the measured differences among it. The same source gives the same files.
+wants to know as JSON, "check" with the measured differences among it. The same source gives the same files. An
+exporter that writes no README.md of its own says in two texts what its files are and how they are run, `WHAT` and
+`USE`, and gets one.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..card import CARD, export_card
 from ..errors import ConfigError
 from ..files import EXPORT_MANIFEST, Kind, check_output, write_directory
+from .corrected import stored_correction
 
 __all__ = ["TARGETS", "check_options", "export"]
 
@@ -56,6 +60,10 @@ def export(source: str, to: str, output: str | Path, **options: Any) -> dict[str
 
     def fill(folder: Path) -> None:
         facts.update(write(source, folder, **options))
+        if not (folder / CARD).exists():
+            exporter = import_module(TARGETS[to], __package__)
+            stored = stored_correction(source)
+            (folder / CARD).write_bytes(export_card(stored.base_model or {}, exporter.WHAT, exporter.USE))
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}
         facts["files"] = {name: files[name] for name in sorted(files) if (folder / name).is_file()}
         manifest = {"glowq": __version__, "to": to, "options": options, **facts}

@@ -17,8 +17,14 @@ from ..loading import load_config, load_tokenizer, loading, model_class
 from .corrected import difference, first_output, load_corrected, stored_correction
 from .folded import cast, running_factors
 
-__all__ = ["write"]
+__all__ = ["USE", "WHAT", "write"]
 
+WHAT = "one dense model"
+USE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this/repository", dtype="auto")
+```"""
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TOLERANCE = 0.1  # of outputs: many kernels compute in bfloat16 or float16, whatever the model's dtype
 

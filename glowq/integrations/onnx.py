@@ -23,8 +23,32 @@ from .onnx_genai import write_genai_config
 from .onnx_graph import describe, export_graph
 from .onnx_operators import use_operators
 
-__all__ = ["write"]
+__all__ = ["USE", "WHAT", "write"]
 
+WHAT = "an ONNX graph"
+USE = """`model.onnx` and its weights run in ONNX Runtime on the CPU; `glowq_export.json` names the inputs and outputs:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+print([(value.name, value.shape) for value in session.get_inputs()])
+```
+
+A decoder has a `genai_config.json` too:
+
+```python
+import onnxruntime_genai as genai
+
+model = genai.Model(".")
+tokenizer, parameters = genai.Tokenizer(model), genai.GeneratorParams(model)
+parameters.set_search_options(max_length=64, do_sample=False)
+generator = genai.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("def read(path):"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```"""
 _TESTED = {
     "onnx": ">=1.23,<1.24",
     "onnxruntime": ">=1.25,<1.32",

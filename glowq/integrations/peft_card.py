@@ -32,7 +32,9 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base, "this/repository")
 ```
 
-PEFT computes an adapter in float32 and glowq in the model's dtype: where that is another one, the last bits differ.
+PEFT computes an adapter in float32 and glowq in the model's dtype, so that answers differ by rounding. On processors
+with AVX512-BF16, bitsandbytes runs 4-bit weights through another kernel where glowq is not imported: the base itself
+then answers somewhat differently, with and without the adapter.
 
 ## Do not merge it into the quantized base
 
