@@ -187,7 +187,7 @@ def test_the_command(saved: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "dense").dtype == torch.float16
     shown = call(*arguments, tmp_path / "dense")
     assert shown.exit_code == 0
-    assert "relative difference" in shown.stdout
+    assert "as a share of the outputs" in shown.stdout
     assert call(*arguments, tmp_path / "other", "--pad-ranks").exit_code == 2
 
 
