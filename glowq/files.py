@@ -6,9 +6,10 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "Kind",
     "check_output",
     "checkpoint_files",
+    "is_result_file",
     "local_snapshot",
     "read_json",
     "refuse_pickles",
@@ -199,9 +201,9 @@ def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
     if target.is_file():
         raise OutputError(f"{target} is a file; expected a folder to write to.")
     if target.is_dir():
-        patterns, is_earlier = _results(target, kind)
-        names = [path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()]
-        foreign = sorted(name for name in names if not any(fnmatch(name, pattern) for pattern in patterns))
+        names = {path.relative_to(target).as_posix(): path.is_dir() for path in _leaves(target)}
+        own, is_earlier = _results(target, kind)
+        foreign = [name for name, is_folder in names.items() if is_folder or not own(name)]
         if foreign or (names and not is_earlier):
             what = f"holds {foreign[0]!r}" if foreign else "holds no earlier result of glowq"
             raise OutputError(f"{target} is not empty and {what}; choose another folder, so that nothing is lost.")
@@ -212,14 +214,31 @@ def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
         raise OutputError(f"{parent} is not writable; choose another folder.")
 
 
-def _results(folder: Path, kind: Kind) -> tuple[Sequence[str], bool]:
-    """Patterns of the files that a result of this kind consists of, and whether `folder` holds one."""
+def is_result_file(name: str) -> bool:
+    """Whether a correction or a corrected model, as glowq saves them, may hold a file of this name at its top level."""
+    return _is_named(name, _RESULT_FILES)
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)  # whose * would match a /
+
+
+def _leaves(folder: Path) -> Iterator[Path]:
+    """What would be lost with `folder`: every file in it, every link, and every folder that holds nothing."""
+    for entry in sorted(folder.iterdir()):
+        inner = [*_leaves(entry)] if entry.is_dir() and not entry.is_symlink() else []
+        yield from inner or [entry]
+
+
+def _results(folder: Path, kind: Kind) -> tuple[Callable[[str], bool], bool]:
+    """Tells the files that a result of this kind consists of, by their paths in it; and whether `folder` holds one."""
     if kind is Kind.COMPARISON:
-        return _COMPARISON_FILES, (folder / "compare.json").is_file()
+        return partial(_is_named, patterns=_COMPARISON_FILES), (folder / "compare.json").is_file()
     if kind is Kind.EXPORT:
         manifest = folder / EXPORT_MANIFEST
         is_earlier = manifest.is_file()
-        return [EXPORT_MANIFEST, *(read_json(manifest).get("files", {}) if is_earlier else ())], is_earlier
+        named = {EXPORT_MANIFEST, *(read_json(manifest).get("files", {}) if is_earlier else ())}
+        return named.__contains__, is_earlier
     config = folder / "config.json"
     stored = read_json(config).get("quantization_config") if config.is_file() else None
-    return _RESULT_FILES, isinstance(stored, dict) and stored.get("quant_method") == "glowq"
+    return is_result_file, isinstance(stored, dict) and stored.get("quant_method") == "glowq"

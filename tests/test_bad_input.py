@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import glowq
 from glowq import errors
+from glowq.files import EXPORT_MANIFEST, Kind, check_output
 from glowq.runtime import attached
 
 RIGHT = "model.layers.0.self_attn.o_proj.right"
@@ -178,6 +179,33 @@ def test_an_output_that_cannot_be_written(saved: Any, tmp_path: Path, monkeypatc
         with pytest.raises(errors.OutputError, match=r"the disk is full\. Nothing was left behind"):
             correction.save_pretrained(tmp_path / name)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "link"])
+@pytest.mark.parametrize("name", ["models", "chat", "tables.jinja", "notes"])
+def test_a_folder_within_a_result_is_not_lost(saved: Any, tmp_path: Path, name: str, kind: str) -> None:
+    """Whatever it and the files in it are called."""
+    shutil.copytree(saved[1] / "correction", tmp_path / "out")
+    if kind == "link":
+        (tmp_path / "out" / name).symlink_to(tmp_path, target_is_directory=True)
+    else:
+        (tmp_path / "out" / name).mkdir()
+    if kind == "file":
+        (tmp_path / "out" / name / "own.jinja").write_text("mine")
+    with pytest.raises(errors.OutputError, match=f"is not empty and holds '{name}"):
+        saved[0].save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("listed", [["*"], ["notes.txt", ".."], ["[n]otes.txt"]])
+def test_a_manifest_cannot_claim_what_it_does_not_name(tmp_path: Path, listed: list[str]) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / EXPORT_MANIFEST).write_text(json.dumps({"files": dict.fromkeys(listed, 1)}))
+    (folder / "notes.txt").write_text("mine")
+    (folder / "diary").mkdir()
+    with pytest.raises(errors.OutputError, match="is not empty and holds"):
+        check_output(folder, kind=Kind.EXPORT)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -152,10 +152,11 @@ class TestWhatIsPushed:
         status, shown, note = pushed["odd"]
         assert status == 0
         assert "me/full, odd" in shown
-        assert note == "glowq: note: not pushed, for glowq wrote none of these: .env, modeling.py, notes.log\n"
+        odd = [".env", "credentials.json", "diary.txt", "modeling.py", "notes.log", "private/config.json"]
+        assert note == f"glowq: note: not pushed, for glowq wrote none of these: {', '.join(odd)}\n"
         found = files(hub, "me/full", "odd")
         assert {"glowq.safetensors", "LICENSE"} <= set(found)
-        assert not {"model.safetensors", ".env", "modeling.py", "notes.log"} & set(found)
+        assert not {"model.safetensors", *odd} & set(found)
 
     def test_an_export_is_what_its_manifest_names(self, hub: HubServer, pushed: dict[str, Any], folder: Path) -> None:
         found = files(hub, "me/export")

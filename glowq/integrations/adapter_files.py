@@ -35,18 +35,31 @@ _REFUSED = {  # field of adapter_config.json -> why W + s B A is not all that th
     "use_dora": "DoRA rescales the whole weight",
 }
 _INITIALS = (True, False, None, "gaussian", "eva", "orthogonal", "loftq")  # others change the base, which is not here
-_HARMLESS = {
-    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config"),
-    *(
-        "exclude_modules",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-    ),
-    *("lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r"),
-    *("rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"),
+_HARMLESS = {  # they say how it was trained, what it is for, or what is looked up elsewhere
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
 }
 _KEY = re.compile(rf"(?:{re.escape(KEY_PREFIX)})?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 

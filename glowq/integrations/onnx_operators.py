@@ -6,6 +6,7 @@ by a dense product with what those very tensors stand for. So a model that holds
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ _TABLES = {"fp4": 0, "nf4": 1}  # what MatMulBnb4 calls them
 _INSTEAD = "Export it with --to merged, or correct another base"
 
 
-class Operator(nn.Module):
+class Operator(nn.Module, ABC):
     """A linear layer y = Q x + b, Q quantized, float32.
 
     Attributes:
@@ -57,17 +58,17 @@ class Operator(nn.Module):
             version=1,
         )
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """Q as the packed tensors say it, float32, shape (out_features, in_features)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operands(self) -> list[Tensor]:
         """The operator's inputs after x."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attributes(self) -> dict[str, int]:
         """The operator's attributes besides K and N."""
-        raise NotImplementedError
 
 
 class MatMulNBits(Operator):

@@ -11,12 +11,12 @@ from ..allocation import Offer
 from ..config import GlowQConfig
 from ..errors import ModelNotFoundError, PickleRefusedError
 from ..factor_files import open_factors
-from ..files import EXPORT_MANIFEST, PICKLES, checkpoint_files, read_json, safe_join
+from ..files import EXPORT_MANIFEST, PICKLES, checkpoint_files, is_result_file, read_json, safe_join
 from ..saved import FACTORS_FILE
 
 __all__ = ["SavedResult", "read_result", "stored_offers"]
 
-_TAKEN = ("*.safetensors", "*.json", "*.md", "*.png", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+_TERMS = ("LICENSE*", "NOTICE*")  # which whoever pushes may have to add
 _ADAPTER = "adapter_config.json"  # of peft
 
 
@@ -71,15 +71,14 @@ def read_result(folder: Path) -> SavedResult:
         return _read_export(folder, set(found))
     config = GlowQConfig.from_dict(stored or {})
     stored_offers(folder, config)  # refuses what is damaged before anything is sent
-    files = {name: path for name, path in found.items() if _is_taken(Path(name))}
+    files = {name: path for name, path in found.items() if is_result_file(name) or _are_terms(name)}
     base = config.base_model or {}
     left_out = sorted(set(found) - set(files))
     return SavedResult(folder, config.format, files, left_out, config, (str(base["name"]), base["revision"]))
 
 
-def _is_taken(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and any(fnmatch(path.name, pattern) for pattern in _TAKEN)
+def _are_terms(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _TERMS)
 
 
 def _read_export(folder: Path, found: set[str]) -> SavedResult:
