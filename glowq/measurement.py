@@ -30,7 +30,7 @@ from .runtime import GroupFactors, attach, detach
 __all__ = ["Measured", "calibrated", "measure_groups"]
 
 _BATCH_TOKENS = 512
-_AUDIBLE = 4e-3  # nats; half precision rounds anew after every change, however small: 1e-4 and more
+_AUDIBLE = 4e-3  # nats; half precision rounds anew after every change, however small
 _LOUDEST = 32.0  # most that a correction is amplified
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backends import check_scales, is_calibrated, prepare_model, refuse_misloaded
+from .backends import check_scales, prepare_model, refuse_misloaded
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
 from .config import check_int
@@ -26,12 +26,11 @@ from .errors import (
     TokenizerMismatchError,
     UnsupportedModuleError,
 )
-from .factor_files import describe_groups
 from .groups import Trace, trace_groups
 from .measurement import calibrated, measure_groups
 from .methods import Method, get_method
 from .output_moment import OutputMoment
-from .provenance import model_config, pre_quantized, stored_config
+from .provenance import correction_of, stored_config
 from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
 from .runtime import GroupFactors, attach, attached, detach, factor_dtype
@@ -149,15 +148,7 @@ def correct(
                 config.provenance.update(facts)
             # What the groups that are not restored cost must still be known when they are gone.
             config.provenance["total"] = math.fsum(entry.total for entry in factors)
-            correction = Correction(
-                factors=factors,
-                config=config.with_groups(describe_groups(factors)),
-                model_config=model_config(model),
-                base_bytes=base_bytes,
-                tokenizer=tokenizer,
-                generation_config=getattr(model, "generation_config", None),
-                base_is_stored=pre_quantized(model) or not is_calibrated(config.base),
-            )
+            correction = correction_of(model, factors, config, base_bytes, tokenizer)
             if budget is not None:
                 correction = correction.cut(budget=budget, rank_step=rank_step, max_rank=max_rank)
             if distill:

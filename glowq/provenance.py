@@ -9,15 +9,18 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from . import __version__
-from .backends import stored_base
+from .backends import is_calibrated, stored_base
 from .config import GlowQConfig
+from .correction import Correction
 from .errors import ConfigError
+from .factor_files import describe_groups
 from .fingerprint import fingerprint
+from .runtime import GroupFactors
 
-__all__ = ["model_config", "pre_quantized", "stored_config"]
+__all__ = ["correction_of", "stored_config"]
 
 
-def pre_quantized(model: nn.Module) -> bool:
+def _pre_quantized(model: nn.Module) -> bool:
     """Whether the model was loaded from quantized weights rather than quantized while loading."""
     return bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True))
 
@@ -79,7 +82,7 @@ def _base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
     return str(name), Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def model_config(model: nn.Module) -> dict[str, Any]:
+def _model_config(model: nn.Module) -> dict[str, Any]:
     """The model's own fields of config.json: its class, and neither its quantization nor the folder it came from."""
     config: Any = getattr(model, "config", None)
     stored = dict(config.to_dict())
@@ -87,3 +90,24 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     stored.pop("_name_or_path", None)
     stored["architectures"] = [type(model).__name__]
     return stored
+
+
+def correction_of(
+    model: nn.Module, factors: list[GroupFactors], config: GlowQConfig, base_bytes: int, tokenizer: Any
+) -> Correction:
+    """The correction of `model` with these factors, with what its folder needs of the model to load as one.
+
+    Args:
+        config: what `stored_config` returned.
+        base_bytes: bytes of the quantized weights.
+        tokenizer: saved with the correction; or None.
+    """
+    return Correction(
+        factors=factors,
+        config=config.with_groups(describe_groups(factors)),
+        model_config=_model_config(model),
+        base_bytes=base_bytes,
+        tokenizer=tokenizer,
+        generation_config=getattr(model, "generation_config", None),
+        base_is_stored=_pre_quantized(model) or not is_calibrated(config.base),
+    )

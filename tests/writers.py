@@ -28,14 +28,14 @@ def gptqmodel(source: Path, target: Path, **settings: Any) -> None:
     model.save(str(target))
 
 
-def awq(source: Path, target: Path) -> None:
+def awq(source: Path, target: Path, **settings: Any) -> None:
     """gptqmodel's AWQ: 4 bits in groups of 64, scales folded into norms and linear layers, weights clipped."""
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization import FORMAT, METHOD
     from gptqmodel.utils.backend import BACKEND
 
-    settings: dict[str, Any] = {"bits": 4, "group_size": 64, "method": METHOD.AWQ, "format": FORMAT.GEMM}
-    model = GPTQModel.load(str(source), QuantizeConfig(**settings, device="cpu", offload_to_disk=False))
+    fixed: dict[str, Any] = {"bits": 4, "group_size": 64, "method": METHOD.AWQ, "format": FORMAT.GEMM}
+    model = GPTQModel.load(str(source), QuantizeConfig(**fixed, **settings, device="cpu", offload_to_disk=False))
     model.quantize(TEXTS, batch_size=1, backend=BACKEND.AWQ_TORCH)
     model.save(str(target))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,8 @@ def export(
     to: Annotated[str, typer.Option(help="peft, onnx, or merged (one dense model, the correction folded in).")],
     output: Annotated[str, typer.Option(metavar="DIR", help="Folder to write; must be new, empty, or an old export.")],
     dtype: Annotated[
-        str | None, typer.Option(help="merged: dtype of the weights, bfloat16 unless given; float16 or float32.")
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="merged: of the weights; bfloat16 unless given."),
     ] = None,
     pad_ranks: Annotated[
         bool,

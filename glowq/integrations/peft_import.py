@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..backends import check_scales, is_calibrated, prepare_model, refuse_misloaded
+from ..backends import check_scales, prepare_model, refuse_misloaded
 from ..backends.dense import take
 from ..correction import Correction
 from ..errors import ConfigError, CorrectionError, FingerprintError, NonFiniteError, UnsupportedModuleError
-from ..factor_files import describe_groups
 from ..fingerprint import fingerprint
 from ..groups import Group, Trace, example_inputs, group_name, trace_groups
-from ..provenance import model_config, pre_quantized, stored_config
+from ..provenance import correction_of, stored_config
 from ..runtime import GroupFactors, attached, factor_dtype
 from .adapter_files import Adapter, read_adapter
 
@@ -91,15 +90,7 @@ def import_adapter(
     base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
     config = stored_config(model, None, base_bytes, "imported", torch.empty(0, 0), 0)
     config.provenance = {"glowq": __version__, "gains": "unmeasured", "adapter_base": read.base_model}
-    return Correction(
-        factors=factors,
-        config=config.with_groups(describe_groups(factors)),
-        model_config=model_config(model),
-        base_bytes=base_bytes,
-        tokenizer=tokenizer,
-        generation_config=getattr(model, "generation_config", None),
-        base_is_stored=pre_quantized(model) or not is_calibrated(config.base),
-    )
+    return correction_of(model, factors, config, base_bytes, tokenizer)
 
 
 _Pairs = Mapping[str, tuple[Tensor, Tensor]]  # module name -> right factor (r, d) and scaled left factor (o, r)

@@ -41,18 +41,6 @@ PROMPT, ANSWER = 24, 12  # tokens
 STRENGTH = 0.3  # of a correction's product, beside the weight that it corrects
 
 
-def awq(source: Path, target: Path) -> None:
-    """gptqmodel's AWQ with zero points, which most AWQ models have."""
-    from gptqmodel import GPTQModel, QuantizeConfig
-    from gptqmodel.quantization import FORMAT, METHOD
-    from gptqmodel.utils.backend import BACKEND
-
-    settings: dict[str, Any] = {"bits": 4, "group_size": 64, "method": METHOD.AWQ, "format": FORMAT.GEMM, "sym": False}
-    model = GPTQModel.load(str(source), QuantizeConfig(**settings, device="cpu", offload_to_disk=False))
-    model.quantize(writers.TEXTS, batch_size=1, backend=BACKEND.AWQ_TORCH)
-    model.save(str(target))
-
-
 def torchao(source: Path, target: Path) -> None:
     """torchao's integers in groups of 64, as transformers saves them."""
     load(source, quantization_config=base_config("torchao-int4"), dtype=torch.bfloat16).save_pretrained(target)
@@ -77,7 +65,7 @@ def plain(config: Any, target: Path) -> None:
 
 BASES: dict[str, Callable[[Path, Path], None]] = {
     "gptq": partial(writers.gptqmodel, bits=4, group_size=64, desc_act=False),
-    "awq": awq,
+    "awq": partial(writers.awq, sym=False),  # with zero points, which most AWQ models have
     "awq-symmetric": writers.awq,
     "w4a16": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
     "w4a16-asym": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64, symmetric=False),
