@@ -1,5 +1,5 @@
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --max-worker-restart 0
 
 BIN := .venv/bin
 READY := .venv/.ready

@@ -170,17 +170,19 @@ def test_what_gptqmodel_writes(base: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_eora_of_gptqmodel(source: Path, tmp_path: Path) -> None:
-    """Quantized and corrected by gptqmodel itself: glowq's model says what gptqmodel's says."""
+    """Quantized, then corrected by gptqmodel itself: glowq's model says what gptqmodel's says.
+
+    In two steps: gptqmodel 7.6 that makes an adapter while it quantizes has two threads that take two locks in
+    opposite order (`GPTQProcessor.submodule_finalize` and `pack_module`), and stands still more often than not.
+    """
     pytest.importorskip("gptqmodel")
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.adapter.adapter import Lora
 
-    eora = Lora(path=str(tmp_path / "eora"), rank=8)
-    model = GPTQModel.load(
-        str(source), QuantizeConfig(bits=4, group_size=32, adapter=eora, device="cpu", offload_to_disk=False)
+    writers.gptqmodel(source, tmp_path / "gptq", bits=4, group_size=32)
+    GPTQModel.adapter.generate(
+        Lora(path=str(tmp_path / "eora"), rank=8), str(source), str(tmp_path / "gptq"), writers.TEXTS, device="cpu"
     )
-    model.quantize(writers.TEXTS, batch_size=1)
-    model.save(str(tmp_path / "gptq"))
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "gptq")
     result = result_of("import", tmp_path / "eora", "--base-model", tmp_path / "gptq", "--output", tmp_path / "out")
     assert set(result["ranks"].values()) == {8}
