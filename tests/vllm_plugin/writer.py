@@ -30,11 +30,9 @@ import glowq
 from bases import small_model
 from glowq.backends import base_config, prepare_model
 from glowq.backends.dense import take
-from glowq.correction import Correction
-from glowq.factor_files import describe_groups
 from glowq.groups import Group, find_groups
 from glowq.integrations.folded import fold
-from glowq.provenance import model_config, stored_config
+from glowq.provenance import correction_of, stored_config
 from glowq.runtime import GroupFactors
 
 PROMPT, ANSWER = 24, 12  # tokens
@@ -171,8 +169,8 @@ def write(name: str, target: Path) -> None:
     backends = prepare_model(model)
     size = sum(backend.packed_bytes(model.get_submodule(module)) for module, backend in backends.items())
     factors = random_factors(model, some_groups(model, prompts[:1]))
-    config = stored_config(model, base, size, "glowq", prompts, 0).with_groups(describe_groups(factors))
-    Correction(factors, config, model_config(model), size, tokenizer).save_pretrained(target / "correction")
+    config = stored_config(model, base, size, "glowq", prompts, 0)
+    correction_of(model, factors, config, size, tokenizer).save_pretrained(target / "correction")
     glowq.load_correction(model, target / "correction")
     model.save_pretrained(target / "full")
     tokenizer.save_pretrained(target / "full")
