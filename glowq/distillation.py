@@ -101,7 +101,7 @@ def _descend(
         if is_large(model, batches(sequences[: _batch_size(sequences)], _batch_size(sequences))):
             stack.enter_context(recomputing(model))
         for name, container in containers.items():
-            stack.callback(container.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
+            stack.callback(container.right.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
         for _ in range(steps):
             chosen = sequences[[next(order) for _ in range(count)]]
             descent.zero_grad()

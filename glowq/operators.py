@@ -1,0 +1,154 @@
+"""The operators that a correction is computed with: `torch.ops.glowq.right`, `correction` and `left_add_`.
+
+Each is declared once, in torch's own dispatcher: a default in plain torch for every device, a better one where a
+device has it. Gradients come from the same products in torch's own operators, so that every order of differentiation
+works. All of them take inputs of any leading shape, an empty one too, and compute in the factors' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["correction", "left_add_", "right", "stacked"]
+
+_LIBRARY = torch.library.Library("glowq", "DEF")
+_LIBRARY.define("right(Tensor x, Tensor right) -> Tensor")
+_LIBRARY.define("correction(Tensor x, Tensor right, Tensor[] lefts) -> Tensor")
+_LIBRARY.define("left_add_(Tensor(a!) output, Tensor product, Tensor left) -> ()")
+
+
+def right(x: Tensor, right: Tensor) -> Tensor:
+    """Right product B x.
+
+    Args:
+        x: input, shape (..., d), any float dtype.
+        right: right factor B, shape (r, d).
+
+    Returns:
+        Shape (..., r), dtype of `right`.
+    """
+    found: Tensor = _run("right", x, right)
+    return found
+
+
+def correction(x: Tensor, right: Tensor, lefts: Sequence[Tensor]) -> Tensor:
+    """What a group adds to its members' outputs, A (B x), the members side by side.
+
+    Args:
+        x: input, shape (..., d), any float dtype.
+        right: right factor B, shape (r, d).
+        lefts: left factor of each member, shapes (o_i, r), dtype of `right`. Where they lie in memory one after the
+            other, as `stacked` leaves them, one product serves all.
+
+    Returns:
+        Shape (..., O) with O = sum of o_i, dtype of `right`.
+    """
+    found: Tensor = _run("correction", x, right, lefts)
+    return found
+
+
+def left_add_(output: Tensor, product: Tensor, left: Tensor) -> None:
+    """Add one member's left product to its output, in place: output += A p.
+
+    Args:
+        output: shape (..., o), any float dtype.
+        product: what `right` returned, shape (..., r).
+        left: left factor A, shape (o, r), dtype of `product`.
+    """
+    _run("left_add_", output, product, left)
+
+
+def stacked(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same factors one after the other in one piece of memory, each still a tensor of its own.
+
+    Args:
+        factors: shapes (o_i, r), of one dtype and device.
+    """
+    whole = torch.cat(list(factors))
+    return list(whole.split([len(factor) for factor in factors]))
+
+
+def _run(name: str, x: Tensor, *others: Any) -> Any:
+    if torch.compiler.is_compiling():
+        known_to_exporters = torch.compiler.is_exporting()
+        return _PLAIN[name](x, *others) if known_to_exporters else _OPERATORS[name](x, *others)
+    if type(x) is Tensor and x.is_cpu and not torch.is_grad_enabled():
+        return _ON_CPU[name](x, *others)  # where the dispatcher would arrive after a tenth of the time of a decode step
+    return _OPERATORS[name](x, *others)
+
+
+def _right(x: Tensor, right: Tensor) -> Tensor:
+    return F.linear(x if x.dtype == right.dtype else x.to(right.dtype), right)
+
+
+def _correction(x: Tensor, right: Tensor, lefts: Sequence[Tensor]) -> Tensor:
+    product = _right(x, right)
+    if len(lefts) == 1:
+        return F.linear(product, lefts[0])
+    whole = _whole(lefts)
+    if whole is not None:
+        return F.linear(product, whole)
+    return torch.cat([F.linear(product, left) for left in lefts], -1)
+
+
+def _left_add_(output: Tensor, product: Tensor, left: Tensor) -> None:
+    output.add_(F.linear(product, left))
+
+
+def _left_add_in_place(output: Tensor, product: Tensor, left: Tensor) -> None:
+    if output.dtype != left.dtype or not output.is_contiguous():
+        return _left_add_(output, product, left)
+    rows = output.view(-1, left.shape[0])
+    rows.addmm_(product.reshape(-1, left.shape[1]), left.t())
+    return None
+
+
+def _whole(lefts: Sequence[Tensor]) -> Tensor | None:
+    """All factors as one, shape (O, r), if they lie one after the other."""
+    first = lefts[0]
+    if first.is_meta:
+        return None
+    (_, rank), size = first.shape, first.element_size()
+    place = start = first.data_ptr()
+    for left in lefts:
+        if left.data_ptr() != place or not left.is_contiguous():
+            return None
+        place += left.numel() * size
+    rows = (place - start) // (rank * size)
+    if (first.storage_offset() + rows * rank) * size > first.untyped_storage().nbytes():
+        return None  # neighbours by chance
+    return first.as_strided((rows, rank), (rank, 1))
+
+
+def _plain_correction(x: Tensor, right: Tensor, lefts: Sequence[Tensor]) -> Tensor:
+    product = _right(x, right)
+    return torch.cat([F.linear(product, left) for left in lefts], -1)
+
+
+def _with_gradients(operator: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs where a gradient may be wanted: torch's own operators if one is, else the operator itself."""
+
+    def run(*arguments: Any) -> Any:
+        tensors = [t for argument in arguments for t in (argument if isinstance(argument, list) else [argument])]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return plain(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return run
+
+
+_DEFAULT: dict[str, Callable[..., Any]] = {"right": _right, "correction": _correction, "left_add_": _left_add_}
+_ON_CPU = {**_DEFAULT, "left_add_": _left_add_in_place}
+_PLAIN = {**_DEFAULT, "correction": _plain_correction}
+_OPERATORS = {name: getattr(torch.ops.glowq, name).default for name in _DEFAULT}
+
+for _name, _operator in _OPERATORS.items():
+    _LIBRARY.impl(_name, _DEFAULT[_name], "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _with_gradients(_operator, _PLAIN[_name]), "Autograd")
+_LIBRARY.impl("left_add_", _left_add_in_place, "CPU")
