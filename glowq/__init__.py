@@ -12,6 +12,7 @@ with quiet("torchao", "torch.utils._pytree"):
     from .config import GlowQConfig
     from .correction import Correction
     from .errors import GlowQError
+    from .fast_kernels import use_fast_kernels
     from .groups import Group, find_groups
     from .integrations.transformers import correct, load_correction
     from .runtime import detach
@@ -29,4 +30,5 @@ __all__ = [
     "find_groups",
     "load_correction",
     "set_enabled",
+    "use_fast_kernels",
 ]

@@ -46,6 +46,7 @@ _RESULT_FILES = (
     "*.jinja",
 )
 _COMPARISON_FILES = ("compare.json", "table.md", "bytes.png", "heatmap.png")
+_TIMING_FILES = ("bench.json", "table.md", "bench.png")
 EXPORT_MANIFEST = "glowq_export.json"  # names every file beside it
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -56,6 +57,7 @@ class Kind(Enum):
     MODEL = "model"
     COMPARISON = "comparison"
     EXPORT = "export"
+    TIMING = "timing"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -234,6 +236,8 @@ def _results(folder: Path, kind: Kind) -> tuple[Callable[[str], bool], bool]:
     """Tells the files that a result of this kind consists of, by their paths in it; and whether `folder` holds one."""
     if kind is Kind.COMPARISON:
         return partial(_is_named, patterns=_COMPARISON_FILES), (folder / "compare.json").is_file()
+    if kind is Kind.TIMING:
+        return partial(_is_named, patterns=_TIMING_FILES), (folder / "bench.json").is_file()
     if kind is Kind.EXPORT:
         manifest = folder / EXPORT_MANIFEST
         is_earlier = manifest.is_file()

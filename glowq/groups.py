@@ -51,6 +51,11 @@ class Group:
         """Name of the innermost module that holds every member ("" for the model itself)."""
         return _common_parent(self.members)
 
+    def apart(self) -> list[Group]:
+        """Each member as a group of its own."""
+        pairs = zip(self.members, self.out_features, strict=True)
+        return [Group(member, (member,), self.in_features, (width,), self.block) for member, width in pairs]
+
 
 @dataclass(frozen=True)
 class Trace:

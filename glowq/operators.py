@@ -7,7 +7,9 @@ works. All of them take inputs of any leading shape, an empty one too, and compu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["correction", "left_add_", "right", "stacked"]
+
+_FEW = 16  # tokens that the kernels are made for
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _LIBRARY = torch.library.Library("glowq", "DEF")
 _LIBRARY.define("right(Tensor x, Tensor right) -> Tensor")
@@ -108,6 +113,42 @@ def _left_add_in_place(output: Tensor, product: Tensor, left: Tensor) -> None:
     return None
 
 
+@cache
+def _kernels() -> Any:
+    """The Triton kernels, or None where they cannot run, said once."""
+    import glowq_kernels
+
+    reason = glowq_kernels.unavailable()
+    if reason is None:
+        return glowq_kernels
+    warnings.warn(
+        f"the correction runs in plain torch, with more launches than it needs: {reason} pip install 'glowq[triton]' "
+        "brings the kernels' compiler.",
+        stacklevel=2,
+    )
+    return None
+
+
+def _takes_kernels(x: Tensor, *factors: Tensor) -> bool:
+    """Whether the kernels are made for these tensors: a few tokens, of dtypes that they know."""
+    few = x.numel() <= _FEW * x.shape[-1]
+    return few and all(tensor.dtype in _KERNEL_DTYPES for tensor in (x, *factors)) and _kernels() is not None
+
+
+def _right_on_gpu(x: Tensor, right: Tensor) -> Tensor:
+    if not _takes_kernels(x, right):
+        return _right(x, right)
+    product: Tensor = _kernels().right(x, right)
+    return product
+
+
+def _left_add_on_gpu(output: Tensor, product: Tensor, left: Tensor) -> None:
+    if _takes_kernels(output, product, left):
+        _kernels().left_add_(output, product, left)
+    else:
+        _left_add_in_place(output, product, left)
+
+
 def _whole(lefts: Sequence[Tensor]) -> Tensor | None:
     """All factors as one, shape (O, r), if they lie one after the other."""
     first = lefts[0]
@@ -152,3 +193,6 @@ for _name, _operator in _OPERATORS.items():
     _LIBRARY.impl(_name, _DEFAULT[_name], "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _with_gradients(_operator, _PLAIN[_name]), "Autograd")
 _LIBRARY.impl("left_add_", _left_add_in_place, "CPU")
+for _device in ("CUDA", "XPU"):  # ROCm's devices go by CUDA's name
+    _LIBRARY.impl("right", _right_on_gpu, _device)
+    _LIBRARY.impl("left_add_", _left_add_on_gpu, _device)

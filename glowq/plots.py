@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .benefit import Benefit
     from .curve import CurvePoint
 
-__all__ = ["can_plot", "check_plots", "draw_benefit", "draw_budgets", "draw_recovered"]
+__all__ = ["can_plot", "check_plots", "draw_benefit", "draw_budgets", "draw_recovered", "draw_timing"]
 
 _DPI = 150
 _MARKERS = "osD^vPX*<>h"
@@ -106,6 +106,36 @@ def draw_benefit(file: Path, benefit: Benefit) -> None:
                 colour = "black" if value > image.norm.vmax / 2 else "white"
                 axes.text(column, row, f"{value:.1e}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, label=benefit.unit)
+    _save(figure, file)
+
+
+def draw_timing(file: Path, rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], title: str) -> None:
+    """What corrections add to the time of a prompt and of a decoded token, a bar each, and their bytes beside them.
+
+    Args:
+        file: PNG to write.
+        rows: corrected models' rows of `glowq.speed.measure`.
+        kinds: "first_token" and "decode", or one of them.
+        title: shown above.
+    """
+    figure = _figure(2.0 + 4.0 * len(kinds), 4.0)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
+    width = 0.8 / len(models)
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for place, model in enumerate(models):
+            own = [row for row in rows if row["model"] == model]
+            places = [at + (place - (len(models) - 1) / 2) * width for at in range(len(own))]
+            axes.bar(places, [100 * row[f"{kind}_overhead"] for row in own], width, label=f"{model}, time")
+            ends = [places[0] - width / 2, places[-1] + width / 2]
+            axes.plot(ends, [100 * own[0]["byte_ratio"]] * 2, "--", color=f"C{place}", label=f"{model}, bytes")
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_xticks(range(len(shapes)), [f"{batch} x {length}" for batch, length in shapes])
+        axes.set_xlabel("batch x prompt, tokens")
+        axes.set_ylabel("added, % of the base")
+        axes.set_title({"first_token": "first token", "decode": "decode"}[kind], fontsize=10)
+        axes.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
     _save(figure, file)
 
 

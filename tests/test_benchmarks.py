@@ -21,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(name: str, *arguments: str) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", [name, *arguments, "--json"])
-        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
         return json.loads(capsys.readouterr().out)
 
@@ -73,3 +73,15 @@ def test_onnx_runtime_with_shared_and_with_per_module_factors(run: Any) -> None:
         *(("q, k, v", "shared", 1), ("q, k, v", "per module", 3)),
         *(("every group", "shared", 4), ("every group", "per module", 7)),
     ]
+
+
+@pytest.mark.parametrize("options", [[], ["--exact", "--dtype", "float32"]], ids=["fast", "exact"])
+def test_what_a_correction_adds_to_a_forward(run: Any, options: list[str]) -> None:
+    sizes = ["--base", "nf4", "--hidden", "256", "--intermediate", "128", "--blocks", "1", "--rank", "4"]
+    rows = run("runtime.py", *sizes, "--new-tokens", "2", "--repeats", "1", "--prompt", "8", *options)["rows"]
+    assert [(row["groups"], row["model"]) for row in rows] == [
+        (groups, model) for groups in ("q, k, v", "every group") for model in ("base", "shared", "per module")
+    ]
+    _, shared, single = rows[:3]
+    assert single["factor_bytes"] / shared["factor_bytes"] == (3 * 256 + 384) / (256 + 384)
+    assert all(row["decode"][1] > 0 for row in rows)

@@ -23,19 +23,17 @@ from typing import Any
 
 import onnxruntime
 import torch
+from random_llama import add_size_arguments, attach_randomly, quantized
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from glowq.backends import base_config, prepare_model
 from glowq.groups import Group, find_groups
 from glowq.integrations.onnx_check import right_factor_nodes, run, session
 from glowq.integrations.onnx_graph import describe, export_graph
 from glowq.integrations.onnx_operators import use_operators
-from glowq.runtime import GroupFactors, attach
 
-HEAD = 64
 BUNDLED = Path(__file__).parents[1] / "stdlib-llama"
 WARM_UP = 3
 FASTEST_OF = 3
@@ -44,17 +42,11 @@ FASTEST_OF = 3
 def main() -> None:
     """Print one row a graph."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="torchao-int4")
-    parser.add_argument("--hidden", type=int, default=2048, help=f"width, a multiple of {HEAD}")
-    parser.add_argument("--key-value", type=int, help="outputs of k and of v; a quarter of the width unless given")
-    parser.add_argument("--intermediate", type=int, default=1024, help="of the MLP; a narrow one leaves less noise")
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=32)
+    add_size_arguments(parser)
     parser.add_argument("--cached", type=int, default=64, help="tokens before the one that is decoded")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--decodes", type=int, default=500)
     parser.add_argument("--prefills", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +66,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     factors: dict[tuple[str, str], list[Group]] = {("", "base"): []}
     for name, chosen in (("q, k, v", attention), ("every group", groups)):
         factors[name, "shared"] = chosen
-        factors[name, "per module"] = [single for group in chosen for single in apart(group)]
+        factors[name, "per module"] = [single for group in chosen for single in group.apart()]
     calls: dict[tuple[str, str], tuple[Callable[[], Any], Callable[[], Any]]] = {}
     nodes = {}
     for key, chosen in factors.items():
@@ -98,43 +90,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     return rows
 
 
-def quantized(arguments: argparse.Namespace, folder: Path) -> Any:
-    """A random Llama, quantized by a real library."""
-    torch.manual_seed(arguments.seed)
-    narrow = arguments.key_value or arguments.hidden // 4
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.blocks,
-        num_attention_heads=arguments.hidden // HEAD,
-        num_key_value_heads=narrow // HEAD,
-        head_dim=HEAD,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=base_config(arguments.base))
-    prepare_model(model)
-    return model.eval()
-
-
-def apart(group: Group) -> list[Group]:
-    """Each member as a group of its own."""
-    pairs = zip(group.members, group.out_features, strict=True)
-    return [Group(member, (member,), group.in_features, (width,), group.parent) for member, width in pairs]
-
-
 def exported(
     model: nn.Module, groups: Sequence[Group], arguments: argparse.Namespace, folder: Path
 ) -> tuple[tuple[Callable[[], Any], Callable[[], Any]], int]:
     """A decode step and a prompt of the graph of `model` with random factors, and its products with right factors."""
     import onnx
 
-    for group in groups:
-        lefts = {m: noise(width, arguments.rank) for m, width in zip(group.members, group.out_features, strict=True)}
-        right = noise(arguments.rank, group.in_features)
-        attach(model, GroupFactors(group, right, lefts, torch.zeros(arguments.rank), 0.0))
+    attach_randomly(model, groups, arguments.rank)
     use_operators(model)
     interface = describe(model, AutoTokenizer.from_pretrained(BUNDLED))
     folder.mkdir()
@@ -152,11 +114,6 @@ def exported(
 
     counted = sum(rights for rights, _ in right_factor_nodes(graph, model).values())
     return (call(arguments.cached, 1), call(0, arguments.prompt)), counted
-
-
-def noise(*shape: int) -> Tensor:
-    """Small random values; what they are changes no time."""
-    return 0.01 * torch.randn(*shape)
 
 
 def timed(calls: Sequence[Callable[[], Any]], repeats: int) -> Tensor:

@@ -132,6 +132,13 @@ class Backend(ABC):
             dtype: of the activations that the model will feed.
         """
 
+    def release(self, module: Any) -> bool:
+        """Undo what in `prepare` keeps the library's fastest kernel away; returns whether there was anything to undo.
+
+        From its next forward on the module may be run only: the kernel rewrites the weight.
+        """
+        return False
+
     def features(self, module: Any) -> tuple[int, int]:
         """(out_features, in_features)."""
         return int(module.out_features), int(module.in_features)

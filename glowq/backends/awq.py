@@ -40,6 +40,12 @@ class AWQ(Backend):
         if module.scales is not None and not module.scales.is_meta:
             module.scales = module.scales.to(dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16)
 
+    def release(self, module: Any) -> bool:
+        if getattr(module, "linear_mode", "none") != "train":
+            return False
+        module.linear_mode = None
+        return True
+
     def weight(self, module: Any) -> Tensor:
         from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 

@@ -54,6 +54,12 @@ class BitsAndBytes4Bit(Backend):
         # dequantize_4bit and save_pretrained silently produce another weight.
         module.support_avx512bf16_for_cpu = False
 
+    def release(self, module: Any) -> bool:
+        from bitsandbytes.functional import has_avx512bf16
+
+        module.support_avx512bf16_for_cpu = has_avx512bf16()
+        return bool(module.support_avx512bf16_for_cpu)
+
     def weight(self, module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 

@@ -53,6 +53,12 @@ class GPTQ(Backend):
                 "is damaged. Download or quantize the model again."
             )
 
+    def release(self, module: Any) -> bool:
+        if getattr(module, "linear_mode", "none") != "train":
+            return False
+        module.linear_mode = None
+        return True
+
     def weight(self, module: Any) -> Tensor:
         self._check(module)
         return type(module).dequantize_weight(module).T  # the instance's own attribute is a compiled one

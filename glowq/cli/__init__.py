@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .compare import compare
 from .correct import correct
 from .evaluate import evaluate
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # keeps the examples in one piece, so that they can be copied
     context_settings=_HELP,
 )
+app.command("bench")(bench)
 app.command("compare")(compare)
 app.command("correct")(correct)
 app.command("evaluate")(evaluate)

@@ -42,6 +42,7 @@ from ..config import GlowQConfig
 from ..correction import Correction
 from ..errors import ConfigError
 from ..factor_files import factor_tensors, read_factors
+from ..fast_kernels import refuse_rewritten
 from ..files import read_json
 from ..fingerprint import verify_fingerprint
 from ..runtime import GroupFactors, attach, attached, attached_factors, factor_dtype, set_aside
@@ -179,6 +180,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         """The base's keys exactly as it writes them, the factors under the names that every correction file uses."""
+        refuse_rewritten(model)
         factors = factor_tensors(attached_factors(model))
         # Saving asks for this first: a model that was detached since is stored as the plain base that it is again.
         config: Any = model.config

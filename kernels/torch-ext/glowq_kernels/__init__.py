@@ -1,0 +1,15 @@
+"""Triton kernels for quantized linear layers with a low-rank correction whose right factor a group of layers shares.
+
+Importing this package takes torch only; triton is imported at the first launch. `unavailable()` says why the kernels
+cannot run on this machine, and `twins` has every function in plain torch.
+"""
+
+from . import twins
+from .availability import unavailable
+from .checks import KernelError
+from .gptq import gptq_linear
+from .left_product import left_add_
+from .nf4 import nf4_linear
+from .right_product import right
+
+__all__ = ["KernelError", "gptq_linear", "left_add_", "nf4_linear", "right", "twins", "unavailable"]

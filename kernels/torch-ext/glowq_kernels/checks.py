@@ -1,0 +1,252 @@
+"""What every function of the package asks of its tensors, asked before anything is launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["KernelError"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class KernelError(ValueError):
+    """Tensors that a kernel does not take, or a machine that it does not run on; nothing has been written."""
+
+
+def check_right(x: Tensor, right: Tensor, scale: Tensor | None) -> None:
+    """Refuse what `right` does not take."""
+    _check_floating("x", x)
+    _check_vectors("x", x)
+    _check_factor("right", right, scale, "scale")
+    if right.shape[1] != x.shape[-1]:
+        raise KernelError(
+            f"right must have one column for each of the {x.shape[-1]} input channels of x, found {right.shape[1]}; "
+            "pass the right factor of the group that reads x."
+        )
+    _check_together(x=x, right=right, scale=scale)
+
+
+def check_left_add(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None) -> None:
+    """Refuse what `left_add_` does not take."""
+    _check_floating("output", output)
+    _check_vectors("output", output)
+    _check_low_rank(output, output.shape[-1], product, left, scale, "scale")
+    if _overlaps_itself(output):
+        raise KernelError(
+            f"output must hold each of its elements once, found shape {tuple(output.shape)} with strides "
+            f"{output.stride()}, where several share one place; call contiguous() on it first."
+        )
+    _check_together(output=output, product=product, left=left, scale=scale)
+
+
+def check_gptq(
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    product: Tensor | None,
+    left: Tensor | None,
+    left_scale: Tensor | None,
+) -> None:
+    """Refuse what `gptq_linear` does not take."""
+    if bits != 4:
+        raise KernelError(f"bits must be 4, nothing else is implemented, found {bits}; dequantize this weight instead.")
+    if group_size != -1 and group_size < 1:
+        raise KernelError(f"group_size must be positive, or -1 for one group, found {group_size}.")
+    _check_floating("x", x)
+    _check_vectors("x", x)
+    inputs = x.shape[-1]
+    if qweight.dtype is not torch.int32 or qweight.dim() != 2 or inputs % 8 or qweight.shape[0] != inputs // 8:
+        raise KernelError(
+            f"qweight must be int32 of shape (d / 8, o) with d = {inputs}, a multiple of 8 as x has it, found "
+            f"{_described(qweight)}; pass the packed weight as the checkpoint stores it."
+        )
+    outputs = qweight.shape[1]
+    if outputs % 8:
+        raise KernelError(
+            f"qweight must have a multiple of 8 columns, because the zero points of 8 outputs share a word, found "
+            f"{outputs}; pad the outputs."
+        )
+    groups = 1 if group_size == -1 else -(-inputs // group_size)
+    _check_shape("scales", scales, (groups, outputs))
+    _check_floating("scales", scales)
+    _check_shape("qzeros", qzeros, (groups, outputs // 8))
+    _check_dtype("qzeros", qzeros, torch.int32)
+    if g_idx is not None:
+        _check_shape("g_idx", g_idx, (inputs,))
+        _check_dtype("g_idx", g_idx, torch.int32, torch.int64)
+    _check_contiguous(qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
+    _check_ends(x, outputs, bias, product, left, left_scale)
+    _check_together(
+        x=x,
+        qweight=qweight,
+        qzeros=qzeros,
+        scales=scales,
+        g_idx=g_idx,
+        bias=bias,
+        product=product,
+        left=left,
+        left_scale=left_scale,
+    )
+
+
+def check_nf4(
+    x: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    product: Tensor | None,
+    left: Tensor | None,
+    left_scale: Tensor | None,
+) -> None:
+    """Refuse what `nf4_linear` does not take."""
+    _check_floating("x", x)
+    _check_vectors("x", x)
+    inputs = x.shape[-1]
+    if inputs % 2:
+        raise KernelError(
+            f"x must have an even number of input channels, because two share a byte, found {inputs}; dequantize this "
+            "weight instead."
+        )
+    if blocksize < 2 or blocksize & (blocksize - 1):
+        raise KernelError(f"blocksize must be a power of two, as bitsandbytes has them, found {blocksize}.")
+    if out_features < 1:
+        raise KernelError(f"out_features must be at least 1, found {out_features}.")
+    _check_dtype("qweight", qweight, torch.uint8)
+    if qweight.numel() * 2 != out_features * inputs:
+        raise KernelError(
+            f"qweight must hold {out_features * inputs // 2} bytes, two values each of a weight ({out_features}, "
+            f"{inputs}), found {qweight.numel()}; check out_features."
+        )
+    _check_shape("absmax", absmax, (-(-out_features * inputs // blocksize),))
+    _check_dtype("absmax", absmax, torch.float32)
+    _check_shape("code", code, (16,))
+    _check_dtype("code", code, torch.float32)
+    _check_contiguous(qweight=qweight, absmax=absmax, code=code)
+    _check_ends(x, out_features, bias, product, left, left_scale)
+    _check_together(
+        x=x, qweight=qweight, absmax=absmax, code=code, bias=bias, product=product, left=left, left_scale=left_scale
+    )
+
+
+def _check_ends(
+    x: Tensor, outputs: int, bias: Tensor | None, product: Tensor | None, left: Tensor | None, scale: Tensor | None
+) -> None:
+    """Refuse a bias or a low-rank end that does not fit x and the outputs."""
+    if bias is not None:
+        _check_shape("bias", bias, (outputs,))
+        _check_floating("bias", bias)
+        _check_contiguous(bias=bias)
+    if (product is None) != (left is None):
+        given, missing = ("product", "left") if left is None else ("left", "product")
+        raise KernelError(f"product and left come together, found {given} without {missing}; pass both or neither.")
+    if product is not None and left is not None:
+        _check_low_rank(x, outputs, product, left, scale, "left_scale")
+    elif scale is not None:
+        raise KernelError("left_scale must come with left, found it alone; pass product and left, or no left_scale.")
+
+
+def _check_low_rank(
+    like: Tensor, outputs: int, product: Tensor, left: Tensor, scale: Tensor | None, scale_name: str
+) -> None:
+    _check_floating("product", product)
+    _check_factor("left", left, scale, scale_name)
+    if left.shape[0] != outputs:
+        raise KernelError(
+            f"left must have one row for each of the {outputs} outputs, found {left.shape[0]}; stack the left factors "
+            "of the members in the order of their outputs."
+        )
+    expected = (*like.shape[:-1], left.shape[1])
+    if tuple(product.shape) != expected:
+        raise KernelError(
+            f"product must have shape {expected}, one entry a token and rank, found {tuple(product.shape)}; pass what "
+            "`right` returned for the same tokens."
+        )
+
+
+def _check_factor(name: str, factor: Tensor, scale: Tensor | None, scale_name: str) -> None:
+    if factor.dtype is torch.int8:
+        if scale is None:
+            raise KernelError(f"{name} is int8, which needs {scale_name}, float32 with one value a row; pass it.")
+    elif factor.dtype not in FLOATS:
+        raise KernelError(f"{name} must be a float of 16 or 32 bits or int8, found {_name(factor.dtype)}; convert it.")
+    elif scale is not None:
+        raise KernelError(f"{scale_name} belongs to an int8 factor, found {name} of {_name(factor.dtype)}; drop it.")
+    ranks, axis = ("rows", 0) if name == "right" else ("columns", 1)
+    if factor.dim() != 2 or factor.shape[axis] < 1:
+        raise KernelError(
+            f"{name} must be a matrix with as many {ranks} as ranks, at least one, found shape {tuple(factor.shape)}; "
+            "leave out a correction of rank 0."
+        )
+    if scale is not None:
+        _check_shape(scale_name, scale, (factor.shape[0],))
+        _check_dtype(scale_name, scale, torch.float32)
+        _check_contiguous(**{scale_name: scale})
+
+
+def _check_together(**tensors: Tensor | None) -> None:
+    """Refuse tensors on several devices, and those that a gradient is wanted of."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {name: tensor.device for name, tensor in given.items()}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise KernelError(f"all tensors must be on one device, found {found}; move them.")
+    wanted = [name for name, tensor in given.items() if tensor.requires_grad]
+    if wanted and torch.is_grad_enabled():
+        raise KernelError(
+            f"the kernels have no backward, found {', '.join(wanted)} requiring a gradient; call them under "
+            "torch.no_grad(), or use the functions of `twins`."
+        )
+
+
+def _check_vectors(name: str, tensor: Tensor) -> None:
+    if tensor.dim() < 1 or tensor.shape[-1] < 1:
+        raise KernelError(f"{name} must have shape (..., n) with n at least 1, found {tuple(tensor.shape)}.")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    _check_dtype(name, tensor, *FLOATS)
+
+
+def _check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if tensor.dtype not in allowed:
+        expected = " or ".join(_name(dtype) for dtype in allowed)
+        raise KernelError(f"{name} must be {expected}, found {_name(tensor.dtype)}; convert it.")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise KernelError(f"{name} must have shape {expected}, found {tuple(tensor.shape)}.")
+
+
+def _check_contiguous(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise KernelError(f"{name} must be contiguous, found strides {tensor.stride()}; call contiguous() once.")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share a place: a stride that does not step over everything inside it."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):  # noqa: B905 (Python 3.9 has no strict)
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{_name(tensor.dtype)} {tuple(tensor.shape)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,42 @@
+"""The product with the stacked left factors of a group, added to its outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_left_add
+from .launching import device, kernels
+
+__all__ = ["left_add_"]
+
+
+def left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
+    """Add A (B x) to the outputs in place: all members of a group in one launch, if their outputs are one tensor.
+
+    The sum is computed in float32 and rounded once, to the dtype of `output`.
+
+    Args:
+        output: outputs Q x, shape (..., o), float16, bfloat16 or float32, of any strides, for example a slice of the
+            last dimension. It must not share memory with the other arguments.
+        product: B x as `right` returns it, shape (..., r), float16, bfloat16 or float32.
+        left: left factor A, shape (o, r), of any strides, float16, bfloat16, float32, or int8 with `scale`.
+        scale: shape (o,), float32: A is `left` times its row's scale. For int8 only.
+
+    Raises:
+        KernelError: dtypes, shapes or devices do not fit, elements of `output` share memory, a gradient is wanted, or
+            the kernels cannot run here.
+
+    Source: the left half of GlowQ's correction y = Q x + A (B x) (arXiv 2603.25385, sec. 3).
+    """
+    check_left_add(output, product, left, scale)
+    if not output.numel():
+        return
+    outputs, rank = left.shape
+    with device(output):
+        flat = output.reshape(-1, outputs)  # a copy if its leading dimensions cannot be walked with one stride
+        kernels("triton_left", output).launch(flat, product.reshape(-1, rank).contiguous(), left, scale)
+        if flat.data_ptr() != output.data_ptr():
+            output.copy_(flat.view(output.shape))
+        elif not output.is_inference():
+            torch.autograd.graph.increment_version(output)  # as every in-place operation of torch does

@@ -1,0 +1,72 @@
+"""The product with a weight in bitsandbytes' 4-bit layout, a correction included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_nf4
+from .launching import device, kernels
+
+__all__ = ["nf4_linear"]
+
+
+def nf4_linear(
+    x: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    *,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    product: Tensor | None = None,
+    left: Tensor | None = None,
+    left_scale: Tensor | None = None,
+) -> Tensor:
+    """y = W x + bias + A (B x) in one launch, where W is in bitsandbytes' 4-bit layout: NF4 or FP4, as `code` says.
+
+    The weight (o, d), read row by row, is cut into blocks of `blocksize` values, which may run over the end of a row;
+    a value is code[q] * absmax of its block. Made for 1 to 16 tokens; any number is right. Sums are float32, and the
+    output is rounded once. With one token no weight is rounded; with more, weights are first rounded to the dtype of
+    x, as a dequantized weight would be.
+
+    Args:
+        x: inputs, shape (..., d), of any strides, float16, bfloat16 or float32; d even.
+        qweight: o * d / 2 bytes in any shape, uint8, the first of two values in the high four bits.
+        absmax: shape (ceil(o * d / blocksize),), float32. With double quantization pass it dequantized:
+            `dequantize_blockwise(state.absmax, state.state2) + state.offset` of `bitsandbytes.functional`.
+        code: the 16 values of the data type, shape (16,), float32: `quant_state.code`.
+        blocksize: values of a block, a power of two.
+        out_features: o.
+        bias: shape (o,), float16, bfloat16 or float32.
+        product: B x as `right` returns it, shape (..., r), float16, bfloat16 or float32; None for no correction.
+        left: left factor A, shape (o, r), as for `left_add_`; together with `product`.
+        left_scale: shape (o,), float32, for an int8 left factor.
+
+    Returns:
+        Shape (..., o), contiguous, dtype of x.
+
+    Raises:
+        KernelError: dtypes, shapes, devices or the layout do not fit, a gradient is wanted, or the kernels cannot run
+            here.
+
+    Source: the layout of Dettmers et al., QLoRA (arXiv 2305.14314), as bitsandbytes stores it.
+    """
+    check_nf4(x, qweight, absmax, code, blocksize, out_features, bias, product, left, left_scale)
+    output = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    if output.numel():
+        with device(x):
+            kernels("triton_nf4", x).launch(
+                x.reshape(-1, x.shape[-1]),
+                qweight,
+                absmax,
+                code,
+                bias,
+                None if product is None else product.reshape(-1, product.shape[-1]).contiguous(),
+                left,
+                left_scale,
+                output.view(-1, out_features),
+                blocksize=blocksize,
+            )
+    return output

@@ -1,0 +1,73 @@
+"""The right factor on the GPU. Needs triton: imported by `launching.kernels` alone."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TOKENS = 4
+_PRODUCTS = 4096  # of a tile: 16 a thread
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _right(
+    x,
+    right,
+    scale,
+    output,
+    tokens,
+    inputs,
+    rank,
+    x_token,
+    x_channel,
+    right_row,
+    right_channel,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    present = rows < tokens
+    sums = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    for start in range(0, inputs, CHANNELS):
+        channels = start + tl.arange(0, CHANNELS).to(tl.int64)
+        here = channels < inputs
+        factor = tl.load(right + row * right_row + channels * right_channel, mask=here, other=0)
+        tile = tl.load(
+            x + rows[:, None] * x_token + channels[None, :] * x_channel,
+            mask=present[:, None] & here[None, :],
+            other=0,
+        )
+        sums += tile.to(tl.float32) * factor.to(tl.float32)[None, :]
+    # The channels are split over the threads, and meet only here: always in the same order.
+    total = tl.sum(sums, axis=1)
+    if scale is not None:
+        total *= tl.load(scale + row)
+    tl.store(output + rows * rank + row, total, mask=present)
+
+
+def launch(x: Tensor, right: Tensor, scale: Tensor | None, output: Tensor) -> None:
+    """Write x (T, d) times right (r, d), of any strides, to output (T, r), contiguous."""
+    tokens, inputs = x.shape
+    rank = right.shape[0]
+    rows = min(_TOKENS, triton.next_power_of_2(tokens))
+    # One row of the right factor a program: a small rank still fills the GPU, and tokens beyond find the row cached.
+    _right[(triton.cdiv(tokens, rows), rank)](
+        x,
+        right,
+        scale,
+        output,
+        tokens,
+        inputs,
+        rank,
+        x.stride(0),
+        x.stride(1),
+        right.stride(0),
+        right.stride(1),
+        TOKENS=rows,
+        CHANNELS=min(_PRODUCTS // rows, max(32, triton.next_power_of_2(inputs))),
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
