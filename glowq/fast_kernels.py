@@ -16,7 +16,8 @@ def use_fast_kernels(model: nn.Module) -> int:
     """Let every quantization library run the fastest kernel that it has for this machine.
 
     Some kernels rewrite their weight at the first forward, so that it cannot be read back exactly; glowq keeps those
-    away. Call this on a model that is loaded to be run: it can no longer be corrected, dequantized or saved.
+    away. Call this on a model that is loaded to be run: it can no longer be corrected, dequantized or saved; nor
+    compiled, for torch.compile does not see that bitsandbytes' weights are rewritten.
 
     Args:
         model: quantized, with or without a correction.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["correction", "left_add_", "right", "stacked"]
 
@@ -82,8 +83,8 @@ def _run(name: str, x: Tensor, *others: Any) -> Any:
     if torch.compiler.is_compiling():
         known_to_exporters = torch.compiler.is_exporting()
         return _PLAIN[name](x, *others) if known_to_exporters else _OPERATORS[name](x, *others)
-    if type(x) is Tensor and x.is_cpu and not torch.is_grad_enabled():
-        return _ON_CPU[name](x, *others)  # where the dispatcher would arrive after a tenth of the time of a decode step
+    if type(x) is Tensor and x.is_cpu:  # where the dispatcher would arrive after a tenth of the time of a decode step
+        return (_PLAIN if torch.is_grad_enabled() else _ON_CPU)[name](x, *others)
     return _OPERATORS[name](x, *others)
 
 
@@ -106,7 +107,7 @@ def _left_add_(output: Tensor, product: Tensor, left: Tensor) -> None:
 
 
 def _left_add_in_place(output: Tensor, product: Tensor, left: Tensor) -> None:
-    if output.dtype != left.dtype or not output.is_contiguous():
+    if not output.dtype == product.dtype == left.dtype or not output.is_contiguous():
         return _left_add_(output, product, left)
     rows = output.view(-1, left.shape[0])
     rows.addmm_(product.reshape(-1, left.shape[1]), left.t())
@@ -152,15 +153,14 @@ def _left_add_on_gpu(output: Tensor, product: Tensor, left: Tensor) -> None:
 def _whole(lefts: Sequence[Tensor]) -> Tensor | None:
     """All factors as one, shape (O, r), if they lie one after the other."""
     first = lefts[0]
-    if first.is_meta:
+    if first.is_meta or not first.is_contiguous():
         return None
-    (_, rank), size = first.shape, first.element_size()
-    place = start = first.data_ptr()
-    for left in lefts:
-        if left.data_ptr() != place or not left.is_contiguous():
+    (rows, rank), size = first.shape, first.element_size()
+    start = first.data_ptr()
+    for left in lefts[1:]:
+        if left.data_ptr() != start + rows * rank * size or not left.is_contiguous():
             return None
-        place += left.numel() * size
-    rows = (place - start) // (rank * size)
+        rows += left.shape[0]
     if (first.storage_offset() + rows * rank) * size > first.untyped_storage().nbytes():
         return None  # neighbours by chance
     return first.as_strided((rows, rank), (rank, 1))
@@ -176,7 +176,8 @@ def _with_gradients(operator: Any, plain: Callable[..., Any]) -> Callable[..., A
 
     def run(*arguments: Any) -> Any:
         tensors = [t for argument in arguments for t in (argument if isinstance(argument, list) else [argument])]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if backward or forward_ad._current_level >= 0:
             return plain(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)

@@ -17,6 +17,7 @@ from .groups import Group
 __all__ = ["MemberHook", "SharedCorrection"]
 
 _FEW = 16  # tokens
+_HOOKS_OF_EVERY_MODULE = torch.nn.modules.module._global_forward_hooks
 
 
 class _Factor(nn.Module):
@@ -100,7 +101,8 @@ class SharedCorrection(nn.Module):
     def _shared(self, index: int, x: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if len(self._widths) == 1 or x.is_inference():
             return compute(x)
-        state = (x._version, x.requires_grad, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        state = (compute, x._version, x.requires_grad, torch.is_grad_enabled(), autocast)
         slot = self._slot[0]
         # The state comes first: a slot that tracing left half used has none, and its source is no weak reference.
         if slot is not None and slot.state == state and slot.source() is x and index not in slot.used:
@@ -201,4 +203,5 @@ class MemberHook:
         if not self.container.enabled:
             return output
         # Another hook may have kept the output; nobody else has seen it.
-        return self.container.forward(self.index, args[0], output, in_place=len(module._forward_hooks) == 1)
+        alone = len(module._forward_hooks) == 1 and not _HOOKS_OF_EVERY_MODULE
+        return self.container.forward(self.index, args[0], output, in_place=alone)

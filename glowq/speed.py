@@ -131,7 +131,7 @@ class _Runner:
     def __init__(self, model: Any, compiled: bool) -> None:
         self.config = model.config.get_text_config()
         self.device = next(model.parameters()).device
-        self.decodes = "past_key_values" in inspect.signature(model.forward).parameters
+        self.decodes = bool(model.can_generate())
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self.static = compiled and self.decodes
         mode = "reduce-overhead" if self.device.type == "cuda" else None
@@ -162,15 +162,15 @@ def _timed(
     """Seconds of every prompt (repeats, models), of every decoded token (repeats x new_tokens, models), and peaks."""
     running = list(runners.values())
     generator = torch.Generator().manual_seed(seed)
-    tokens = (shape.batch, shape.length + max(new_tokens, _WARM_UP))
+    tokens = (shape.batch, shape.length + new_tokens)
     ids = torch.randint(running[0].config.vocab_size, tokens, generator=generator).to(running[0].device)
-    prompt, later = ids[:, : shape.length], ids[:, shape.length :].split(1, 1)
+    prompt, later = ids[:, : shape.length], ids[:, shape.length :].unbind(1)
     peaks = []
     for runner in running:
         with _peak(runner.device) as peak:
             cache = runner.prompt(prompt, len(later))
-            for step in later[:_WARM_UP] if new_tokens else ():
-                runner.step(step, cache)
+            for step in later[:_WARM_UP]:
+                runner.step(step[:, None], cache)
         peaks.append(peak())
     del cache
     prompts = torch.zeros(repeats, len(running), dtype=torch.float64)
@@ -183,7 +183,7 @@ def _timed(
         for at in range(new_tokens):
             for index in _order(turn + at, len(running)):
                 with _clock(running[index].device, decodes[turn * new_tokens + at], index):
-                    running[index].step(later[at], caches[index])
+                    running[index].step(later[at][:, None], caches[index])
         done()
     return prompts, decodes, peaks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -132,17 +133,18 @@ def test_a_graph_break_between_members(trio: nn.Module) -> None:
         torch.testing.assert_close(compiled(x), trio(x))
 
 
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids).logits  # type: ignore[no-any-return]
+
+
 def test_export_keeps_one_right_product_a_group(corrected: nn.Module, tiny_ids: Tensor) -> None:
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = corrected
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return self.model(input_ids).logits  # type: ignore[no-any-return]
-
     with torch.no_grad():
-        program = torch.export.export(Logits(), (tiny_ids,))
+        program = torch.export.export(Logits(corrected), (tiny_ids,))
         torch.testing.assert_close(program.module()(tiny_ids), corrected(tiny_ids).logits)
     rights = {name for name in program.state_dict if name.endswith("right.factor")}
     signature = program.graph_signature.inputs_to_parameters
@@ -155,9 +157,50 @@ def test_export_keeps_one_right_product_a_group(corrected: nn.Module, tiny_ids: 
     assert len(rights) == len(uses) == len(attached(corrected))
 
 
+@pytest.mark.parametrize(("length", "gradients"), [(7, False), (12, True)])
+def test_an_exported_model_needs_no_operator_of_glowq(corrected: nn.Module, length: int, gradients: bool) -> None:
+    """Whoever reads the file need not have glowq."""
+    ids = torch.arange(2 * length).reshape(2, length)
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(Logits(corrected), (ids,))
+        for graph in (program.graph, program.run_decompositions().graph):
+            called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+            assert any(target.startswith("aten.") for target in called)
+            assert not [target for target in called if "glowq" in target]
+        torch.testing.assert_close(program.module()(ids), corrected(ids).logits)
+
+
+def test_generating_with_a_static_cache(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> None:
+    model = tiny_llama(max_position_embeddings=128)
+    correct_randomly(model, tiny_ids)
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(tiny_ids, **options, disable_compile=True)
+    backend = Counting()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
+    found = model.generate(tiny_ids, **options, disable_compile=True)
+    assert found.shape == (2, 7 + 64)
+    assert torch.equal(found, expected)
+    assert len(backend.graphs) <= 2  # the prompt, and one step that serves all 63 others
+    assert all(right_products(uses) == len(attached(model)) for uses in backend.graphs)
+
+
 @pytest.mark.slow
 def test_inductor_equals_eager(trio: nn.Module) -> None:
     compiled = torch.compile(trio, fullgraph=True)
     x = torch.randn(3, 8)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), trio(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_is_as_near_to_float64_as_eager(
+    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
+) -> None:
+    model = tiny_llama(use_cache=False, num_hidden_layers=1)
+    correct_randomly(model, tiny_ids)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    with torch.no_grad():
+        oracle = copy.deepcopy(model).double()(tiny_ids).logits
+        eager, found = (float((run(tiny_ids).logits - oracle).abs().max()) for run in (model, compiled))
+    assert found <= 4 * eager  # other orders of the same sums
+    assert eager < 1e-4

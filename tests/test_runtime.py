@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
+import pickle
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
+from glowq import operators
+from glowq.errors import ConfigError
 from glowq.runtime import SharedCorrection, attach, attached, detach
 
 Factory = Callable[..., Any]
 MEMBERS = ("q", "k", "v")
+FEW, MANY = 3, 20  # tokens: of the first, one call computes what all members add
+MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
 
 def container(model: nn.Module) -> SharedCorrection:
@@ -266,3 +275,145 @@ def test_checkpointing_a_group_whole_gives_the_same_gradients(trio: nn.Module) -
         checkpoint(trio, x, use_reentrant=reentrant).square().sum().backward()
         torch.testing.assert_close(x.grad, plain)
         torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize(("length", "calls"), [(7, {"correction": 9}), (9, {"right": 9, "left_add_": 15})])
+def test_a_group_takes_as_few_calls_as_it_can(
+    tiny_llama: Factory,
+    tiny_ids: Tensor,
+    correct_randomly: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    calls: dict[str, int],
+) -> None:
+    model = tiny_llama()
+    correct_randomly(model, tiny_ids)
+    seen: Counter[str] = Counter()
+
+    def record(name: str) -> None:
+        function = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *arguments: (seen.update([name]), function(*arguments))[1])
+
+    for name in operators.__all__:
+        record(name)
+    with torch.no_grad():
+        model(torch.arange(2 * length).reshape(2, length))
+    assert seen == calls
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("when", ["before", "after", "of every module"])
+def test_an_output_that_another_hook_keeps_stays_as_it_was(
+    trio: nn.Module, random_factors: Factory, mode: Any, tokens: int, when: str
+) -> None:
+    group = container(trio).group
+    detach(trio)
+    x, kept = torch.randn(tokens, 8), {}
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        kept[module] = output
+
+    plain = {member: trio.get_submodule(member)(x).detach() for member in MEMBERS}
+    if when == "after":
+        attach(trio, random_factors(group))
+    handles = [trio.get_submodule(member).register_forward_hook(keep) for member in MEMBERS if when[0] != "o"]
+    if when != "after":
+        attach(trio, random_factors(group))
+    if when == "of every module":
+        handles = [register_module_forward_hook(keep)]
+    try:
+        with mode():
+            found = {member: trio.get_submodule(member)(x) for member in MEMBERS}
+    finally:
+        for handle in handles:
+            handle.remove()
+    for member, y in found.items():
+        seen = kept[trio.get_submodule(member)]
+        assert right(trio, member, x, y)
+        assert seen is y if when == "after" else torch.equal(seen, plain[member])
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        lambda model: model.to(torch.bfloat16),
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        saved_and_loaded,
+    ],
+    ids=["attached", "converted", "copied", "pickled", "saved and loaded"],
+)
+def test_left_factors_lie_one_after_the_other(trio: nn.Module, change: Callable[[nn.Module], nn.Module]) -> None:
+    trio(torch.randn(3, 8))
+    model = change(trio)
+    lefts = [left.factor for left in container(model).lefts]
+    place = lefts[0].data_ptr()
+    for left in lefts:
+        assert left.data_ptr() == place
+        place += left.numel() * left.element_size()
+    for mode in MODES:
+        for tokens in (FEW, MANY):
+            with mode():
+                x = torch.randn(tokens, 8, dtype=lefts[0].dtype)
+                oracle = torch.cat([expected(model, member, x) for member in MEMBERS], -1)
+                tolerance = 1e-5 if x.dtype == torch.float32 else 0.05
+                torch.testing.assert_close(model(x).double(), oracle, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_on_another_device_is_refused(trio: nn.Module, mode: Any, tokens: int) -> None:
+    trio.q.to("meta")
+    message = r"^q\+k\+v: its factors are on cpu, its input is on meta: move the whole model with model\.to\(device\)"
+    with mode(), pytest.raises(ConfigError, match=message):
+        trio.q(torch.randn(tokens, 8, device="meta"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_on_the_meta_device_computes_shapes(trio: nn.Module, mode: Any) -> None:
+    trio.to("meta")
+    for tokens in (FEW, MANY):
+        with mode():
+            found = trio(torch.randn(tokens, 8, device="meta"))
+        assert (found.shape, found.is_meta) == ((tokens, 15), True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_an_empty_batch(trio: nn.Module, mode: Any, shape: tuple[int, ...]) -> None:
+    with mode():
+        assert trio(torch.randn(*shape, 8)).shape == (*shape, 15)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_outputs_that_autocast_leaves_in_full_precision(trio: nn.Module, mode: Any, tokens: int) -> None:
+    """A quantized layer may compute in its own dtype whatever autocast says."""
+    for member in MEMBERS:
+        layer = trio.get_submodule(member)
+        layer.forward = torch.autocast("cpu", enabled=False)(layer.forward)
+    x = torch.randn(tokens, 8)
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        found = {member: trio.get_submodule(member)(x) for member in MEMBERS}
+    for member, y in found.items():
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y.double(), expected(trio, member, x), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("watched", MEMBERS)
+def test_a_hook_on_a_factor_may_come_and_go_between_members(trio: nn.Module, tokens: int, watched: str) -> None:
+    x = torch.randn(tokens, 8)
+    with torch.no_grad():
+        for member in ("q", "k", "v", "v", "k", "q"):
+            with products(trio) if member == watched else nullcontext():
+                assert right(trio, member, x, trio.get_submodule(member)(x))

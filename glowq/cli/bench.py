@@ -18,7 +18,7 @@ _HEADINGS = ("batch", "prompt", "model", *_TIMES, "bytes added", "peak memory, M
 
 def _counts(value: str) -> str:
     """Callback of an option that takes whole numbers from 1 on, with commas between them."""
-    if not all(part.strip().isdigit() and int(part) > 0 for part in value.split(",")):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in value.split(",")):
         raise typer.BadParameter(f"expected whole numbers from 1 on, as in 1,4,16; found {value!r}.")
     return value
 
@@ -52,7 +52,7 @@ def bench(
 
         from ..fast_kernels import use_fast_kernels
         from ..files import Kind, check_output
-        from ..loading import load_config, load_model, token_limits
+        from ..loading import load_config, load_model, scores_text, token_limits
         from ..plots import check_plots
         from ..speed import Shape, machine, measure, variants
 
@@ -63,11 +63,13 @@ def bench(
             torch.set_num_threads(threads)
         config = load_config(model)
         shapes = [Shape(int(batch), int(length)) for batch in batch_sizes.split(",") for length in lengths.split(",")]
-        _check_length(config, max(shape.length for shape in shapes) + new_tokens, token_limits)
+        decoded = new_tokens if scores_text(config) else 0
+        _check_length(config, max(shape.length for shape in shapes) + decoded, token_limits)
         loaded = load_model(model, config)
-        use_fast_kernels(loaded)
-        options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "compiled": compile_, "seed": seed}
-        rows = measure(variants(loaded), shapes, config.quantization_config.base_bytes, **options)
+        if not compile_:  # torch.compile does not see a kernel rewrite its weight
+            use_fast_kernels(loaded)
+        options: dict[str, Any] = {"new_tokens": decoded, "repeats": repeats, "compiled": compile_, "seed": seed}
+        rows = measure(variants(loaded), shapes, loaded.config.quantization_config.base_bytes, **options)
         result = {"model": model, **machine(loaded), **options, "rows": rows, "command": command_line(output, "DIR")}
         if output is not None:
             _write(Path(output).resolve(), result)

@@ -14,10 +14,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
-# kernels/ is no package: its name is that of Hugging Face's own library, which pytest hides by calling this file
-# kernels.tests.conftest.
-if not hasattr(sys.modules.get("kernels"), "get_local_kernel"):
-    sys.modules.pop("kernels", None)
 sys.path[:0] = [str(Path(__file__).parents[1] / "torch-ext"), str(Path(__file__).parent)]
 
 from oracles import surrounded  # noqa: E402
@@ -28,6 +24,13 @@ from glowq_kernels import unavailable  # noqa: E402
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def library() -> None:
+    """kernels/ is no package: its name is that of Hugging Face's library, which pytest's names for these files hide."""
+    if not hasattr(sys.modules.get("kernels"), "get_local_kernel"):
+        sys.modules.pop("kernels", None)
 
 
 @pytest.fixture(scope="session")
