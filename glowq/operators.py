@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["correction", "left_add_", "right", "stacked"]
+__all__ = ["correction", "left_add_", "lie_together", "right", "stacked"]
 
 _FEW = 16  # tokens that the kernels are made for
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,6 +77,11 @@ def stacked(factors: Sequence[Tensor]) -> list[Tensor]:
     """
     whole = torch.cat(list(factors))
     return list(whole.split([len(factor) for factor in factors]))
+
+
+def lie_together(lefts: Sequence[Tensor]) -> bool:
+    """Whether `correction` multiplies by these left factors at once."""
+    return _whole(lefts) is not None
 
 
 def _run(name: str, x: Tensor, *others: Any) -> Any:

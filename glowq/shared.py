@@ -177,7 +177,8 @@ class SharedCorrection(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedCorrection:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._stack()
+        if not operators.lie_together([left._parameters["factor"] for left in self._factors[1:]]):
+            self._stack()
         return self
 
     def __getstate__(self) -> dict[str, Any]:

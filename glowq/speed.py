@@ -93,6 +93,9 @@ def measure(
         "..._overhead" its median as a share of the base's. "factor_bytes" and "byte_ratio" (of the quantized weights)
         are what has to be read besides; "peak_bytes" is the process's, or the accelerator's, without the factors of
         the others.
+
+    Raises:
+        ConfigError: the model is an encoder with a decoder.
     """
     sizes = {name: sum(entry.factor_bytes for entry in attached_factors(model)) for name, model in models.items()}
     runners = {name: _Runner(model, compiled) for name, model in models.items()}
@@ -129,6 +132,8 @@ class _Runner:
     """One model, its prompt and its decode step."""
 
     def __init__(self, model: Any, compiled: bool) -> None:
+        if model.config.is_encoder_decoder:
+            raise ConfigError("only decoders and encoders are timed; this model is an encoder with a decoder.")
         self.config = model.config.get_text_config()
         self.device = next(model.parameters()).device
         self.decodes = bool(model.can_generate())

@@ -221,3 +221,12 @@ def test_a_quantized_model_is_corrected_by_the_same_amount(
         assert not torch.equal(model(token_ids[:1, :8]).logits, logits)
         detach(model)
         assert torch.equal(model(token_ids[:1, :8]).logits, logits)
+
+
+def test_factors_in_shared_memory_stay_there(trio: nn.Module) -> None:
+    trio.share_memory()
+    assert all(parameter.is_shared() for parameter in container(trio).parameters())
+    x = torch.randn(3, 8)
+    before = trio(x)
+    assert all(parameter.is_shared() for parameter in container(trio).parameters())
+    torch.testing.assert_close(copy.deepcopy(trio)(x), before)

@@ -230,35 +230,37 @@ class TestRefused:
         assert not (tmp_path / "never").exists()
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A correction of an encoder of 64 positions."""
+    path = tmp_path_factory.mktemp("bert")
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    shape["max_position_embeddings"] = 64
+    with seeded(0):
+        folder = encoder(path / "full", BertModel(BertConfig(vocab_size=4096, **shape)))
+    model = AutoModel.from_pretrained(folder, quantization_config=glowq.GlowQConfig(base="nf4").base)
+    correct(model, folder, sequence_length=32).save_pretrained(path / "corrected")
+    return path / "corrected"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A correction of a decoder with a table of 64 positions."""
+    path = tmp_path_factory.mktemp("gpt2")
+    tokens = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
+    with seeded(0):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, n_positions=64, **tokens))
+    encoder(path / "full", model)
+    with torch.no_grad():
+        for parameter in model.transformer.h.parameters():
+            parameter.copy_((parameter * 64).round() / 64)
+    model = load(encoder(path / "rounded", model))
+    options = {"reference": path / "full", "sequence_length": 32, "dense": True}
+    correct(model, path / "rounded", **options).save_pretrained(path / "corrected")
+    return path / "corrected"
+
+
 class TestOtherModels:
-    @pytest.fixture(scope="class")
-    def bert(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A correction of an encoder of 64 positions."""
-        path = tmp_path_factory.mktemp("bert")
-        shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
-        shape["max_position_embeddings"] = 64
-        with seeded(0):
-            folder = encoder(path / "full", BertModel(BertConfig(vocab_size=4096, **shape)))
-        model = AutoModel.from_pretrained(folder, quantization_config=glowq.GlowQConfig(base="nf4").base)
-        correct(model, folder, sequence_length=32).save_pretrained(path / "corrected")
-        return path / "corrected"
-
-    @pytest.fixture(scope="class")
-    def gpt2(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A correction of a decoder with a table of 64 positions."""
-        path = tmp_path_factory.mktemp("gpt2")
-        tokens = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
-        with seeded(0):
-            model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, n_positions=64, **tokens))
-        encoder(path / "full", model)
-        with torch.no_grad():
-            for parameter in model.transformer.h.parameters():
-                parameter.copy_((parameter * 64).round() / 64)
-        model = load(encoder(path / "rounded", model))
-        options = {"reference": path / "full", "sequence_length": 32, "dense": True}
-        correct(model, path / "rounded", **options).save_pretrained(path / "corrected")
-        return path / "corrected"
-
     def test_an_encoder_decodes_nothing(self, bert: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
         options = ["--batch-sizes", "1,2", "--lengths", 8, "--repeats", 2, "--output", output]

@@ -155,6 +155,15 @@ class TestValues:
             assert whole.isnan().sum() == whole.numel() - output.numel()
             assert not output.isnan().any()
 
+    @modes
+    def test_an_output_of_any_strides(self, mode: Any) -> None:
+        with mode():
+            for output in (draw(3, 2, 6).transpose(0, 1), draw(6, 3).T, draw(3, 12)[:, ::2]):
+                product, left = draw(*output.shape[:-1], 5), draw(6, 5)
+                expected = output.double() + product.double() @ left.double().T
+                operators.left_add_(output, product, left)
+                assert_close(output, expected, product, left)
+
 
 class TestWritingInPlace:
     @doors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,13 +16,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FEW = (1, 2, 3, 8, 15, 16)
 
 
-@pytest.fixture(scope="session")
-def operators() -> Any:
+@pytest.fixture
+def operators(library: None) -> Any:
     """The module of glowq, which need not be installed where the kernels are tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not hasattr(sys.modules.get("kernels"), "get_local_kernel"):
-            patch.delitem(sys.modules, "kernels", raising=False)  # see conftest.py; transformers stumbles over it
-        return pytest.importorskip("glowq.operators")
+    return pytest.importorskip("glowq.operators")
 
 
 @pytest.fixture
