@@ -103,7 +103,7 @@ style: setup  ## fix what the linter can, then format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: setup  ## time the solver and what a correction adds to a forward (twenty minutes)
+benchmarks: setup  ## time the solver, and what a correction adds to a forward (ten minutes)
 	$(BIN)/python examples/benchmarks/solver.py
 	$(BIN)/python examples/benchmarks/runtime.py
 
