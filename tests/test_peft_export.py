@@ -56,9 +56,22 @@ def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def rounded_apart(model: Any) -> Tensor:
+    """A corrected model's logits with A (B x) rounded before it is added, as PEFT does.
+
+    Where another hook may keep a layer's output, it is not written into; elsewhere one rounding less is made.
+    """
+    handles = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
+    found = logits(model)
+    for handle in handles:
+        handle.remove()
+    assert (logits(model) - found).abs().max() <= 2 * torch.finfo(found.dtype).eps * found.abs().max()
+    return found
+
+
 @pytest.fixture(scope="module")
 def expected(saved: Path) -> Tensor:
-    return logits(load(saved / "correction"))
+    return rounded_apart(load(saved / "correction"))
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +96,9 @@ def typed(folder: Path) -> Any:
     return names["model"].eval()
 
 
-def rounding(expected: Tensor) -> float:
-    """Two units in the last place of the largest logit: PEFT rounds A (B x) before it adds it, glowq after."""
-    return 2 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-
-
-def test_what_the_readme_says_gives_the_corrected_model(exported: Any, expected: Tensor) -> None:
-    assert gap(typed(exported[0]), expected) <= rounding(expected)
-    assert exported[1]["check"]["max_difference"] <= rounding(expected)
+def test_what_the_readme_says_gives_the_corrected_models_bits(exported: Any, expected: Tensor) -> None:
+    assert gap(typed(exported[0]), expected) == 0.0
+    assert exported[1]["check"]["max_difference"] == 0.0
 
 
 @pytest.mark.parametrize("door", ["PeftModel", "load_adapter", "AutoModelForCausalLM"])
@@ -105,7 +113,7 @@ def test_every_door_leads_to_the_corrected_model(door: str, source: Path, export
     prepare_model(model)
     if door == "PeftModel":
         model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
-    assert gap(model, expected) <= rounding(expected)
+    assert gap(model, expected) == 0.0
     model.disable_adapters() if door != "PeftModel" else model.base_model.disable_adapter_layers()
     assert gap(model, logits(quantized(source, "nf4"))) < gap(model, expected)
 
@@ -144,13 +152,13 @@ def test_padded_ranks_need_no_pattern(saved: Path, source: Path, expected: Tenso
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {min(tensor.shape) for tensor in tensors.values()} == {6}
     model = typed(tmp_path / "adapter")
-    assert gap(model, expected) <= rounding(expected)
+    assert gap(model, expected) < 0.05 * gap(quantized(source, "nf4"), expected)  # another order of summation
 
 
 def test_filled_modules_are_all_that_are_quantized(saved: Path, expected: Tensor, tmp_path: Path) -> None:
     facts = export(str(saved / "correction"), "peft", tmp_path / "adapter", fill_modules=True)
     assert facts["modules"] == 4 * 7
-    assert gap(typed(tmp_path / "adapter"), expected) <= rounding(expected)
+    assert gap(typed(tmp_path / "adapter"), expected) == 0.0
 
 
 def test_a_rank_above_the_engines_limit_says_what_to_type(saved: Path, tmp_path: Path) -> None:
@@ -176,9 +184,8 @@ def test_every_base(base: bases.Base, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bases.small_model())
     correct(model, bases.small_model(), tokenizer=tokenizer).save_pretrained(tmp_path / "correction")
     facts = export(str(tmp_path / "correction"), "peft", tmp_path / "adapter")
-    expected = logits(model)
-    assert facts["check"]["max_difference"] <= rounding(expected)
-    assert gap(typed(tmp_path / "adapter"), expected) <= rounding(expected)
+    assert facts["check"]["max_difference"] == 0.0
+    assert gap(typed(tmp_path / "adapter"), rounded_apart(model)) == 0.0
 
 
 def test_a_dense_base(tmp_path: Path) -> None:
@@ -192,7 +199,7 @@ def test_a_dense_base(tmp_path: Path) -> None:
     rounded = load(tmp_path / "rounded")
     correct(rounded, reference, dense=True).save_pretrained(tmp_path / "correction")
     export(str(tmp_path / "correction"), "peft", tmp_path / "adapter")
-    assert gap(typed(tmp_path / "adapter"), logits(rounded)) <= rounding(logits(rounded))
+    assert gap(typed(tmp_path / "adapter"), rounded_apart(rounded)) == 0.0
 
 
 def test_an_encoder(tmp_path: Path) -> None:
