@@ -33,8 +33,8 @@ $(READY): pyproject.toml constraints.txt
 demo: setup  ## correct the bundled model and show what it gained
 	$(BIN)/python examples/demo.py
 
-test test-autoawq test-vllm: export HF_HUB_OFFLINE = 1
-test test-autoawq test-vllm: export OMP_NUM_THREADS = 1
+test test-autoawq test-kernels test-vllm: export HF_HUB_OFFLINE = 1
+test test-autoawq test-kernels test-vllm: export OMP_NUM_THREADS = 1
 test test-autoawq test-vllm: export TOKENIZERS_PARALLELISM = false
 test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 	$(BIN)/pytest $(PYTEST_ARGS)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import prepare_model, read_weight
+from .backends import packed_bytes, prepare_model, read_weight
 from .backends.dense import take
 from .benefit import Benefit, benefit_map
 from .block_solver import stops_of, to_model
@@ -85,7 +85,7 @@ def compare_methods(
         raise UnsupportedModuleError(
             f"{type(model).__name__} holds no quantized linear module: there is nothing to compare. Quantize it first."
         )
-    base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
+    base_bytes = packed_bytes(model)
     available = {budget: parse_budget(budget, base_bytes) for budget in budgets}
     trace = trace_groups(model, to_model({"input_ids": calibration[:1, :_TRACE_TOKENS]}, model))
     done: dict[tuple[Any, ...], Correction] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backends import check_scales, prepare_model, refuse_misloaded
+from .backends import check_scales, packed_bytes, prepare_model, refuse_misloaded
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
 from .config import check_int
@@ -124,7 +124,7 @@ def correct(
     check_scales(model)
     sequences = calibration_sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
     trace = _trace(model, sequences)
-    base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
+    base_bytes = packed_bytes(model)
     itemsize = factor_dtype(model).itemsize
     if budget is None:
         ranks = uniform_ranks(trace.groups, rank)

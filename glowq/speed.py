@@ -21,9 +21,8 @@ from .errors import ConfigError
 from .progress import progress
 from .runtime import GroupFactors, attach, attached_factors, detach
 
-__all__ = ["VARIANTS", "Shape", "machine", "measure", "per_module", "variants"]
+__all__ = ["Shape", "machine", "measure", "per_module", "variants"]
 
-BASE, SHARED, PER_MODULE = VARIANTS = ("base", "shared", "per module")
 _WARM_UP = 3  # steps
 
 
@@ -62,7 +61,7 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
         detach(twin)
     for entry in per_module(factors):
         attach(single, entry)
-    return {BASE: base, SHARED: model, PER_MODULE: single}
+    return {"base": base, "shared": model, "per module": single}
 
 
 @torch.no_grad()
@@ -146,13 +145,12 @@ class _Runner:
         """Read a prompt; returns its cache, which has room for more tokens."""
         if not self.decodes:
             return self.call(input_ids=ids)
-        found = self.call(
-            input_ids=ids, past_key_values=self._cache(ids.shape[1] + room), use_cache=True, **self.options
-        )
-        return found.past_key_values
+        cache = self._cache(ids.shape[1] + room)
+        self.step(ids, cache)
+        return cache
 
     def step(self, ids: Tensor, cache: Any) -> None:
-        """Read one more token of each sequence, or several."""
+        """Read more tokens of each sequence into the cache."""
         self.call(input_ids=ids, past_key_values=cache, use_cache=True, **self.options)
 
     def _cache(self, length: int) -> Any:

@@ -213,6 +213,15 @@ BASES = [
 ]
 
 
+def repacks() -> bool:
+    """Whether bitsandbytes has a kernel for this CPU that rewrites 4-bit weights."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
 def rows(*names: str) -> list[Any]:
     """The named rows (all of them without names) as pytest parameters; one whose library is absent is skipped."""
     chosen = [base for base in BASES if not names or base.name in names]

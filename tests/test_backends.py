@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bases import BASES, BLOCKS, Base, rows
+from bases import BASES, BLOCKS, Base, repacks, rows
 from glowq.backends import (
     Scheme,
     backend_of,
@@ -37,14 +37,6 @@ def loaded(request: pytest.FixtureRequest) -> Loaded:
 
 def one_of_each_shape(model: nn.Module) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in quantized_modules(model) if ".layers.1." in name}
-
-
-def repacks() -> bool:
-    if not BITSANDBYTES:
-        return False
-    from bitsandbytes.functional import has_avx512bf16
-
-    return bool(has_avx512bf16())
 
 
 def test_every_preset_is_in_the_matrix() -> None:

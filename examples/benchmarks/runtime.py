@@ -22,7 +22,7 @@ from random_llama import add_size_arguments, attach_randomly, quantized
 from rich.console import Console
 from rich.table import Table
 
-from glowq.backends import quantized_modules
+from glowq.backends import packed_bytes
 from glowq.fast_kernels import use_fast_kernels
 from glowq.groups import find_groups
 from glowq.runtime import detach
@@ -48,8 +48,7 @@ def main() -> None:
         model = quantized(arguments, Path(folder), getattr(torch, arguments.dtype))
     if torch.cuda.is_available():
         model = model.cuda()
-    backends = quantized_modules(model)
-    base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
+    base_bytes = packed_bytes(model)
     groups = find_groups(model, {"input_ids": torch.arange(8, device=model.device)[None]})
     if not arguments.exact and not arguments.compile:  # torch.compile does not see a kernel rewrite its weight
         use_fast_kernels(model)

@@ -38,6 +38,7 @@ __all__ = [
     "method_of",
     "methods",
     "own_quantizers",
+    "packed_bytes",
     "prepare_model",
     "quantized_modules",
     "read_weight",
@@ -158,6 +159,11 @@ def prepare_model(model: nn.Module) -> dict[str, Backend]:
         with _naming(name), align_module_device(module):
             backend.prepare(module, dtype)
     return modules
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of all quantized weights at their nominal width, with their scales and zero points."""
+    return sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in quantized_modules(model).items())
 
 
 def check_scales(model: nn.Module) -> None:

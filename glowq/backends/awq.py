@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendError, RepackedWeightError
 from . import Backend, Scheme, StoredModule, register
+from ._gptqmodel import keep_readable, let_rewrite
 
 
 @register
@@ -33,18 +34,13 @@ class AWQ(Backend):
         return library is not None and isinstance(module, library.AWQuantLinear)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
-        # The CPU kernels that gptqmodel picks by itself rewrite their weight at the first forward without gradients.
-        if getattr(module, "linear_mode", "none") is None:
-            module.linear_mode = "train"
+        keep_readable(module)
         # The first forward would round the scales to its input's dtype: a weight read before would be another one.
         if module.scales is not None and not module.scales.is_meta:
             module.scales = module.scales.to(dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16)
 
     def release(self, module: Any) -> bool:
-        if getattr(module, "linear_mode", "none") != "train":
-            return False
-        module.linear_mode = None
-        return True
+        return let_rewrite(module)
 
     def weight(self, module: Any) -> Tensor:
         from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm

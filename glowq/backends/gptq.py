@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendError, RepackedWeightError
 from . import Backend, Scheme, StoredModule, register
+from ._gptqmodel import keep_readable, let_rewrite
 
 GROUP_SIZE = 128
 
@@ -43,9 +44,7 @@ class GPTQ(Backend):
         return library is not None and isinstance(module, library.GPTQQuantLinear) and not _is_embedding(module)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
-        # The CPU kernels that gptqmodel picks by itself rewrite their weight at the first forward without gradients.
-        if getattr(module, "linear_mode", "none") is None:
-            module.linear_mode = "train"
+        keep_readable(module)
         order, groups = module.g_idx, module.scales.shape[0]
         if int(order.min()) < 0 or int(order.max()) >= groups:
             raise BackendError(
@@ -54,10 +53,7 @@ class GPTQ(Backend):
             )
 
     def release(self, module: Any) -> bool:
-        if getattr(module, "linear_mode", "none") != "train":
-            return False
-        module.linear_mode = None
-        return True
+        return let_rewrite(module)
 
     def weight(self, module: Any) -> Tensor:
         self._check(module)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import JsonOption, SeedOption, command_line, session
+from .common import JsonOption, SeedOption, command_line, markdown_table, session, table
 
 __all__ = ["bench"]
 
@@ -73,7 +73,7 @@ def bench(
         result = {"model": model, **machine(loaded), **options, "rows": rows, "command": command_line(output, "DIR")}
         if output is not None:
             _write(Path(output).resolve(), result)
-        show({**result, "output": output}, lambda: _table(result))
+        show({**result, "output": output}, lambda: table(_title(result), _HEADINGS, _cells(result), ["model"]))
 
 
 def _check_length(config: Any, wanted: int, token_limits: Any) -> None:
@@ -106,20 +106,8 @@ def _title(result: dict[str, Any]) -> str:
     return f"{result['model']}: {result['device']}, {result['threads']} threads, {result['dtype']}, {how}"
 
 
-def _table(result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=_title(result), title_justify="left")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for cells in _cells(result):
-        table.add_row(*cells)
-    return table
-
-
 def _markdown(result: dict[str, Any]) -> str:
-    table = [_HEADINGS, ("---",) * len(_HEADINGS), *_cells(result)]
-    lines = [f"| {' | '.join(row)} |" for row in table]
+    lines = markdown_table(_HEADINGS, _cells(result))
     return "\n".join([f"# {_title(result)}", "", *lines, "", "```", result["command"], "```", ""])
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -29,9 +29,11 @@ __all__ = [
     "check_budget",
     "command_line",
     "grid",
+    "markdown_table",
     "peak_rss_bytes",
     "rank_request",
     "session",
+    "table",
 ]
 
 
@@ -150,6 +152,23 @@ def grid(rows: Mapping[str, Any]) -> Any:
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = ()) -> Any:
+    """A table for a terminal; the columns named in `left` are aligned there, numbers to the right."""
+    from rich.table import Table
+
+    found = Table(title=title, title_justify="left")
+    for heading in headings:
+        found.add_column(heading, justify="left" if heading in left else "right")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (headings, ("---",) * len(headings), *rows)]
 
 
 def peak_rss_bytes() -> int:

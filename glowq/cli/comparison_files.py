@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .common import markdown_table, table
+
 if TYPE_CHECKING:
     from ..benefit import Benefit
 
@@ -41,13 +43,11 @@ def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | No
 
 def markdown(result: dict[str, Any]) -> str:
     """table.md: the rows, what they were measured on, and the command."""
-    table = [_HEADINGS, ("---",) * len(_HEADINGS), *_cells(result)]
-    lines = [f"| {' | '.join(row)} |" for row in table]
     return "\n".join(
         [
             f"# {_title(result)}",
             "",
-            *lines,
+            *markdown_table(_HEADINGS, _cells(result)),
             "",
             *(f"{note}  " for note in _notes(result)),  # two spaces: a line break
             "",
@@ -62,15 +62,9 @@ def markdown(result: dict[str, Any]) -> str:
 def tables(result: dict[str, Any]) -> Any:
     """The rows for a terminal."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=_title(result), title_justify="left")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for cells in _cells(result):
-        table.add_row(*cells)
-    return Group(table, *map(Text, _notes(result)))
+    return Group(table(_title(result), _HEADINGS, _cells(result), ["method"]), *map(Text, _notes(result)))
 
 
 def _title(result: dict[str, Any]) -> str:

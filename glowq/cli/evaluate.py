@@ -83,12 +83,11 @@ def _common_limits(configs: dict[str, Any], sequence_length: int) -> tuple[int, 
 
 def _weight_bytes(model: Any) -> int:
     """Bytes of all weights: quantized ones at their nominal width, factors and everything else as stored."""
-    from ..backends import quantized_modules
+    from ..backends import packed_bytes, quantized_modules
 
     quantized = quantized_modules(model)
-    nominal: int = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in quantized.items())
     plain = (tensor for name, tensor in model.named_parameters() if not _is_packed(name, quantized))
-    return nominal + sum(int(tensor.numel() * tensor.element_size()) for tensor in plain)
+    return packed_bytes(model) + sum(int(tensor.numel() * tensor.element_size()) for tensor in plain)
 
 
 def _is_packed(parameter: str, quantized: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..backends import check_scales, prepare_model, refuse_misloaded
+from ..backends import check_scales, packed_bytes, prepare_model, refuse_misloaded
 from ..backends.dense import take
 from ..correction import Correction
 from ..errors import ConfigError, CorrectionError, FingerprintError, NonFiniteError, UnsupportedModuleError
@@ -66,8 +66,7 @@ def import_adapter(
     refuse_misloaded(model)
     if dense:
         take(model)
-    backends = prepare_model(model)
-    if not backends:
+    if not prepare_model(model):
         raise UnsupportedModuleError(
             f"{type(model).__name__} holds no quantized linear module for the adapter to correct. Load it quantized "
             "(--base nf4, for example); if its float weights hold quantized values, pass dense=True (--base dense)."
@@ -87,7 +86,7 @@ def import_adapter(
     factors = [entry for entry in parts if entry is not None]
     if not factors:
         raise ConfigError(f"the adapter {read.name} adds nothing: every lora_B or lora_A is zero. Was it ever made?")
-    base_bytes = sum(backend.packed_bytes(model.get_submodule(name)) for name, backend in backends.items())
+    base_bytes = packed_bytes(model)
     config = stored_config(model, None, base_bytes, "imported", torch.empty(0, 0), 0)
     config.provenance = {"glowq": __version__, "gains": "unmeasured", "adapter_base": read.base_model}
     return correction_of(model, factors, config, base_bytes, tokenizer)

@@ -75,6 +75,7 @@ class Layer:
 
 
 def size(tensor: Tensor) -> int:
+    """Bytes of a tensor."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -115,6 +116,7 @@ def make_layer(
 
 
 def words(*shape: int, device: torch.device) -> Tensor:
+    """Random packed words, int32."""
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
 
 
@@ -236,6 +238,7 @@ def rows(layer: Layer, clock: Clock, repeats: int) -> list[dict[str, Any]]:
 
 
 def print_rows(title: str, found: list[dict[str, Any]]) -> None:
+    """Print what `rows` returned, as a table."""
     print(f"\n{title}\n{'':<7}{'':<27}{'median us':>10}{'quartiles us':>24}{'+ bytes':>9}{'+ time':>9}")
     for row in found:
         quartiles = f"{row['quartiles'][0]:.1f} to {row['quartiles'][1]:.1f}"
@@ -244,6 +247,7 @@ def print_rows(title: str, found: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Time every layer, print its rows, and write them where --json says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])

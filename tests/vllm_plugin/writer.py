@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Llam
 
 import glowq
 from bases import small_model
-from glowq.backends import base_config, prepare_model
+from glowq.backends import base_config, packed_bytes, prepare_model
 from glowq.backends.dense import take
 from glowq.groups import Group, find_groups
 from glowq.integrations.folded import fold
@@ -166,8 +166,8 @@ def write(name: str, target: Path) -> None:
     model = load(base, dtype="auto")
     if not hasattr(model.config, "quantization_config"):
         take(model)
-    backends = prepare_model(model)
-    size = sum(backend.packed_bytes(model.get_submodule(module)) for module, backend in backends.items())
+    prepare_model(model)
+    size = packed_bytes(model)
     factors = random_factors(model, some_groups(model, prompts[:1]))
     config = stored_config(model, base, size, "glowq", prompts, 0)
     correction_of(model, factors, config, size, tokenizer).save_pretrained(target / "correction")
