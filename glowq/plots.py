@@ -126,9 +126,10 @@ def draw_timing(file: Path, rows: Sequence[Mapping[str, Any]], kinds: Sequence[s
         for place, model in enumerate(models):
             own = [row for row in rows if row["model"] == model]
             places = [at + (place - (len(models) - 1) / 2) * width for at in range(len(own))]
-            axes.bar(places, [100 * row[f"{kind}_overhead"] for row in own], width, label=f"{model}, time")
-            ends = [places[0] - width / 2, places[-1] + width / 2]
-            axes.plot(ends, [100 * own[0]["byte_ratio"]] * 2, "--", color=f"C{place}", label=f"{model}, bytes")
+            axes.bar(places, [100 * row[f"{kind}_overhead"] for row in own], width, label=f"time, {model}")
+            ends = [[at + side * width / 2 for at in places] for side in (-1, 1)]
+            bytes_added = [100 * row["byte_ratio"] for row in own]
+            axes.hlines(bytes_added, *ends, colors="black", label="bytes" if place == 0 else None)
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set_xticks(range(len(shapes)), [f"{batch} x {length}" for batch, length in shapes])
         axes.set_xlabel("batch x prompt, tokens")
