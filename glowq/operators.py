@@ -2,7 +2,8 @@
 
 Each is declared once, in torch's own dispatcher: a default in plain torch for every device, a better one where a
 device has it. Gradients come from the same products in torch's own operators, so that every order of differentiation
-works. All of them take inputs of any leading shape, an empty one too, and compute in the factors' dtype.
+works. All of them take inputs of any leading shape, an empty one too. A factor is a matrix of floats, whose dtype is
+then computed in, or of int8 with a scale a row; then its input's dtype is.
 """
 
 from __future__ import annotations
@@ -17,56 +18,68 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["correction", "left_add_", "lie_together", "right", "stacked"]
+__all__ = ["FEW", "correction", "joined", "left_add_", "right", "stacked"]
 
-_FEW = 16  # tokens that the kernels are made for
+FEW = 16
+"""Tokens that the kernels of few are made for."""
+
+_INLINED = 4  # tokens up to which a compiler's own loops are faster than a call of the library's product
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of inputs that torch multiplies int8 by without converting it first
+_PACKED_MULTIPLE = 16  # of columns: torch's product reads past the end of rows of bfloat16 that end in between
 
 _LIBRARY = torch.library.Library("glowq", "DEF")
-_LIBRARY.define("right(Tensor x, Tensor right) -> Tensor")
-_LIBRARY.define("correction(Tensor x, Tensor right, Tensor[] lefts) -> Tensor")
-_LIBRARY.define("left_add_(Tensor(a!) output, Tensor product, Tensor left) -> ()")
+_LIBRARY.define("right(Tensor x, Tensor right, Tensor? scale=None) -> Tensor")
+_LIBRARY.define(
+    "correction(Tensor x, Tensor right, Tensor left, Tensor? right_scale=None, Tensor? left_scale=None) -> Tensor"
+)
+_LIBRARY.define("left_add_(Tensor(a!) output, Tensor product, Tensor left, Tensor? scale=None) -> ()")
 
 
-def right(x: Tensor, right: Tensor) -> Tensor:
+def right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
     """Right product B x.
 
     Args:
         x: input, shape (..., d), any float dtype.
-        right: right factor B, shape (r, d).
+        right: right factor B, shape (r, d), float, or int8 with `scale`.
+        scale: shape (r,), float: B is `right` times its row's scale. For int8 only.
 
     Returns:
-        Shape (..., r), dtype of `right`.
+        Shape (..., r), dtype of `right`, or of x where that is int8.
     """
-    found: Tensor = _run("right", x, right)
+    found: Tensor = _run("right", x, right, scale)
     return found
 
 
-def correction(x: Tensor, right: Tensor, lefts: Sequence[Tensor]) -> Tensor:
+def correction(
+    x: Tensor, right: Tensor, left: Tensor, right_scale: Tensor | None = None, left_scale: Tensor | None = None
+) -> Tensor:
     """What a group adds to its members' outputs, A (B x), the members side by side.
 
     Args:
         x: input, shape (..., d), any float dtype.
-        right: right factor B, shape (r, d).
-        lefts: left factor of each member, shapes (o_i, r), dtype of `right`. Where they lie in memory one after the
-            other, as `stacked` leaves them, one product serves all.
+        right: right factor B, shape (r, d), float, or int8 with `right_scale`.
+        left: left factors of the members, one below the other, shape (O, r), dtype of `right`.
+        right_scale: shape (r,), see `right`.
+        left_scale: shape (O,), see `left_add_`.
 
     Returns:
-        Shape (..., O) with O = sum of o_i, dtype of `right`.
+        Shape (..., O), dtype of `right`, or of x where that is int8.
     """
-    found: Tensor = _run("correction", x, right, lefts)
+    found: Tensor = _run("correction", x, right, left, right_scale, left_scale)
     return found
 
 
-def left_add_(output: Tensor, product: Tensor, left: Tensor) -> None:
+def left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
     """Add one member's left product to its output, in place: output += A p.
 
     Args:
         output: shape (..., o), any float dtype.
         product: what `right` returned, shape (..., r).
-        left: left factor A, shape (o, r), dtype of `product`.
+        left: left factor A, shape (o, r), dtype of `product`, or int8 with `scale`.
+        scale: shape (o,), float: A is `left` times its row's scale. For int8 only.
     """
-    _run("left_add_", output, product, left)
+    _run("left_add_", output, product, left, scale)
 
 
 def stacked(factors: Sequence[Tensor]) -> list[Tensor]:
@@ -79,44 +92,96 @@ def stacked(factors: Sequence[Tensor]) -> list[Tensor]:
     return list(whole.split([len(factor) for factor in factors]))
 
 
-def lie_together(lefts: Sequence[Tensor]) -> bool:
-    """Whether `correction` multiplies by these left factors at once."""
-    return _whole(lefts) is not None
+def joined(factors: Sequence[Tensor]) -> Tensor | None:
+    """All factors as one, shape (O, r), in their own memory; None where they do not lie there one after the other."""
+    first = factors[0]
+    if first.is_meta or not first.is_contiguous():
+        return None
+    (rows, rank), size = first.shape, first.element_size()
+    start = first.data_ptr()
+    for factor in factors[1:]:
+        if factor.data_ptr() != start + rows * rank * size or not factor.is_contiguous():
+            return None
+        rows += factor.shape[0]
+    if (first.storage_offset() + rows * rank) * size > first.untyped_storage().nbytes():
+        return None  # neighbours by chance
+    return first.as_strided((rows, rank), (rank, 1))
 
 
 def _run(name: str, x: Tensor, *others: Any) -> Any:
     if torch.compiler.is_compiling():
-        known_to_exporters = torch.compiler.is_exporting()
-        return _PLAIN[name](x, *others) if known_to_exporters else _OPERATORS[name](x, *others)
+        # Exporters know torch's own operators only, and compilers make loops of them that end in what follows.
+        plain = x.device.type == "cpu" or torch.compiler.is_exporting()
+        return _TRACED[name](x, *others) if plain else _OPERATORS[name](x, *others)
     if type(x) is Tensor and x.is_cpu:  # where the dispatcher would arrive, some microseconds later
-        return (_PLAIN if torch.is_grad_enabled() else _ON_CPU)[name](x, *others)
+        return (_DEFAULT if torch.is_grad_enabled() else _ON_CPU)[name](x, *others)
     return _OPERATORS[name](x, *others)
 
 
-def _right(x: Tensor, right: Tensor) -> Tensor:
-    return F.linear(x if x.dtype == right.dtype else x.to(right.dtype), right)
+def _dense(factor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The matrix that a factor stands for: itself, or int8 times its row's scale, in `dtype`."""
+    return factor if scale is None else factor.to(dtype) * scale.to(dtype)[:, None]
 
 
-def _correction(x: Tensor, right: Tensor, lefts: Sequence[Tensor]) -> Tensor:
-    product = _right(x, right)
-    if len(lefts) == 1:
-        return F.linear(product, lefts[0])
-    whole = _whole(lefts)
-    if whole is not None:
-        return F.linear(product, whole)
-    return torch.cat([F.linear(product, left) for left in lefts], -1)
+def _right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
+    factor = _dense(right, scale, x.dtype)
+    return F.linear(x if x.dtype == factor.dtype else x.to(factor.dtype), factor)
 
 
-def _left_add_(output: Tensor, product: Tensor, left: Tensor) -> None:
-    output.add_(F.linear(product, left))
+def _correction(
+    x: Tensor, right: Tensor, left: Tensor, right_scale: Tensor | None = None, left_scale: Tensor | None = None
+) -> Tensor:
+    return _right(_right(x, right, right_scale), left, left_scale)
 
 
-def _left_add_in_place(output: Tensor, product: Tensor, left: Tensor) -> None:
-    if not output.dtype == product.dtype == left.dtype or not output.is_contiguous():
-        return _left_add_(output, product, left)
-    rows = output.view(-1, left.shape[0])
-    rows.addmm_(product.reshape(-1, left.shape[1]), left.t())
-    return None
+def _left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
+    output.add_(_right(product, left, scale))
+
+
+def _right_on_cpu(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
+    if scale is None or not _is_packable(x, right):
+        return _right(x, right, scale)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    found: Tensor = torch._weight_int8pack_mm(rows, right, scale if scale.dtype == x.dtype else scale.to(x.dtype))
+    return found if x.dim() == 2 else found.view(*x.shape[:-1], len(right))
+
+
+def _correction_on_cpu(
+    x: Tensor, right: Tensor, left: Tensor, right_scale: Tensor | None = None, left_scale: Tensor | None = None
+) -> Tensor:
+    return _right_on_cpu(_right_on_cpu(x, right, right_scale), left, left_scale)
+
+
+def _left_add_in_place(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
+    factor = _dense(left, scale, product.dtype)
+    if not output.dtype == product.dtype == factor.dtype or not output.is_contiguous():
+        output.add_(_right(product, factor))
+        return
+    rows = output.view(-1, factor.shape[0])
+    rows.addmm_(product.reshape(-1, factor.shape[1]), factor.t())
+
+
+def _is_packable(x: Tensor, factor: Tensor) -> bool:
+    """Whether torch's product of few tokens with int8 rows is right and fast for these."""
+    few = 0 < x.numel() <= FEW * x.shape[-1]
+    return few and x.dtype in _PACKED_DTYPES and factor.shape[1] % _PACKED_MULTIPLE == 0 and factor.is_contiguous()
+
+
+def _traced_right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
+    """As torch's own operators: for few tokens as a sum, of which inductor makes one loop that reads a factor once."""
+    count = 1
+    for size in x.shape[:-1]:
+        count = count * size
+    if torch.compiler.is_exporting() or not isinstance(count, int) or count > _INLINED:
+        return _right(x, right, scale)
+    found = (x.float().unsqueeze(-2) * right.float()).sum(-1)
+    return found.to(right.dtype) if scale is None else (found * scale.float()).to(x.dtype)
+
+
+def _traced_correction(
+    x: Tensor, right: Tensor, left: Tensor, right_scale: Tensor | None = None, left_scale: Tensor | None = None
+) -> Tensor:
+    return _traced_right(_traced_right(x, right, right_scale), left, left_scale)
 
 
 @cache
@@ -137,51 +202,32 @@ def _kernels() -> Any:
 
 def _takes_kernels(x: Tensor, *factors: Tensor) -> bool:
     """Whether the kernels are made for these tensors: a few tokens, of dtypes that they know."""
-    few = x.numel() <= _FEW * x.shape[-1]
-    return few and all(tensor.dtype in _KERNEL_DTYPES for tensor in (x, *factors)) and _kernels() is not None
+    few = x.numel() <= FEW * x.shape[-1]
+    known = (*_KERNEL_DTYPES, torch.int8)
+    return few and x.dtype in _KERNEL_DTYPES and all(factor.dtype in known for factor in factors) and bool(_kernels())
 
 
-def _right_on_gpu(x: Tensor, right: Tensor) -> Tensor:
+def _right_on_gpu(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
     if not _takes_kernels(x, right):
-        return _right(x, right)
-    product: Tensor = _kernels().right(x, right)
+        return _right(x, right, scale)
+    product: Tensor = _kernels().right(x, right, None if scale is None else scale.float())
     return product
 
 
-def _left_add_on_gpu(output: Tensor, product: Tensor, left: Tensor) -> None:
+def _left_add_on_gpu(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
     if _takes_kernels(output, product, left):
-        _kernels().left_add_(output, product, left)
+        _kernels().left_add_(output, product, left, None if scale is None else scale.float())
     else:
-        _left_add_in_place(output, product, left)
-
-
-def _whole(lefts: Sequence[Tensor]) -> Tensor | None:
-    """All factors as one, shape (O, r), if they lie one after the other."""
-    first = lefts[0]
-    if first.is_meta or not first.is_contiguous():
-        return None
-    (rows, rank), size = first.shape, first.element_size()
-    start = first.data_ptr()
-    for left in lefts[1:]:
-        if left.data_ptr() != start + rows * rank * size or not left.is_contiguous():
-            return None
-        rows += left.shape[0]
-    if (first.storage_offset() + rows * rank) * size > first.untyped_storage().nbytes():
-        return None  # neighbours by chance
-    return first.as_strided((rows, rank), (rank, 1))
-
-
-def _plain_correction(x: Tensor, right: Tensor, lefts: Sequence[Tensor]) -> Tensor:
-    product = _right(x, right)
-    return torch.cat([F.linear(product, left) for left in lefts], -1)
+        _left_add_in_place(output, product, left, scale)
 
 
 def _with_gradients(operator: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
     """What runs where a gradient may be wanted: torch's own operators if one is, else the operator itself."""
 
     def run(*arguments: Any) -> Any:
-        tensors = [t for argument in arguments for t in (argument if isinstance(argument, list) else [argument])]
-        backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        backward = torch.is_grad_enabled() and any(
+            argument.requires_grad for argument in arguments if argument is not None
+        )
         if backward or forward_ad._current_level >= 0:
             return plain(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -190,15 +236,16 @@ def _with_gradients(operator: Any, plain: Callable[..., Any]) -> Callable[..., A
     return run
 
 
-_DEFAULT: dict[str, Callable[..., Any]] = {"right": _right, "correction": _correction, "left_add_": _left_add_}
-_ON_CPU = {**_DEFAULT, "left_add_": _left_add_in_place}
-_PLAIN = {**_DEFAULT, "correction": _plain_correction}
+_Products = dict[str, Callable[..., Any]]
+_DEFAULT: _Products = {"right": _right, "correction": _correction, "left_add_": _left_add_}
+_ON_CPU: _Products = {"right": _right_on_cpu, "correction": _correction_on_cpu, "left_add_": _left_add_in_place}
+_TRACED: _Products = {"right": _traced_right, "correction": _traced_correction, "left_add_": _left_add_}
 _OPERATORS = {name: getattr(torch.ops.glowq, name).default for name in _DEFAULT}
 
 for _name, _operator in _OPERATORS.items():
     _LIBRARY.impl(_name, _DEFAULT[_name], "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _with_gradients(_operator, _PLAIN[_name]), "Autograd")
-_LIBRARY.impl("left_add_", _left_add_in_place, "CPU")
+    _LIBRARY.impl(_name, _with_gradients(_operator, _DEFAULT[_name]), "Autograd")
+    _LIBRARY.impl(_name, _ON_CPU[_name], "CPU")
 for _device in ("CUDA", "XPU"):  # ROCm's devices go by CUDA's name
     _LIBRARY.impl("right", _right_on_gpu, _device)
     _LIBRARY.impl("left_add_", _left_add_on_gpu, _device)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+import torch._dynamo.config as compiler
 from torch import Tensor, nn
 
 from .errors import ConfigError
 from .groups import Group
+from .int8 import SCALE_BYTES, Packed, pack, unpack
 from .shared import MemberHook, SharedCorrection
 
 __all__ = [
@@ -32,6 +34,10 @@ __all__ = [
 
 CONTAINER = "glowq_"
 
+# A correction is hooks. A compiled graph that does not look at hooks runs on as it is when one is attached or detached,
+# and serves every other model of the same class, corrected or not.
+compiler.skip_nnmodule_hook_guards = False
+
 
 @dataclass(frozen=True)
 class GroupFactors:
@@ -43,6 +49,7 @@ class GroupFactors:
         lefts: member name -> left factor A_i, shape (o_i, r).
         gains: error that each rank removes, shape (r,), float64, descending, in one unit for the whole correction.
         total: error before any rank, in the same unit.
+        int8: whether they are stored and computed with in int8; their values are then on the grid of `glowq.int8`.
     """
 
     group: Group
@@ -50,6 +57,7 @@ class GroupFactors:
     lefts: Mapping[str, Tensor]
     gains: Tensor
     total: float
+    int8: bool = False
 
     @property
     def rank(self) -> int:
@@ -58,8 +66,11 @@ class GroupFactors:
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of the right factor and every left factor."""
-        return sum(t.numel() * t.element_size() for t in (self.right, *self.lefts.values()))
+        """Bytes of the right factor and every left factor, on disk and in the model."""
+        factors = (self.right, *self.lefts.values())
+        if self.int8:
+            return sum(factor.numel() for factor in factors) + SCALE_BYTES * self.rank
+        return sum(factor.numel() * factor.element_size() for factor in factors)
 
 
 def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None = None) -> SharedCorrection:
@@ -68,7 +79,7 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
     Args:
         model: holds every member under its name.
         factors: shapes as in `GroupFactors`.
-        dtype: stored dtype of the factors; None keeps theirs.
+        dtype: stored dtype of the factors; None keeps theirs. Of int8 factors it is what their scales are held in.
 
     Raises:
         ConfigError: the group is attached already.
@@ -78,7 +89,11 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
     name = _container_name(group)
     if hasattr(parent, name):
         raise ConfigError(f"group {group.name!r} carries a correction already; call glowq.detach(model) first.")
-    container = SharedCorrection(group, factors.right, factors.lefts)
+    if factors.int8:
+        packed = pack(factors.right, factors.lefts)
+        container = SharedCorrection(group, packed.right, packed.lefts, packed.scale.to(factors.right.dtype))
+    else:
+        container = SharedCorrection(group, factors.right, factors.lefts)
     container.to(device=_execution_device(model.get_submodule(group.members[0])), dtype=dtype)
     container.train(parent.training)
     parent.add_module(name, container)
@@ -105,19 +120,17 @@ def detach(model: nn.Module) -> None:
 
 def attached_factors(model: nn.Module) -> list[GroupFactors]:
     """The factors of every correction attached to `model`, in module order; gains and totals are not kept there."""
-    return [
-        GroupFactors(
-            container.group,
-            container.right.factor.detach(),
-            {
-                member: left.factor.detach()  # type: ignore[operator]
-                for member, left in zip(container.group.members, container.lefts, strict=True)
-            },
-            torch.zeros(container.rank, dtype=torch.float64),
-            0.0,
-        )
-        for container in attached(model).values()
-    ]
+    return [_factors_of(container) for container in attached(model).values()]
+
+
+def _factors_of(container: SharedCorrection) -> GroupFactors:
+    first, *others = container._factors
+    right, scale = first.factor.detach(), first.scale
+    lefts = {member: left.factor.detach() for member, left in zip(container.group.members, others, strict=True)}
+    if scale is not None:
+        right, lefts = unpack(Packed(right, scale, lefts), scale.dtype)
+    gains = torch.zeros(container.rank, dtype=torch.float64)
+    return GroupFactors(container.group, right, lefts, gains, 0.0, container.int8)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +13,29 @@ from torch.utils.hooks import RemovableHandle
 from . import operators
 from .errors import ConfigError
 from .groups import Group
+from .int8 import LEFT_UNIT
 
 __all__ = ["MemberHook", "SharedCorrection"]
 
-_FEW = 16  # tokens
 _HOOKS_OF_EVERY_MODULE = torch.nn.modules.module._global_forward_hooks
 
 
 class _Factor(nn.Module):
-    """One factor as a leaf module: calling it (not reading its parameter) is what fires accelerate's offload hooks."""
+    """One factor as a leaf module: calling it (not reading its parameter) is what fires accelerate's offload hooks.
 
-    def __init__(self, factor: Tensor) -> None:
+    `scale`, shape (rows,), is that of each row of an int8 factor, and None for any other.
+    """
+
+    factor: nn.Parameter
+    scale: Tensor | None
+
+    def __init__(self, factor: Tensor, scale: Tensor | None = None) -> None:
         super().__init__()
         self.factor = nn.Parameter(factor, requires_grad=False)
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return operators.right(x, self.factor)
+        return operators.right(x, self.factor, self.scale)
 
 
 class _Slot(NamedTuple):
@@ -36,14 +43,16 @@ class _Slot(NamedTuple):
 
     source: Any  # weakref of the input (eager) or the input itself (while tracing)
     state: tuple[Any, ...]
-    found: tuple[Tensor, ...]  # the right product, or what each member adds
-    used: tuple[int, ...]
+    product: Tensor | None  # the right product, where each member goes on by itself
+    additions: tuple[Tensor, ...]  # else what each member adds
+    used: int  # a bit a member
 
 
 class SharedCorrection(nn.Module):
     """One group's factors and the slot that lets its members share what is computed from one input.
 
-    Made of a group, its right factor B, shape (r, d), and each member's left factor A_i, shape (o_i, r), by name.
+    Made of a group, its right factor B, shape (r, d), and each member's left factor A_i, shape (o_i, r), by name; of
+    int8 where `scale`, shape (r,), is given, see `glowq.int8`.
 
     The slot serves a member only if the very same tensor object arrives, at the same version, under the same grad and
     autocast mode, and the member has not used it yet; the last member empties it, and so does a backward pass. Under
@@ -54,18 +63,29 @@ class SharedCorrection(nn.Module):
     few tokens on the CPU take as long as the calls for them do: there one call computes what all members add.
     """
 
-    def __init__(self, group: Group, right: Tensor, lefts: Mapping[str, Tensor]) -> None:
+    def __init__(self, group: Group, right: Tensor, lefts: Mapping[str, Tensor], scale: Tensor | None = None) -> None:
         super().__init__()
         self.group = group
         self.rank = right.shape[0]
         self.enabled = True
-        self.right = _Factor(right)
-        self.lefts = nn.ModuleList(_Factor(lefts[member]) for member in group.members)
-        self._factors = (self.right, *self.lefts)  # found at once, which `self.lefts[index]` is not
+        self.right = _Factor(right, scale)
+        self.lefts = nn.ModuleList(
+            _Factor(left, None if scale is None else torch.full((len(left),), LEFT_UNIT, device=scale.device))
+            for left in (lefts[member] for member in group.members)
+        )
+        # Found at once, which `self.lefts[index]` is not.
+        self._factors: tuple[_Factor, ...] = (self.right, *self.lefts)
         self._widths = [len(lefts[member]) for member in group.members]
+        self._whole: tuple[Any, ...] = ()  # where each left factor lies, all as one, and their scales
         self._slot: list[_Slot | None] = [None]  # set without the ceremony of a module's attribute
+        self._traced: list[_Slot | None] = [None]
         self._handles: list[RemovableHandle] = []
         self._stack()
+
+    @property
+    def int8(self) -> bool:
+        """Whether the factors are held in int8."""
+        return self.right.scale is not None
 
     def forward(self, index: int, x: Tensor, output: Tensor, in_place: bool = False) -> Tensor:
         """The corrected output of member number `index`.
@@ -83,81 +103,109 @@ class SharedCorrection(nn.Module):
             ConfigError: the factors are on another device than the input.
         """
         if torch.compiler.is_compiling():
-            return (output + self._traced(index, x)).to(output.dtype)
-        watched = self._is_watched()
+            return (output + self._trace(index, x)).to(output.dtype)
         gradients = torch.is_grad_enabled()
-        if not watched and not gradients and x.is_cpu and x.numel() <= _FEW * x.shape[-1] and not x.is_inference():
-            addition = self._shared(index, x, self._additions)[index]
+        slot = self._found(index, x, gradients) or self._compute(index, x, gradients)
+        if slot.product is None:
+            addition = slot.additions[index]
         else:
-            (product,) = self._shared(index, x, self._product)
-            if in_place and not watched and not gradients:
-                operators.left_add_(output, product, self._factors[1 + index]._parameters["factor"])
+            left: Any = self._factors[1 + index]
+            if in_place and not gradients and not _is_watched(left):
+                operators.left_add_(output, slot.product, left._parameters["factor"], left._buffers["scale"])
                 return output
-            addition = self._factors[1 + index](product)
+            addition = left(slot.product)
         if in_place and not (gradients and (output.requires_grad or addition.requires_grad)):
             return output.add_(addition)
         return (output + addition).to(output.dtype)
 
-    def _shared(self, index: int, x: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if len(self._widths) == 1 or x.is_inference():
-            return compute(x)
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        state = (compute, x._version, x.requires_grad, torch.is_grad_enabled(), autocast)
-        slot = self._slot[0]
-        # The state comes first: a slot that tracing left half used has none, and its source is no weak reference.
-        if slot is not None and slot.state == state and slot.source() is x and index not in slot.used:
-            self._slot[0] = self._used(slot, index)
-            return slot.found
-        found = compute(x)
-        if found[0].requires_grad:
-            found[0].register_hook(self._forget)  # backward frees the graph that a later member would share
-        self._slot[0] = _Slot(weakref.ref(x), state, found, (index,))
-        return found
+    def right_product(self, index: int, x: Tensor) -> Tensor:
+        """B x for member number `index`, computed once a forward like everything that the members share.
 
-    def _traced(self, index: int, x: Tensor) -> Tensor:
+        Args:
+            index: position in `group.members`.
+            x: the member's input, shape (..., d).
+
+        Returns:
+            Shape (..., r).
+        """
+        gradients = torch.is_grad_enabled()
+        slot = self._found(index, x, gradients)
+        if slot is None or slot.product is None:
+            slot = self._compute(index, x, gradients, at_once=False)
+        assert slot.product is not None
+        return slot.product
+
+    def _found(self, index: int, x: Tensor, gradients: bool) -> _Slot | None:
+        """What another member has computed of this input, if it serves this one."""
+        slot = self._slot[0]
+        if slot is None or slot.source() is not x or slot.used & (1 << index) or slot.state != _state(x, gradients):
+            return None
+        self._slot[0] = self._used(slot, index)
+        return slot
+
+    def _compute(self, index: int, x: Tensor, gradients: bool, at_once: bool = True) -> _Slot:
+        """What the members need of this input, kept for the others; see `_Slot`."""
+        countless, right = x.is_inference(), self._factors[0]
+        factor: Any
+        factor, scale = right._parameters["factor"], right._buffers["scale"]
+        watched = any(map(_is_watched, self._factors))
+        if not watched:
+            self._check_device(x, factor)
+        few = x.is_cpu and x.numel() <= operators.FEW * x.shape[-1]
+        if few and at_once and not (watched or gradients or countless):
+            whole, left_scale = self._together()
+            total = operators.correction(x, factor, whole, scale, left_scale)
+            parts = torch.split_with_sizes(total, self._widths, -1) if len(self._widths) > 1 else (total,)
+            product, additions = None, tuple(parts)
+        else:
+            product, additions = right(x), ()
+            if product.requires_grad:
+                product.register_hook(self._forget)  # backward frees the graph that a later member would share
+        if len(self._widths) == 1 or countless:
+            return _Slot(None, (), product, additions, 0)
+        slot = _Slot(weakref.ref(x), _state(x, gradients), product, additions, 1 << index)
+        self._slot[0] = slot
+        return slot
+
+    def _trace(self, index: int, x: Tensor) -> Tensor:
         # Dynamo follows neither weak references nor versions, and inductor does not merge repeated products; one
         # traced forward leaves the slot as it found it (empty), so that no guard fails on the next call. A write into
-        # the input between two members goes unseen here, but `find_groups` never groups such members. An exported
-        # graph is read by others: there each member keeps its own left product.
-        at_once = not torch.compiler.is_exporting() and not self._is_watched()
-        slot = self._slot[0]
-        if slot is not None and slot.source is x and index not in slot.used:
-            found = slot.found
-            self._slot[0] = self._used(slot, index)
+        # the input between two members goes unseen here, but `find_groups` never groups such members. On the CPU each
+        # member has its own left product, which a compiler makes part of the addition, and an exporter understands.
+        apart = x.device.type == "cpu" or torch.compiler.is_exporting() or any(map(_is_watched, self._factors))
+        slot = self._traced[0]
+        if slot is not None and slot.source is x and not slot.used & (1 << index):
+            self._traced[0] = self._used(slot, index)
         else:
-            found = self._additions(x) if at_once else (self.right(x),)
+            if apart:
+                slot = _Slot(x, (), self.right(x), (), 1 << index)
+            else:
+                whole, left_scale = self._together()
+                total = operators.correction(x, self.right.factor, whole, self.right.scale, left_scale)
+                slot = _Slot(x, (), None, total.split(self._widths, -1), 1 << index)
             if len(self._widths) > 1:
-                self._slot[0] = _Slot(x, (), found, (index,))
-        if at_once:
-            return found[index]
-        addition: Tensor = self._factors[1 + index](found[0])
+                self._traced[0] = slot
+        if slot.product is None:
+            return slot.additions[index]
+        addition: Tensor = self._factors[1 + index](slot.product)
         return addition
 
     def _used(self, slot: _Slot, index: int) -> _Slot | None:
         """The slot once one more member has used it: nothing, after the last."""
-        if len(slot.used) + 1 == len(self._widths):
+        used = slot.used | (1 << index)
+        if used == (1 << len(self._widths)) - 1:
             return None
-        return _Slot(slot.source, slot.state, slot.found, (*slot.used, index))
+        return _Slot(slot.source, slot.state, slot.product, slot.additions, used)
 
-    def _product(self, x: Tensor) -> tuple[Tensor]:
-        right: Any = self._factors[0]
-        if not self._is_watched():
-            self._check_device(x, right.factor)
-        return (right(x),)
-
-    def _additions(self, x: Tensor) -> tuple[Tensor, ...]:
-        right, *lefts = (factor._parameters["factor"] for factor in self._factors)
-        self._check_device(x, right)
-        found = operators.correction(x, right, lefts)
-        return found.split(self._widths, -1) if len(lefts) > 1 else (found,)
-
-    def _is_watched(self) -> bool:
-        """Whether a factor has to be called as a module, because somebody's hook is on it."""
-        for factor in self._factors:
-            state = factor.__dict__
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state:
-                return True
-        return False
+    def _together(self) -> tuple[Tensor, Tensor | None]:
+        """All left factors as one, shape (O, r), with the scale of every row; put together again if one has moved."""
+        if torch.compiler.is_compiling():
+            return torch.cat([left.factor for left in self._factors[1:]]), self._left_scale()
+        places, whole, scale = self._whole
+        if places != _places(self._factors):
+            self._stack()
+            places, whole, scale = self._whole
+        return whole, scale
 
     def _check_device(self, x: Tensor, factor: Any) -> None:
         if x.device != factor.device:
@@ -171,18 +219,30 @@ class SharedCorrection(nn.Module):
 
     def _stack(self) -> None:
         """Let the left factors lie one after the other in memory, so that one product serves all members."""
-        factors = [left._parameters["factor"] for left in self._factors[1:]]
-        for factor, piece in zip(factors, operators.stacked([factor.data for factor in factors]), strict=True):
-            factor.data = piece
+        factors = [left.factor for left in self._factors[1:]]
+        whole = operators.joined(factors)
+        if whole is None:
+            pieces = operators.stacked([factor.data for factor in factors])
+            for factor, piece in zip(factors, pieces, strict=True):
+                factor.data = piece
+            whole = operators.joined(factors)
+        for part in self._factors:
+            if part.scale is not None and not part.factor.is_cpu:
+                part.scale = part.scale.float()  # what kernels read; a product on the CPU wants its input's dtype
+        self._whole = _places(self._factors), whole, self._left_scale()
+
+    def _left_scale(self) -> Tensor | None:
+        """The scale of every row of all left factors."""
+        scales = [left.scale for left in self._factors[1:] if left.scale is not None]
+        return torch.cat(scales) if scales else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedCorrection:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not operators.lie_together([left._parameters["factor"] for left in self._factors[1:]]):
-            self._stack()
+        self._stack()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slot": [None]}
+        return {**self.__dict__, "_slot": [None], "_traced": [None], "_whole": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -190,7 +250,7 @@ class SharedCorrection(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"{self.group.name}, rank={self.rank}"
+        return f"{self.group.name}, rank={self.rank}{', int8' if self.int8 else ''}"
 
 
 class MemberHook:
@@ -206,3 +266,22 @@ class MemberHook:
         # Another hook may have kept the output; nobody else has seen it.
         alone = len(module._forward_hooks) == 1 and not _HOOKS_OF_EVERY_MODULE
         return self.container.forward(self.index, args[0], output, in_place=alone)
+
+
+def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
+    """What must be as it was for a product of `x` to be used again; tensors of inference mode have no version."""
+    if x.is_inference():
+        return ()
+    autocast = not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    return x._version, x.requires_grad, gradients, autocast
+
+
+def _is_watched(factor: Any) -> bool:
+    """Whether a factor has to be called as a module, because somebody's hook is on it."""
+    state = factor.__dict__
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state)
+
+
+def _places(factors: tuple[Any, ...]) -> list[int]:
+    """Where the left factors of a container lie in memory."""
+    return [factor._parameters["factor"].data_ptr() for factor in factors[1:]]

@@ -39,13 +39,11 @@ class Counting:
         self.graphs: list[Counter[tuple[int, ...]]] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        shapes = {
-            node: tuple(node.meta["example_value"].shape)
-            for node in graph.graph.nodes
-            if node.op == "placeholder" and isinstance(node.meta.get("example_value"), Tensor)
-        }
-        found = [node.args for node in graph.graph.nodes if node.target is torch.ops.glowq.correction.default]
-        self.graphs.append(Counter(shapes[factor] for _, right, lefts in found for factor in (right, *lefts)))
+        uses: Counter[tuple[int, ...]] = Counter()
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and "parameters_factor" in node.name:
+                uses[tuple(node.meta["example_value"].shape)] += len(node.users)
+        self.graphs.append(uses)
         return graph.forward
 
 
@@ -66,7 +64,7 @@ def test_one_graph_with_one_right_product_a_group(corrected: nn.Module, tiny_ids
     assert groups == 4 * BLOCKS + 1
     assert right_products(uses) == groups
     assert sum(count for shape, count in uses.items() if shape[-1] == 3) == 7 * BLOCKS + 1
-    assert all(part._slot == [None] for part in attached(corrected).values())
+    assert all(part._slot == part._traced == [None] for part in attached(corrected).values())
 
 
 def test_the_traced_autograd_graph_equals_eager(corrected: nn.Module, tiny_ids: Tensor) -> None:
@@ -102,6 +100,34 @@ def test_disabling_and_detaching_are_seen(corrected: nn.Module, tiny_ids: Tensor
         detach(corrected)
         torch.compiler.reset()
         torch.testing.assert_close(torch.compile(corrected, backend="eager")(tiny_ids).logits, plain)
+
+
+def test_a_compiled_model_follows_when_a_correction_comes_and_goes(
+    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
+) -> None:
+    """By itself, torch.compile does not look at hooks again, and would run the graph that it has."""
+    model = tiny_llama(use_cache=False)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        plain = compiled(tiny_ids).logits
+        correct_randomly(model, tiny_ids)
+        corrected = model(tiny_ids).logits
+        assert not torch.allclose(corrected, plain)
+        torch.testing.assert_close(compiled(tiny_ids).logits, corrected)
+        detach(model)
+        torch.testing.assert_close(compiled(tiny_ids).logits, plain)
+
+
+def test_models_of_one_class_get_their_own_graphs(
+    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
+) -> None:
+    plain, corrected, other = (tiny_llama(use_cache=False) for _ in range(3))
+    correct_randomly(corrected, tiny_ids)
+    correct_randomly(other, tiny_ids, scale=0.1)
+    with torch.no_grad():
+        for model in (plain, corrected, other, plain):
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(tiny_ids).logits, model(tiny_ids).logits)
 
 
 def test_eager_and_compiled_calls_alternate(corrected: nn.Module, tiny_ids: Tensor) -> None:

@@ -29,10 +29,9 @@ def lefts_of(rank: int, dtype: torch.dtype = torch.float32, widths: Sequence[int
     return [draw(width, rank, dtype=dtype) for width in widths]
 
 
-def added(x: Tensor, right: Tensor, lefts: Sequence[Tensor]) -> Tensor:
-    """x B^T A^T in float64, the members side by side."""
-    product = x.detach().double() @ right.detach().double().T
-    return torch.cat([product @ left.detach().double().T for left in lefts], -1)
+def added(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
+    """x B^T A^T in float64."""
+    return x.detach().double() @ right.detach().double().T @ left.detach().double().T
 
 
 def assert_close(found: Tensor, expected: Tensor, *parts: Tensor) -> None:
@@ -81,15 +80,10 @@ class TestTorchsChecks:
         check(torch.ops.glowq.right.default, x.transpose(0, 1), factor)
 
     @pytest.mark.parametrize("grad", [False, True])
-    @pytest.mark.parametrize("widths", [(6,), WIDTHS])
-    @pytest.mark.parametrize("in_one_piece", [False, True])
-    def test_correction(self, check: Any, grad: bool, widths: tuple[int, ...], in_one_piece: bool) -> None:
+    def test_correction(self, check: Any, grad: bool) -> None:
         x, factor = draw(2, 3, 8, dtype=check.dtype, grad=grad), draw(5, 8, dtype=check.dtype, grad=grad)
-        lefts = lefts_of(5, check.dtype, widths)
-        if in_one_piece:
-            lefts = operators.stacked(lefts)
-        lefts = [left.detach().requires_grad_(grad) for left in lefts]
-        check(torch.ops.glowq.correction.default, x, factor, lefts)
+        left = draw(sum(WIDTHS), 5, dtype=check.dtype, grad=grad)
+        check(torch.ops.glowq.correction.default, x, factor, left)
 
     @pytest.mark.parametrize("grad", ["none", "output", "factors", "all"])
     def test_left_add(self, check: Any, grad: str) -> None:
@@ -108,14 +102,17 @@ class TestValues:
     def test_right_and_correction(self, door: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
         for x_dtype, dtype in itertools.product(DTYPES, repeat=2):
             with mode():
-                x, factor, lefts = draw(*shape, 24, dtype=x_dtype), draw(rank, 24, dtype=dtype), lefts_of(rank, dtype)
+                x, factor, left = (
+                    draw(*shape, 24, dtype=x_dtype),
+                    draw(rank, 24, dtype=dtype),
+                    draw(15, rank, dtype=dtype),
+                )
                 found = door.right(x, factor)
                 assert found.dtype == dtype
                 assert_close(found, x.double() @ factor.double().T, x, factor)
-                for members in (lefts, lefts[:1], operators.stacked(lefts)):
-                    found = door.correction(x, factor, members)
-                    assert found.dtype == dtype
-                    assert_close(found, added(x, factor, members), x, factor, torch.cat(members))
+                found = door.correction(x, factor, left)
+                assert found.dtype == dtype
+                assert_close(found, added(x, factor, left), x, factor, left)
 
     @doors
     @modes
@@ -133,12 +130,11 @@ class TestValues:
 
     @modes
     def test_an_input_of_any_strides(self, mode: Any) -> None:
-        factor, lefts = draw(5, 8), lefts_of(5)
+        factor, left = draw(5, 8), draw(15, 5)
         with mode():
             for x in (draw(3, 2, 8).transpose(0, 1), draw(8, 3).T, draw(3, 16)[:, ::2], draw(1, 8).expand(3, 8)):
                 assert_close(operators.right(x, factor), x.double() @ factor.double().T, x, factor)
-                found = operators.correction(x, factor, operators.stacked(lefts))
-                assert_close(found, added(x, factor, lefts), x, factor, torch.cat(lefts))
+                assert_close(operators.correction(x, factor, left), added(x, factor, left), x, factor, left)
 
     @modes
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,6 +159,80 @@ class TestValues:
                 expected = output.double() + product.double() @ left.double().T
                 operators.left_add_(output, product, left)
                 assert_close(output, expected, product, left)
+
+
+def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """An int8 factor and its rows' scales, powers of two, which every float dtype holds."""
+    return torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.exp2(
+        torch.randint(-9, -5, (rows,)).float()
+    )
+
+
+class TestInt8:
+    """Rows of int8 times their scale are the matrix that they stand for, whichever product of torch takes them."""
+
+    @doors
+    @modes
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize(("rank", "channels"), [(1, 24), (16, 32), (5, 48), (32, 20)])
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+    def test_products(
+        self, door: Any, mode: Any, shape: tuple[int, ...], rank: int, channels: int, dtype: torch.dtype
+    ) -> None:
+        x, (right, scale), (left, left_scale) = (
+            draw(*shape, channels, dtype=dtype),
+            packed(rank, channels),
+            packed(15, rank),
+        )
+        dense, dense_left = right * scale.to(dtype)[:, None], left * left_scale.to(dtype)[:, None]
+        for scales in ((scale, left_scale), (scale.to(dtype), left_scale.to(dtype))):
+            with mode():
+                found, both = door.right(x, right, scales[0]), door.correction(x, right, left, *scales)
+            assert found.dtype == both.dtype == dtype
+            assert_close(found, x.double() @ dense.double().T, x, dense)
+            assert_close(both, added(x, dense, dense_left), x, dense, dense_left)
+
+    @doors
+    @modes
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("rank", [1, 16, 20])
+    def test_left_add(self, door: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
+        left, scale = packed(6, rank)
+        for output_dtype, dtype in itertools.product(DTYPES, repeat=2):
+            dense = left * scale.to(dtype)[:, None]
+            with mode():
+                output, product = draw(*shape, 6, dtype=output_dtype), draw(*shape, rank, dtype=dtype)
+                expected = output.double() + product.double() @ dense.double().T
+                door.left_add_(output, product, left, scale)
+                assert output.dtype == output_dtype
+                assert_close(output, expected, product, dense)
+
+    @doors
+    def test_gradients_of_the_input(self, door: Any) -> None:
+        (right, scale), (left, left_scale) = packed(3, 4), packed(6, 3)
+        assert torch.autograd.gradcheck(lambda x: door.right(x, right, scale), float64(2, 4))
+        assert torch.autograd.gradcheck(lambda x: door.correction(x, right, left, scale, left_scale), float64(2, 4))
+
+    def test_inputs_of_any_strides(self) -> None:
+        (right, scale), transposed = packed(16, 32), packed(32, 16)
+        for x in (draw(32, 3).T, draw(3, 64)[:, ::2], draw(1, 32).expand(3, 32), draw(3, 2, 32).transpose(0, 1)):
+            for rows, factor in ((scale, right), (torch.ones(16), transposed[0].T)):
+                x, dense = x.bfloat16(), factor * rows[:, None]
+                with torch.no_grad():
+                    assert_close(operators.right(x, factor, rows), x.double() @ dense.double().T, x, dense.bfloat16())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_torchs_own_checks(self, dtype: torch.dtype, grad: bool) -> None:
+        x, (right, scale), (left, left_scale) = draw(3, 16, dtype=dtype, grad=grad), packed(16, 16), packed(6, 16)
+        near = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 64 * torch.finfo(dtype).eps}
+        output, product = draw(3, 6, dtype=dtype), draw(3, 16, dtype=dtype)
+        for operator, arguments in (
+            (torch.ops.glowq.right.default, (x, right, scale)),
+            (torch.ops.glowq.correction.default, (x, right, left, scale, left_scale)),
+            (torch.ops.glowq.left_add_.default, (output, product, left, left_scale)),
+        ):
+            assert set(torch.library.opcheck(operator, arguments, **near).values()) == {"SUCCESS"}
 
 
 class TestWritingInPlace:
@@ -207,9 +277,8 @@ def right_case(door: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
     return door.right, [float64(2, 4), float64(3, 4)]
 
 
-def correction_case(door: Any, *widths: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    lefts = [left.detach().requires_grad_() for left in operators.stacked([float64(width, 3) for width in widths])]
-    return lambda x, right, *lefts: door.correction(x, right, lefts), [float64(2, 4), float64(3, 4), *lefts]
+def correction_case(door: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    return door.correction, [float64(2, 4), float64(3, 4), float64(6, 3)]
 
 
 def left_add_case(door: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -224,8 +293,8 @@ def left_add_case(door: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
 @doors
 @pytest.mark.parametrize(
     "case",
-    [right_case, lambda door: correction_case(door, 4), lambda door: correction_case(door, 2, 3, 1), left_add_case],
-    ids=["right", "correction of one", "correction of three", "left_add_"],
+    [right_case, correction_case, left_add_case],
+    ids=["right", "correction", "left_add_"],
 )
 class TestGradients:
     def test_first_and_second_order(self, door: Any, case: Callable[[Any], Any]) -> None:
@@ -272,41 +341,29 @@ class TestStacked:
             place += piece.numel() * piece.element_size()
         assert len({piece.untyped_storage().data_ptr() for piece in pieces}) == 1
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_one_product_gives_what_several_give(self, dtype: torch.dtype) -> None:
-        x, right, lefts = draw(3, 24, dtype=dtype), draw(5, 24, dtype=dtype), lefts_of(5, dtype)
-        with torch.no_grad():
-            apart = operators.correction(x, right, lefts)
-            together = operators.correction(x, right, operators.stacked(lefts))
-        assert_close(together, apart.double(), x, right, torch.cat(lefts))
-
     @pytest.mark.parametrize(
-        "place",
+        ("place", "is_whole"),
         [
-            lambda: buffers((0, 6), (6, 4), (10, 5)),
-            lambda: buffers((10, 6), (6, 4), (0, 6)),
-            lambda: buffers((0, 6), (8, 4)),
-            lambda: buffers((0, 6), (4, 4)),
-            lambda: list(draw(12, 5).split([4, 8])),
-            lambda: list(draw(12, 5).split([4, 8]))[::-1],
-            lambda: list(draw(12, 5).split([4, 2, 6]))[::2],
-            lambda: (lambda whole: [whole[:4], whole[2:6]])(draw(12, 5)),
-            lambda: (lambda whole: [whole[:6:2], whole[6:]])(draw(12, 5)),
-            lambda: list(draw(5, 12).T.split([4, 8])),
-            lambda: list(draw(12, 5).split([4, 0, 8])),
-        ],
-        ids=[
-            *("neighbours by chance", "storages in the wrong order", "storages with a gap", "storages that overlap"),
-            *("one piece", "in the wrong order", "with a gap", "that overlap", "every other row", "transposed"),
-            "one of no rows",
+            pytest.param(lambda: buffers((0, 6), (6, 4), (10, 5)), False, id="neighbours by chance"),
+            pytest.param(lambda: buffers((10, 6), (6, 4), (0, 6)), False, id="storages in the wrong order"),
+            pytest.param(lambda: buffers((0, 6), (8, 4)), False, id="storages with a gap"),
+            pytest.param(lambda: buffers((0, 6), (4, 4)), False, id="storages that overlap"),
+            pytest.param(lambda: list(draw(12, 5).split([4, 8])), True, id="one piece"),
+            pytest.param(lambda: list(draw(12, 5).split([4, 8]))[::-1], False, id="in the wrong order"),
+            pytest.param(lambda: list(draw(12, 5).split([4, 2, 6]))[::2], False, id="with a gap"),
+            pytest.param(lambda: (lambda whole: [whole[:4], whole[2:6]])(draw(12, 5)), False, id="that overlap"),
+            pytest.param(lambda: (lambda whole: [whole[:6:2], whole[6:]])(draw(12, 5)), False, id="every other row"),
+            pytest.param(lambda: list(draw(5, 12).T.split([4, 8])), False, id="transposed"),
+            pytest.param(lambda: list(draw(12, 5).split([4, 0, 8])), False, id="one of no rows"),
         ],
     )
-    def test_wherever_the_factors_lie(self, place: Callable[[], list[Tensor]]) -> None:
-        lefts, x, right = place(), draw(3, 8), draw(5, 8)
-        for mode in (torch.enable_grad, torch.no_grad):
-            with mode():
-                found = operators.correction(x, right, lefts)
-            assert_close(found, added(x, right, lefts), x, right, torch.cat(lefts))
+    def test_only_what_lies_in_one_piece_is_joined(self, place: Callable[[], list[Tensor]], is_whole: bool) -> None:
+        factors = place()
+        whole = operators.joined(factors)
+        assert (whole is not None) is is_whole
+        if whole is not None:
+            assert torch.equal(whole, torch.cat(factors))
+            assert whole.data_ptr() == factors[0].data_ptr()
 
 
 class TestOnGPUsWithoutKernels:

@@ -294,7 +294,7 @@ def test_a_group_takes_as_few_calls_as_it_can(
         function = getattr(operators, name)
         monkeypatch.setattr(operators, name, lambda *arguments: (seen.update([name]), function(*arguments))[1])
 
-    for name in operators.__all__:
+    for name in ("right", "correction", "left_add_"):
         record(name)
     with torch.no_grad():
         model(torch.arange(2 * length).reshape(2, length))

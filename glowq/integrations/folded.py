@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..backends import Backend, quantized_modules, read_weight
 from ..errors import ExportError, NonFiniteError
-from ..runtime import attached, detach
+from ..runtime import attached, attached_factors, detach
 
 __all__ = ["cast", "fold", "running_factors"]
 
@@ -42,11 +42,12 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 def running_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Member name -> left (o, r) and right factor (r, d) of every group that is switched on."""
+    running = {group for group, container in attached(model).items() if container.enabled}
     return {
-        member: (left.factor.detach(), container.right.factor.detach())  # type: ignore[operator]
-        for container in attached(model).values()
-        if container.enabled
-        for member, left in zip(container.group.members, container.lefts, strict=True)
+        member: (left, entry.right)
+        for entry in attached_factors(model)
+        if entry.group.name in running
+        for member, left in entry.lefts.items()
     }
 
 
