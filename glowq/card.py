@@ -84,6 +84,8 @@ def card_files(
         held_out=_held_out(provenance.get("held_out")),
         selected=provenance.get("selected"),
         distilled=provenance.get("distilled_steps"),
+        int8=provenance.get("factor_dtype") == "int8",
+        rounding=_rounding(provenance.get("int8")),
         curve=_rows(curve),
         picture=PICTURE if drawn else None,
         unit=unit,
@@ -172,6 +174,14 @@ def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
         return None
     perplexities = {name: shown(figures[name], ".4f") for name in _PERPLEXITIES}
     return {**perplexities, "recovered": shown_share(figures), "tokens": _count(figures.get("tokens"))}
+
+
+def _rounding(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """What rounding to int8 costs, in shares of the divergence that quantization makes; None where it is unmeasured."""
+    if not figures or figures["quantized"] <= 0:
+        return None
+    undone = {name: f"{1 - figures[name] / figures['quantized']:.1%}" for name in ("int8", "same_ranks")}
+    return {**undone, "tokens": _count(figures["tokens"])}
 
 
 def _results(figures: Mapping[str, Any] | None) -> list[EvalResult]:

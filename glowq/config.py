@@ -35,6 +35,7 @@ class GlowQConfig(QuantizationConfigMixin):
         calibration_tokens: how many tokens of it are used.
         sequence_length: tokens a calibration sequence, at most what the model allows.
         distill: steps of gradient descent on the chosen factors, see `glowq.correct`.
+        factor_dtype: "auto", the model's own, or "int8", see `glowq.correct`.
         correction: instead of `calibration`: folder or Hub name of a saved correction to attach after quantizing.
         seed: of the choice of calibration sequences and of the solver.
         version, format, base_model, groups, base_bytes, provenance: written by glowq; not for users.
@@ -59,6 +60,7 @@ class GlowQConfig(QuantizationConfigMixin):
         sequence_length: int = 512,
         correction: str | None = None,
         distill: int = 0,
+        factor_dtype: str = "auto",
         seed: int = 0,
         version: int = FORMAT_VERSION,
         format: str = "full",
@@ -88,6 +90,7 @@ class GlowQConfig(QuantizationConfigMixin):
         self.sequence_length = sequence_length
         self.correction = correction
         self.distill = distill
+        self.factor_dtype = factor_dtype
         self.seed = seed
         self.version = version
         self.format = format
@@ -98,8 +101,10 @@ class GlowQConfig(QuantizationConfigMixin):
         self._validate()
 
     def _validate(self) -> None:
+        from .rounding import check_factor_dtype
         from .selection import RankRequest
 
+        check_factor_dtype(self.factor_dtype)
         check_int("rank", self.rank, 1, optional=True)
         RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)
         check_int("calibration_tokens", self.calibration_tokens, 1)
@@ -115,6 +120,11 @@ class GlowQConfig(QuantizationConfigMixin):
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}, found {self.format!r}.")
         if self.correction is not None and self.calibration is not None:
             raise ConfigError("give either correction (attach a saved one) or calibration (make one), not both.")
+        if self.correction is not None and self.factor_dtype != "auto":
+            raise ConfigError(
+                "factor_dtype is of a correction that is made now; round a saved one with Correction.to_int8() or with "
+                "`glowq select --factor-dtype int8`."
+            )
         for name, group in (self.groups or {}).items():
             _check_group(name, group)
         if self.groups is not None:

@@ -22,6 +22,7 @@ from .config import GlowQConfig
 from .errors import ConfigError
 from .factor_files import describe_groups, factor_tensors
 from .files import write_directory
+from .rounding import check_rounding, rounded
 from .runtime import GroupFactors
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
 from .selection import RankRequest, check_measured, choose_ranks
@@ -130,10 +131,34 @@ class Correction:
         request = RankRequest(rank, budget, rank_step, max_rank)
         if budget is not None and any(bool(entry.right.any()) for entry in self.factors):  # else there was no error
             check_measured(self.offers, "the correction")
-        ranks = choose_ranks(self.offers, request, self.base_bytes, self.config.total)
-        kept = [entry for entry in self.factors if entry.group.name in ranks]
-        factors = [_cut_group(entry, ranks[entry.group.name]) for entry in kept]
+        return self.kept(choose_ranks(self.offers, request, self.base_bytes, self.config.total))
+
+    def kept(self, ranks: Mapping[str, int]) -> Correction:
+        """The same correction with the first ranks of some groups; see `cut`, which chooses them.
+
+        Args:
+            ranks: group name -> rank to keep; groups that are not named are left out.
+        """
+        factors = [_cut_group(entry, ranks[entry.group.name]) for entry in self.factors if entry.group.name in ranks]
+        return self._with(factors)
+
+    def _with(self, factors: list[GroupFactors]) -> Correction:
         return replace(self, factors=factors, config=_config_of_part(self.config, factors, self.factor_bytes))
+
+    def to_int8(self) -> Correction:
+        """The same correction with factors of a byte a value, half the bytes; see `glowq.int8`.
+
+        Returns:
+            Every rank as it was, rounded. Figures that were measured before ("held_out") are set aside as those that
+            it was "selected" from.
+
+        Raises:
+            RoundingError: rounding is predicted to lose more than the bytes that it saves can win.
+        """
+        found = self._with([rounded(entry) for entry in self.factors])
+        found.config.provenance["factor_dtype"] = "int8"
+        check_rounding(self.offers, found.offers)
+        return found
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any

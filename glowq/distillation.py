@@ -160,9 +160,9 @@ def _check_reached(containers: Mapping[str, SharedCorrection]) -> None:
 
 
 def _copied(entry: GroupFactors) -> GroupFactors:
-    """In float32, and in memory of its own: the given factors stay what they are."""
-    right = entry.right.float().clone()
-    return replace(entry, right=right, lefts={name: left.float().clone() for name, left in entry.lefts.items()})
+    """In float32, not in int8, and in memory of its own: the given factors stay what they are."""
+    lefts = {name: left.float().clone() for name, left in entry.lefts.items()}
+    return replace(entry, right=entry.right.float().clone(), lefts=lefts, int8=False)
 
 
 def _read(entry: GroupFactors, container: SharedCorrection) -> GroupFactors:
@@ -174,6 +174,7 @@ def _read(entry: GroupFactors, container: SharedCorrection) -> GroupFactors:
         entry,
         right=stored(container.right, entry.right),
         lefts={member: stored(factor, left) for (member, left), factor in lefts},
+        int8=False,
     )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "RankError",
     "ReferenceMismatchError",
     "RepackedWeightError",
+    "RoundingError",
     "SensitivityError",
     "TokenizerMismatchError",
     "UnknownBaseError",
@@ -96,6 +97,10 @@ class NonFiniteError(GlowQError, ValueError):
 
 class RankError(GlowQError, ValueError):
     """A rank lies outside 1..min(outputs, inputs) of its group."""
+
+
+class RoundingError(GlowQError, ValueError):
+    """int8 factors would lose more accuracy than the bytes that they save can buy; the message holds the figures."""
 
 
 class ReferenceMismatchError(GlowQError, ValueError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,35 @@ from torch import Tensor
 from .allocation import Offer
 from .errors import CorrectionError, NonFiniteError
 from .groups import Group
+from .int8 import SCALE_BYTES, Packed, pack, unpack
 from .runtime import GroupFactors
 
-__all__ = ["StoredFactors", "describe_groups", "factor_tensors", "open_factors", "read_factors", "stored_group"]
+__all__ = [
+    "FACTOR_KEYS",
+    "StoredFactors",
+    "describe_groups",
+    "factor_tensors",
+    "open_factors",
+    "read_factors",
+    "stored_group",
+]
 
-_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the dtypes that a factor may have
+FACTOR_KEYS = r"\.(left|right|right_scale)$"
+"""What the names of a correction's tensors end in."""
+
+_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}  # of the dtypes that a factor may have
+_UNPACKED = torch.bfloat16  # what int8 factors are in memory, until a model takes them: exact
 
 
 def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
-    """File tensors of the groups, sorted by name: `<group>.right` and `<member>.left`."""
+    """File tensors by name, sorted: `<group>.right` and `<member>.left`, and `<group>.right_scale` where int8."""
     tensors: dict[str, Tensor] = {}
     for entry in factors:
-        tensors[f"{entry.group.name}.right"] = entry.right
-        tensors.update({f"{member}.left": left for member, left in entry.lefts.items()})
+        right, lefts = entry.right, entry.lefts
+        if entry.int8:
+            right, tensors[f"{entry.group.name}.right_scale"], lefts = pack(right, lefts)
+        tensors[f"{entry.group.name}.right"] = right
+        tensors.update({f"{member}.left": left for member, left in lefts.items()})
     return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
 
 
@@ -85,6 +103,7 @@ class StoredFactors:
 
         Raises:
             NonFiniteError: a factor that was read holds NaN or Inf.
+            CorrectionError: a scale of int8 factors is no power of two.
         """
         factors = []
         for offer in self.offers:
@@ -96,12 +115,26 @@ class StoredFactors:
             right = self._take(f"{group.name}.right", (first, every))
             lefts = {member: self._take(f"{member}.left", (every, first)) for member in group.members}
             gains = torch.tensor(offer.gains[:rank], dtype=torch.float64)
-            factors.append(GroupFactors(group, right, lefts, gains, self.totals[group.name]))
+            int8 = right.dtype == torch.int8
+            if int8:
+                scale = self._take(f"{group.name}.right_scale", (first,))
+                self._check_scale(group, scale)
+                right, lefts = unpack(Packed(right, scale, lefts), _UNPACKED)
+            factors.append(GroupFactors(group, right, lefts, gains, self.totals[group.name], int8))
         return factors
 
-    def _take(self, name: str, part: tuple[slice, slice]) -> Tensor:
+    def _check_scale(self, group: Group, scale: Tensor) -> None:
+        mantissa, exponent = torch.frexp(scale)
+        if not bool(((mantissa == 0.5) & (exponent > -126)).all()):
+            _, file = self.tensors[f"{group.name}.right_scale"]
+            raise CorrectionError(
+                f"factor '{group.name}.right_scale' in {file} holds a scale that is no power of two, which glowq never "
+                "writes: the file is damaged. Download or correct again."
+            )
+
+    def _take(self, name: str, part: tuple[slice, ...]) -> Tensor:
         opened, file = self.tensors[name]
-        if part == (slice(None), slice(None)):
+        if part == (slice(None),) * len(part):
             tensor: Tensor = opened.get_tensor(name)
         else:
             # A slice is a view of the mapped file, which it would keep mapped.
@@ -158,27 +191,39 @@ def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]
                 f"{file} is corrupt or truncated ({error}); download the correction again."
             ) from error
         names = opened.keys()
-        tensors.update({name: (opened, file) for name in names if name.endswith((".right", ".left"))})
+        tensors.update({name: (opened, file) for name in names if re.search(FACTOR_KEYS, name)})
     return tensors
 
 
 def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any, Path]]) -> Offer:
     """What a group can give, once the header says that its factors are what config.json says; they leave `unnamed`."""
     rank = int(stored["rank"])
-    rank_bytes = group.in_features * _itemsize(unnamed, f"{group.name}.right", (rank, group.in_features))
-    for member, width in zip(group.members, group.out_features, strict=True):
-        rank_bytes += width * _itemsize(unnamed, f"{member}.left", (width, rank))
+    shapes = {f"{group.name}.right": (rank, group.in_features)}
+    shapes |= {f"{member}.left": (width, rank) for member, width in zip(group.members, group.out_features, strict=True)}
+    dtypes = [_dtype(unnamed, name, shape) for name, shape in shapes.items()]
+    rank_bytes = sum(
+        prod(shape) // rank * _ITEMSIZES[dtype] for shape, dtype in zip(shapes.values(), dtypes, strict=True)
+    )
+    if "I8" in dtypes:
+        scale = f"{group.name}.right_scale"
+        if set(dtypes) != {"I8"} or _dtype(unnamed, scale, (rank,)) != "F32":
+            raise CorrectionError(
+                f"group {group.name!r} mixes int8 factors with others ({', '.join(dtypes)}), or its {scale!r} is not "
+                "float32. Download or correct again."
+            )
+        rank_bytes += SCALE_BYTES
     return Offer(group, rank_bytes, [float(gain) for gain in stored["gains"]])
 
 
-def _itemsize(unnamed: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> int:
+def _dtype(unnamed: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> str:
     opened, file = unnamed.pop(name, (None, None))
     if opened is None:
         raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
     header = opened.get_slice(name)
-    found, dtype = tuple(header.get_shape()), header.get_dtype()
+    found, dtype = tuple(header.get_shape()), str(header.get_dtype())
     if found != shape or dtype not in _ITEMSIZES:
         raise CorrectionError(
-            f"factor {name!r} in {file} has shape {found} and dtype {dtype}, expected a float tensor of shape {shape}."
+            f"factor {name!r} in {file} has shape {found} and dtype {dtype}, expected a float or int8 tensor of shape "
+            f"{shape}."
         )
-    return _ITEMSIZES[dtype]
+    return dtype

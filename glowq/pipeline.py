@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .allocation import allocate, by_benefit
 from .backends import check_scales, packed_bytes, prepare_model, refuse_misloaded
 from .backends.dense import origin, take
 from .block_solver import BlockSolver, stops_of, to_model
@@ -33,8 +34,11 @@ from .output_moment import OutputMoment
 from .provenance import correction_of, stored_config
 from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
-from .runtime import GroupFactors, attach, attached, detach, factor_dtype
-from .selection import RankRequest, candidate_ranks, uniform_ranks
+from .rounding import check_factor_dtype, int8_offer
+from .rounding_cost import rounding_cost
+from .runtime import GroupFactors, attach, attached, detach
+from .runtime import factor_dtype as dtype_of_factors
+from .selection import RankRequest, candidate_ranks, choose_ranks, uniform_ranks
 from .sensitivity import output_moments
 
 __all__ = ["calibration_sequences", "correct"]
@@ -61,6 +65,7 @@ def correct(
     calibration_tokens: int = 32768,
     sequence_length: int = 512,
     distill: int = 0,
+    factor_dtype: str = "auto",
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
     dense: bool = False,
@@ -86,6 +91,8 @@ def correct(
         sequence_length: tokens a sequence; lowered to what the model allows.
         distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
             to the reference's; 60 are good. The factors stay as many, and are no longer each group's own optimum.
+        factor_dtype: "auto", the model's own, or "int8", half the bytes, so that a budget buys twice the ranks. What
+            rounding costs is measured on text that nothing was calibrated on.
         seed: of that choice and of the solver.
         resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
@@ -99,15 +106,19 @@ def correct(
         UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected.
         ReferenceMismatchError: modules, shapes or embeddings of the reference are others.
         FoldingError: scales were folded into the quantized weights that no layer takes out again.
-        CalibrationError: no text, or fewer tokens than needed; a budget takes 2 sequences, to choose by one of them.
+        CalibrationError: no text, or fewer tokens than needed; a budget takes 2 sequences, to choose by one of them,
+            and so do int8 factors, to be measured on one.
         RankError: rank below 1, or larger than every group allows.
         ConfigError: the budget cannot be parsed, is too small for any rank, or is a target out of reach of the ranks
             that a tenth of the quantized weights' bytes would have been spent on.
+        RoundingError: int8 factors would lose more than the bytes that they save can win.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
     solver = get_method(method)
     request = RankRequest(rank, budget, rank_step, max_rank)
     check_int("distill", distill, 0)
+    check_factor_dtype(factor_dtype)
+    int8 = factor_dtype == "int8"
     if budget is not None and solver.allocation == "groups":
         raise ConfigError(
             f"method {method!r} spends a budget on whole groups, which only `glowq compare` does; give a rank, or "
@@ -125,12 +136,12 @@ def correct(
     sequences = calibration_sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
     trace = _trace(model, sequences)
     base_bytes = packed_bytes(model)
-    itemsize = factor_dtype(model).itemsize
+    itemsize = 1 if int8 else dtype_of_factors(model).itemsize
     if budget is None:
         ranks = uniform_ranks(trace.groups, rank)
     else:
         ranks = candidate_ranks(trace.groups, request, base_bytes, itemsize, shared=solver.shared)
-    train, held = _parted(sequences, solver, request, seed)
+    train, held = _parted(sequences, solver, request, int8, seed)
     _check_token_count(train, ranks)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed)
     try:
@@ -143,18 +154,23 @@ def correct(
             run = BlockSolver(model, source, backends, solver, ranks, seed, store, outputs)
             factors = run.solve(stops_of(trace, ranks), train)
             detach(model)
-            if held is not None:
+            if held is not None and solver.allocation == "gain":
                 factors, facts = _measured(model, source.model, factors, held, request)
                 config.provenance.update(facts)
             # What the groups that are not restored cost must still be known when they are gone.
             config.provenance["total"] = math.fsum(entry.total for entry in factors)
-            correction = correction_of(model, factors, config, base_bytes, tokenizer)
+            whole = correction_of(model, factors, config, base_bytes, tokenizer)
+            offers = [int8_offer(offer) for offer in whole.offers] if int8 else whole.offers
+            correction = whole
             if budget is not None:
-                correction = correction.cut(budget=budget, rank_step=rank_step, max_rank=max_rank)
+                correction = whole.kept(choose_ranks(offers, request, base_bytes, whole.config.total))
             if distill:
                 options = {"steps": distill, "seed": seed}
                 correction.factors = distill_factors(model, source.model, correction.factors, train, **options)
                 correction.config.provenance["distilled_steps"] = distill
+            if int8:
+                assert held is not None
+                correction = _rounded(model, source.model, whole, correction, held)
     finally:
         detach(model)
     for entry in correction.factors:
@@ -162,11 +178,25 @@ def correct(
     return correction
 
 
-def _parted(sequences: Tensor, method: Method, request: RankRequest, seed: int) -> tuple[Tensor, Tensor | None]:
-    """The sequences that are calibrated on, and those that groups are chosen by, if this method chooses."""
-    if method.allocation != "gain" or (len(sequences) < 2 and request.budget is None):
+def _parted(
+    sequences: Tensor, method: Method, request: RankRequest, int8: bool, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """The sequences that are calibrated on, and those that groups are chosen by, if this method chooses, or int8 is."""
+    if not int8 and (method.allocation != "gain" or (len(sequences) < 2 and request.budget is None)):
         return sequences, None
     return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
+
+
+def _rounded(
+    model: nn.Module, reference: nn.Module, whole: Correction, correction: Correction, sequences: Tensor
+) -> Correction:
+    """The correction in int8, with what rounding costs beside the best of `whole` that the same bytes hold."""
+    found = correction.to_int8()
+    steps = allocate(by_benefit(whole.offers), found.factor_bytes)
+    same_bytes = whole.kept({step.name: step.rank for step in steps})
+    cost = rounding_cost(model, reference, found.factors, correction.factors, same_bytes.factors, sequences)
+    found.config.provenance["int8"] = cost
+    return found
 
 
 def _measured(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "attached_factors",
     "detach",
     "factor_dtype",
+    "hold_as_floats",
     "set_aside",
 ]
 
@@ -131,6 +132,17 @@ def _factors_of(container: SharedCorrection) -> GroupFactors:
         right, lefts = unpack(Packed(right, scale, lefts), scale.dtype)
     gains = torch.zeros(container.rank, dtype=torch.float64)
     return GroupFactors(container.group, right, lefts, gains, 0.0, container.int8)
+
+
+def hold_as_floats(model: nn.Module) -> None:
+    """Let attached int8 factors be floats of the same values, for programs that know no others."""
+    switches = {name: container.enabled for name, container in attached(model).items()}
+    if not any(container.int8 for container in attached(model).values()):
+        return
+    factors = attached_factors(model)
+    detach(model)
+    for entry in factors:
+        attach(model, replace(entry, int8=False)).enabled = switches[entry.group.name]
 
 
 @contextmanager

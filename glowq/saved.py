@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .allocation import Offer
 from .config import GlowQConfig
 from .errors import ConfigError, ModelNotFoundError
 from .factor_files import StoredFactors, open_factors
 from .files import local_snapshot, read_json, refuse_pickles
+from .rounding import check_factor_dtype, int8_offer
 from .selection import RankRequest, check_measured, choose_ranks, parse_budget, parse_target
 
 __all__ = ["FACTORS_FILE", "SavedCorrection", "open_saved"]
@@ -43,24 +45,32 @@ class SavedCorrection:
         """Bytes of the quantized weights; 0 where config.json does not say."""
         return int(self.config.base_bytes or 0)
 
-    def choose(self, request: RankRequest) -> dict[str, int]:
+    def choose(self, request: RankRequest, factor_dtype: str = "auto") -> dict[str, int]:
         """Group name -> rank of what a request keeps; see `choose_ranks`.
+
+        Args:
+            request: the whole is kept where it is empty.
+            factor_dtype: "int8" where what is kept will be rounded to that, which a budget pays half for.
 
         Raises:
             RankError: rank below 1.
             ConfigError: the budget is larger than the correction, too small for anything, or a target out of reach; or
                 the correction holds nothing that groups could be chosen by.
         """
+        check_factor_dtype(factor_dtype)
+        offers = self.factors.offers
+        if factor_dtype == "int8":
+            offers = [int8_offer(offer) for offer in offers]
         if request.budget is not None:
-            self._check_budget(request.budget)
-        return choose_ranks(self.factors.offers, request, self.base_bytes, self.config.total)
+            self._check_budget(request.budget, offers)
+        return choose_ranks(offers, request, self.base_bytes, self.config.total)
 
-    def _check_budget(self, budget: str | int) -> None:
+    def _check_budget(self, budget: str | int, offers: Sequence[Offer]) -> None:
         if not self.base_bytes:
             raise ConfigError(f"{self.name} does not say how many bytes its quantized weights take; correct again.")
-        check_measured(self.factors.offers, self.name)
+        check_measured(offers, self.name)
         available = None if parse_target(budget) is not None else parse_budget(budget, self.base_bytes)
-        whole = self.factors.factor_bytes
+        whole = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
         if available is not None and available > whole:  # bytes that were never solved for cannot be selected
             raise ConfigError(
                 f"budget {budget!r} is {available} bytes, but {self.name} has only {whole} "

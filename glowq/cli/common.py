@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BUDGET",
     "BudgetOption",
+    "FactorDtypeOption",
     "JsonOption",
     "MaxRankOption",
     "ModelArgument",
@@ -67,6 +68,10 @@ RankStepOption = Annotated[
 ]
 MaxRankOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="A budget buys no group more ranks.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
+FactorDtypeOption = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="auto: the model's own dtype. int8: a byte a value, so that a budget buys twice the ranks."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]
 Show = Callable[[dict[str, Any], Callable[[], Any]], None]

@@ -14,6 +14,7 @@ from ..evaluation import shown, shown_share
 from ..methods import method_names
 from .common import (
     BudgetOption,
+    FactorDtypeOption,
     JsonOption,
     MaxRankOption,
     ModelArgument,
@@ -61,6 +62,7 @@ def correct(
     distill: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Steps of gradient descent on the chosen factors; 60 are good.")
     ] = 0,
+    factor_dtype: FactorDtypeOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -92,6 +94,7 @@ def correct(
             calibration_tokens=calibration_tokens,
             sequence_length=sequence_length,
             distill=distill,
+            factor_dtype=factor_dtype,
             seed=seed,
             gguf_file=gguf_file,
             resume=resume,
@@ -126,6 +129,7 @@ def _table(result: dict[str, Any]) -> Any:
         "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
         "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
         **_predicted(result),
+        **_rounding(result["int8"]),
         "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
         "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
     }
@@ -138,6 +142,17 @@ def _predicted(result: dict[str, Any]) -> dict[str, str]:
         return {}
     unit = "KL divergence" if result["gains"] == "nats" else "distance of states"
     return {"predicted": f"{result['predicted']:.1%} of what quantization changed in the answers ({unit}) is undone"}
+
+
+def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:
+    """What int8 factors undo, beside what the same bytes and the same ranks undo without rounding."""
+    if figures is None or figures["quantized"] <= 0:
+        return {}
+    undone = {name: 1 - figures[name] / figures["quantized"] for name in ("int8", "same_bytes", "same_ranks")}
+    return {
+        "int8 factors": f"{undone['int8']:.1%} of the divergence undone on {figures['tokens']:,} tokens; unrounded: "
+        f"{undone['same_bytes']:.1%} in the same bytes, {undone['same_ranks']:.1%} at the same ranks"
+    }
 
 
 def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:

@@ -206,8 +206,10 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
 
 def _group(model: str, name: str, group: Mapping[str, Any], headers: Headers) -> dict[str, Any]:
     rank, widths = group["rank"], dict(zip(group["members"], group["out_features"], strict=True))
-    shapes = {f"{name}.right": (rank, group["in_features"])}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.right": (rank, group["in_features"])}
     shapes.update({f"{member}.left": (width, rank) for member, width in widths.items()})
+    if headers.dtypes.get(f"{name}.right") == "I8":
+        shapes[f"{name}.right_scale"] = (rank,)
     for tensor, shape in shapes.items():
         found = headers.shapes.get(tensor)
         if found != shape:

@@ -11,6 +11,7 @@ import typer
 from ..errors import OutputError
 from .common import (
     BUDGET,
+    FactorDtypeOption,
     JsonOption,
     MaxRankOption,
     RankStepOption,
@@ -32,13 +33,17 @@ def select(
     output: Annotated[str, typer.Option(metavar="OUT2", help="Folder to write; must be new, empty, or an old result.")],
     rank_step: RankStepOption = 1,
     max_rank: MaxRankOption = None,
+    factor_dtype: FactorDtypeOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Cut a correction to a budget: the ranks that gain most for their bytes are kept, nothing is solved again.
 
+    With --factor-dtype int8 a rank is paid at a byte a value and then rounded; what that costs is predicted.
+
     \b
     Examples:
       glowq select corrected --budget 1% --output smaller
+      glowq select corrected --budget 1% --factor-dtype int8 --output smaller
       glowq select corrected --budget "recover 50%" --rank-step 8 --output smaller
     """
     request = rank_request(None, budget, rank_step, max_rank)
@@ -52,7 +57,9 @@ def select(
             raise OutputError(f"{target} is the correction itself, which would be lost; choose another folder.")
         check_output(target)
         with open_saved(correction) as whole:
-            cut = Correction.from_saved(whole, whole.choose(request))
+            cut = Correction.from_saved(whole, whole.choose(request, factor_dtype))
+        if factor_dtype == "int8":
+            cut = cut.to_int8()
         note = _note(whole.config, correction)
         had = sum(sum(offer.gains) for offer in whole.factors.offers)
         kept = sum(float(entry.gains.sum()) for entry in cut.factors)
@@ -69,6 +76,7 @@ def select(
             "budget": budget,
             "rank_step": rank_step,
             "max_rank": max_rank,
+            "factor_dtype": factor_dtype,
             "groups": len(cut.ranks),
             "of_groups": len(whole.factors.offers),
             "ranks": cut.ranks,

@@ -14,12 +14,11 @@ from torch import Tensor
 from ..backends import method_of
 from ..config import GlowQConfig
 from ..errors import ConfigError, CorrectionError, GlowQError, PickleRefusedError, UnsafePathError
+from ..factor_files import FACTOR_KEYS
 from ..files import checkpoint_files, local_snapshot, read_json, refuse_pickles
 from ..saved import FACTORS_FILE
 
-__all__ = ["FACTOR_KEYS", "base_folder", "base_shards", "model_shards", "original_tensors", "refuse_unsafe"]
-
-FACTOR_KEYS = r"\.(left|right)$"
+__all__ = ["base_folder", "base_shards", "model_shards", "original_tensors", "refuse_unsafe"]
 
 
 def base_folder(config: GlowQConfig) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError, ExportError
 from ..groups import example_inputs
 from ..loading import load_tokenizer
-from ..runtime import attached
+from ..runtime import attached, hold_as_floats
 from ..switching import set_enabled
 from ..versions import warn_untested
 from .corrected import difference, first_output, load_corrected, stored_correction
@@ -80,6 +80,7 @@ def write(source: str, folder: Path) -> dict[str, Any]:
         raise ExportError(f"the correction of {source} restores no group: there is nothing to export.")
     tokenizer = load_tokenizer(source, (correction.base_model or {}).get("name"))
     model = load_corrected(source)
+    hold_as_floats(model)
     interface = describe(model, tokenizer)
     silent = [group for group, container in attached(model).items() if not bool(container.right.factor.any())]
     set_enabled(model, False, groups=silent)  # nodes that add zero

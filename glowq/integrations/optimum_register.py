@@ -41,6 +41,7 @@ class GlowQExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         option("--calibration-tokens", type=int, help="Tokens used; an eighth is held out.")
         option("--sequence-length", type=int, help="Tokens a sequence.")
         option("--distill", type=int, help="Steps of gradient descent on the chosen factors.")
+        option("--factor-dtype", choices=["auto", "int8"], help="int8: a byte a value, twice the ranks for the bytes.")
         option("--seed", type=int, help="Seed of everything drawn at random.")
         option("--gguf-file", help="GGUF file in MODEL, with --base dense.")
         option("--resume", action="store_true", help="Keep finished blocks in OUTPUT.resume.")

@@ -35,6 +35,7 @@ def correct_checkpoint(
     calibration_tokens: int = 32768,
     sequence_length: int = 512,
     distill: int = 0,
+    factor_dtype: str = "auto",
     seed: int = 0,
     gguf_file: str | None = None,
     auto_class: Any = None,
@@ -56,12 +57,13 @@ def correct_checkpoint(
         auto_class: transformers class to load the model with; None takes what its config names.
         resume: keep finished blocks in `<output>.resume` until the whole is done, and go on from what is there.
         command: the exact command line, for the model card.
-        rank, budget, rank_step, max_rank, method, calibration_tokens, sequence_length, distill, seed: see
+        rank, budget, rank_step, max_rank, method, calibration_tokens, sequence_length, distill, factor_dtype, seed: see
             `glowq.correct`.
 
     Returns:
         "output", "groups", "ranks", "factor_bytes", "base_bytes", "overhead", "predicted" (in the unit "gains"),
-        "calibration_tokens", "held_out" (None where the model predicts no next token) and "seed".
+        "calibration_tokens", "factor_dtype", "int8" (see `glowq.rounding_cost`; None where factors are not rounded),
+        "held_out" (None where the model predicts no next token) and "seed".
 
     Raises:
         GlowQError: see `glowq.correct`, `glowq.loading` and `glowq.files.write_directory`.
@@ -92,6 +94,7 @@ def correct_checkpoint(
         max_rank=max_rank,
         method=method,
         distill=distill,
+        factor_dtype=factor_dtype,
         seed=seed,
         resume=kept if resume else None,
         dense=base == "dense",
@@ -112,6 +115,8 @@ def correct_checkpoint(
         "predicted": correction.predicted,
         "gains": correction.config.provenance["gains"],
         "calibration_tokens": train.numel(),
+        "factor_dtype": factor_dtype,
+        "int8": correction.config.provenance.get("int8"),
         "held_out": held_out,
         "seed": seed,
     }

@@ -41,12 +41,12 @@ from ..backends.dense import take
 from ..config import GlowQConfig
 from ..correction import Correction
 from ..errors import ConfigError
-from ..factor_files import factor_tensors, read_factors
+from ..factor_files import FACTOR_KEYS, factor_tensors, read_factors
 from ..fast_kernels import refuse_rewritten
 from ..files import read_json
 from ..fingerprint import verify_fingerprint
 from ..runtime import GroupFactors, attach, attached, attached_factors, factor_dtype, set_aside
-from .checkpoints import FACTOR_KEYS, base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
+from .checkpoints import base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
 from .delegation import DelegatingHfQuantizer
 from .folded import fold
 from .library import LibraryHfQuantizer, Refusal
@@ -175,6 +175,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             calibration_tokens=config.calibration_tokens,
             sequence_length=config.sequence_length,
             distill=config.distill,
+            factor_dtype=config.factor_dtype,
             seed=config.seed,
         )
 

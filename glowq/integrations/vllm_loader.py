@@ -13,10 +13,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from ..errors import UnsupportedModuleError
-from ..factor_files import StoredFactors, open_factors
+from ..factor_files import FACTOR_KEYS, StoredFactors, open_factors
 from ..files import checkpoint_files, local_snapshot
 from ..saved import FACTORS_FILE
-from .checkpoints import FACTOR_KEYS, base_folder, refuse_unsafe
+from .checkpoints import base_folder, refuse_unsafe
 from .vllm_config import GlowQQuantizationConfig
 from .vllm_linear import GlowQLinearMethod
 

@@ -1,0 +1,378 @@
+"""Factors in int8: what rounding does to them, what it costs, and that every door gives the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import glowq
+from glowq.cli import app
+from glowq.errors import CalibrationError, ConfigError, CorrectionError, RoundingError
+from glowq.groups import Group
+from glowq.int8 import LEFT_UNIT, pack, round_factors, unpack
+from glowq.integrations.exporting import export
+from glowq.runtime import GroupFactors, attach, attached, attached_factors, hold_as_floats
+from glowq.switching import disabled
+
+Factory = Callable[..., Any]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def drawn(dtype: torch.dtype, rank: int = 6) -> tuple[Tensor, dict[str, Tensor]]:
+    """Factors whose ranks are of very different sizes, the third one zero."""
+    sizes = torch.logspace(0, -3, rank)
+    sizes[2] = 0
+    right, lefts = torch.randn(rank, 40) * sizes[:, None], {"q": torch.randn(24, rank), "k": torch.randn(8, rank) / 3}
+    return right.to(dtype), {member: left.to(dtype) for member, left in lefts.items()}
+
+
+def parts(right: Tensor, lefts: dict[str, Tensor]) -> Tensor:
+    """What every rank adds, A_k B_k of all members: shape (r, O, d), float64."""
+    left = torch.cat(list(lefts.values())).double()
+    return left.T[:, :, None] * right.double()[:, None]
+
+
+class TestRounding:
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_int8_holds_what_is_rounded_exactly(self, dtype: torch.dtype) -> None:
+        right, lefts = round_factors(*drawn(dtype))
+        packed = pack(right, lefts)
+        assert {packed.right.dtype, *(left.dtype for left in packed.lefts.values())} == {torch.int8}
+        assert packed.scale.log2().frac().eq(0).all()
+        for other in FLOATS:
+            again, again_lefts = unpack(packed, other)
+            assert torch.equal(again, right.to(other))
+            assert all(torch.equal(again_lefts[member], left.to(other)) for member, left in lefts.items())
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_every_value_is_off_by_half_a_step_at_most(self, dtype: torch.dtype) -> None:
+        """A row's step is its largest value over 127; a column's at most twice that: its scale is a power of two."""
+        right, lefts = drawn(dtype)
+        found, found_lefts = round_factors(right, lefts)
+        for rank in range(len(right)):
+            size = float(parts(right, lefts)[rank].abs().max())
+            column = torch.cat([left[:, rank].double() for left in found_lefts.values()])
+            plain = torch.cat([left[:, rank].double() for left in lefts.values()])
+            if size == 0:
+                assert not found[rank].any()
+                assert not column.any()
+                continue
+            row, before = found[rank].double(), right[rank].double()
+            row, before = row / row.abs().max(), before / before.abs().max()
+            assert (row - before).abs().max() <= 0.5 / 127 + 1e-6
+            stretched = float(row @ before / (before @ before))  # the row's own rounding moves its size a little
+            error = (parts(found, found_lefts)[rank] - parts(right, lefts)[rank]).abs().max() / size
+            assert error <= 0.5 / 127 + 1.0 / 127 + 1.0 / 127**2 + 1e-6
+            assert abs(stretched - 1) < 0.01
+            assert float((column / column.abs().max() - plain / plain.abs().max()).abs().max()) <= 2.0 / 127
+
+    def test_ranks_can_be_cut_off_afterwards(self) -> None:
+        right, lefts = round_factors(*drawn(torch.bfloat16))
+        whole, part = pack(right, lefts), pack(right[:3], {member: left[:, :3] for member, left in lefts.items()})
+        assert torch.equal(part.right, whole.right[:3])
+        assert torch.equal(part.scale, whole.scale[:3])
+        assert all(torch.equal(part.lefts[member], left[:, :3]) for member, left in whole.lefts.items())
+
+    def test_rounding_twice_changes_nothing(self) -> None:
+        once = round_factors(*drawn(torch.float32))
+        twice = round_factors(*once)
+        assert torch.equal(parts(*once), parts(*twice))
+
+    def test_the_smallest_scales_are_those_that_float16_holds(self) -> None:
+        right, lefts = round_factors(torch.full((1, 8), 1e-9), {"q": torch.ones(4, 1)})
+        packed = pack(right, lefts)
+        assert float(packed.scale) == 2.0**-24
+        assert torch.equal(unpack(packed, torch.float16)[0].float(), right)
+
+
+class TestInAModel:
+    @pytest.fixture
+    def rounded(self, random_factors: Factory) -> GroupFactors:
+        group = Group("q+k+v", ("q", "k", "v"), 8, (6, 4, 5), "")
+        entry = random_factors(group)
+        right, lefts = round_factors(entry.right, entry.lefts)
+        return replace(entry, right=right, lefts=lefts, int8=True)
+
+    @pytest.fixture
+    def pair(self, trio: Any, rounded: GroupFactors) -> tuple[Any, Any]:
+        """The same model with the factors in int8, and with the same values as floats."""
+        glowq.detach(trio)
+        plain = type(trio)()
+        plain.load_state_dict(trio.state_dict())
+        attach(trio, rounded)
+        attach(plain, replace(rounded, int8=False))
+        return trio, plain
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 0])
+    def test_the_model_computes_what_the_same_floats_compute(
+        self, pair: tuple[Any, Any], dtype: torch.dtype, mode: Any, tokens: int
+    ) -> None:
+        model, plain = (each.to(dtype) for each in pair)
+        assert model.get_submodule("glowq_q").right.factor.dtype == torch.int8
+        with mode():
+            x = torch.randn(tokens, 8, dtype=dtype)
+            found, expected = model(x), plain(x)
+        assert found.dtype == dtype
+        tolerance = 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+    def test_gradients_of_the_input(self, pair: tuple[Any, Any]) -> None:
+        gradients = []
+        for model in pair:
+            x = torch.linspace(-1, 1, 24).view(3, 8).requires_grad_()
+            model(x).square().sum().backward()
+            gradients.append(x.grad)
+        torch.testing.assert_close(*gradients)
+
+    def test_a_compiled_graph(self, pair: tuple[Any, Any]) -> None:
+        torch.compiler.reset()
+        x = torch.randn(2, 8)
+        with torch.no_grad():
+            found = torch.compile(pair[0], fullgraph=True, backend="eager")(x)
+            torch.testing.assert_close(found, pair[1](x))
+        torch.compiler.reset()
+
+    def test_what_is_read_back_is_what_was_attached(self, pair: tuple[Any, Any], rounded: GroupFactors) -> None:
+        model, plain = pair
+        (entry,) = attached_factors(model)
+        assert entry.int8
+        assert torch.equal(entry.right, rounded.right)
+        assert entry.factor_bytes == rounded.factor_bytes == 3 * (8 + 15 + 4)
+        with disabled(model):
+            hold_as_floats(model)
+            assert not any(container.int8 or container.enabled for container in attached(model).values())
+        attached(model)["q+k+v"].enabled = True
+        x = torch.randn(3, 8)
+        assert torch.equal(model(x), plain(x))
+
+
+@pytest.fixture(scope="module")
+def corrected(source: Path) -> tuple[Any, glowq.Correction]:
+    return tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def saved(corrected: tuple[Any, glowq.Correction], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an int8 correction; never written to."""
+    folder = tmp_path_factory.mktemp("int8") / "correction"
+    corrected[1].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an unrounded correction with measured gains; never written to."""
+    folder = tmp_path_factory.mktemp("whole") / "correction"
+    tiny.corrected(source, "nf4", rank=16)[1].save_pretrained(folder)
+    return folder
+
+
+class TestCorrecting:
+    def test_a_budget_buys_ranks_at_a_byte_a_value(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        correction = corrected[1]
+        assert 0.3 < correction.overhead <= 0.4
+        assert all(entry.int8 for entry in correction.factors)
+        for entry in correction.factors:
+            assert entry.factor_bytes == entry.rank * (entry.group.in_features + sum(entry.group.out_features) + 4)
+        unrounded = tiny.corrected(source, "nf4", rank=None, budget="40%")[1]
+        assert sum(correction.ranks.values()) > 1.7 * sum(unrounded.ranks.values())
+
+    def test_what_rounding_costs_was_measured(self, corrected: tuple[Any, glowq.Correction]) -> None:
+        figures = corrected[1].config.provenance["int8"]
+        assert set(figures) == {"tokens", "quantized", "int8", "same_ranks", "same_bytes"}
+        gained = figures["quantized"] - figures["same_ranks"]
+        assert figures["int8"] <= figures["same_bytes"] + 0.01 * gained
+        assert abs(figures["int8"] - figures["same_ranks"]) < 0.05 * gained
+
+    @pytest.mark.parametrize("options", [{"method": "qera"}, {"distill": 2}, {"rank": 4, "budget": None}])
+    def test_every_way_of_correcting(self, source: Path, options: dict[str, Any]) -> None:
+        request = {"rank": 4} if "method" in options else {"rank": None, "budget": "40%"}
+        model, correction = tiny.corrected(source, "nf4", **{**request, **options}, factor_dtype="int8")
+        assert all(container.int8 for container in attached(model).values())
+        for entry in correction.factors:
+            assert torch.equal(unpack(pack(entry.right, entry.lefts), entry.right.dtype)[0], entry.right)
+
+    def test_while_loading(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        config = glowq.GlowQConfig(base="nf4", calibration=tiny.TEXTS, rank=4, factor_dtype="int8", **tiny.CALIBRATION)
+        model = tiny.load(source, quantization_config=config)
+        assert {container.int8 for container in attached(model).values()} == {True}
+
+    def test_one_sequence_is_none_to_measure_on(self, source: Path) -> None:
+        ids = torch.randint(0, 4096, (1, 64))
+        with pytest.raises(CalibrationError, match="needed 2 sequences to hold one out, found 1"):
+            tiny.corrected(source, "nf4", calibration=ids, factor_dtype="int8")
+
+    def test_what_loses_more_than_it_wins_is_refused(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A grid of one step, in the place of one of 127, keeps hardly anything of a factor."""
+        monkeypatch.setattr("glowq.int8._LARGEST", 1)
+        monkeypatch.setattr("glowq.int8.LEFT_UNIT", 1.0)
+        monkeypatch.setattr("glowq.correction.check_rounding", lambda *offers: None)
+        message = r"int8 factors leave \d.*nothing was calibrated on\), and unrounded ones in the same bytes \d"
+        with pytest.raises(RoundingError, match=message):
+            tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")
+
+
+def outlying(rank: int = 4) -> GroupFactors:
+    """Factors with one value per row that leaves no room for any other."""
+    right, left = torch.randn(rank, 32), torch.randn(24, rank)
+    right[:, 0] = 1e4
+    left[0] = 1e4
+    group = Group("q", ("q",), 32, (24,), "")
+    return GroupFactors(group, right, {"q": left}, torch.ones(rank, dtype=torch.float64), 4.0)
+
+
+def test_what_is_predicted_to_lose_more_than_it_wins_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glowq.int8._LARGEST", 1)
+    monkeypatch.setattr("glowq.int8.LEFT_UNIT", 1.0)
+    correction = glowq.Correction.from_pretrained(whole)
+    message = r"predicted to keep [\d.]+% of what these factors gain, and unrounded ones cut to the same [\d,]+ bytes"
+    with pytest.raises(RoundingError, match=message):
+        correction.to_int8()
+
+
+class TestFiles:
+    def test_a_byte_a_value_on_disk(self, saved: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        tensors = load_file(saved / "glowq.safetensors")
+        kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in tensors.items()}
+        assert kinds == {"right": torch.int8, "left": torch.int8, "right_scale": torch.float32}
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        assert stored == corrected[1].factor_bytes
+
+    def test_loading_changes_no_logit(
+        self, saved: Path, corrected: tuple[Any, glowq.Correction], source: Path, tmp_path: Path
+    ) -> None:
+        model, _ = corrected
+        expected = tiny.logits(model)
+        assert tiny.gap(tiny.load(saved), expected) == 0.0
+        attached_later = tiny.quantized(source, "nf4")
+        glowq.load_correction(attached_later, saved)
+        assert tiny.gap(attached_later, expected) == 0.0
+        model.save_pretrained(tmp_path / "full")
+        full = tiny.load(tmp_path / "full")
+        assert {container.int8 for container in attached(full).values()} == {True}
+        assert tiny.gap(full, expected) == 0.0
+
+    def test_a_part_of_it(self, saved: Path, source: Path) -> None:
+        model = tiny.quantized(source, "nf4")
+        part = glowq.load_correction(model, saved, budget="10%")
+        assert part.overhead <= 0.1
+        cut = glowq.Correction.from_pretrained(saved).cut(budget="10%")
+        assert cut.ranks == part.ranks
+        for ours, theirs in zip(cut.factors, part.factors, strict=True):
+            assert torch.equal(ours.right, theirs.right)
+            assert all(torch.equal(ours.lefts[member], left) for member, left in theirs.lefts.items())
+
+    def test_the_same_command_gives_the_same_bytes(self, saved: Path, source: Path, tmp_path: Path) -> None:
+        again = tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")[1]
+        again.save_pretrained(tmp_path / "again")
+        for name in ("glowq.safetensors", "config.json", "README.md"):
+            assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"] * 1.5}), "no power of two"),
+            (lambda t, g: t.update({f"{g}.right_scale": -t[f"{g}.right_scale"]}), "no power of two"),
+            (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"].half()}), "is not float32"),
+            (
+                lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"][:-1]}),
+                "expected a float or int8 tensor",
+            ),
+            (lambda t, g: t.pop(f"{g}.right_scale"), "right_scale' is missing"),
+            (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].float()}), "mixes int8 factors with others"),
+            (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].short()}), "expected a float or int8 tensor"),
+        ],
+    )
+    def test_damaged_files(self, saved: Path, tmp_path: Path, damage: Any, message: str) -> None:
+        for file in saved.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / "glowq.safetensors")
+        damage(tensors, next(name for name in tensors if name.endswith(".right")).removesuffix(".right"))
+        save_file(tensors, tmp_path / "glowq.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CorrectionError, match=message):
+            tiny.load(tmp_path)
+
+
+def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout) if result.exit_code == 0 else {}
+
+
+class TestCommands:
+    def test_select_rounds_a_saved_correction(self, whole: Path, tmp_path: Path) -> None:
+        status, plain = run("select", whole, "--budget", "20%", "--output", tmp_path / "plain")
+        assert status == 0
+        status, found = run("select", whole, "--budget", "20%", "--factor-dtype", "int8", "--output", tmp_path / "int8")
+        assert status == 0
+        assert found["factor_dtype"] == "int8"
+        assert plain["factor_bytes"] < found["factor_bytes"] + 2000 <= 2000 + 0.2 * found["base_bytes"]
+        assert found["predicted"] > plain["predicted"]
+        assert {entry.int8 for entry in glowq.Correction.from_pretrained(tmp_path / "int8").factors} == {True}
+        assert "(int8)" in (tmp_path / "int8" / "README.md").read_text()
+        tiny.load(tmp_path / "int8")
+
+    def test_inspect_counts_every_byte(self, saved: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        status, found = run("inspect", saved)
+        assert status == 0
+        assert found["factor_bytes"] == corrected[1].factor_bytes
+
+    def test_verify(self, saved: Path) -> None:
+        assert run("verify", saved)[0] == 0
+
+    def test_a_dtype_that_is_none_is_wrong_usage(self, whole: Path, tmp_path: Path) -> None:
+        assert run("select", whole, "--budget", "20%", "--factor-dtype", "int4", "--output", tmp_path / "x")[0] == 2
+
+
+class TestExports:
+    """Programs that know only floats get the same values."""
+
+    def test_merged_and_peft(self, saved: Path, corrected: tuple[Any, glowq.Correction], tmp_path: Path) -> None:
+        for to in ("merged", "peft"):
+            export(str(saved), to, tmp_path / to)
+        adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in adapter.values()} == {torch.bfloat16}
+        entry = corrected[1].factors[0]
+        (found,) = (value for name, value in adapter.items() if f"{entry.group.members[0]}.lora_A" in name)
+        assert torch.equal(found, entry.right)
+
+    @pytest.mark.slow
+    def test_onnx(self, saved: Path, tmp_path: Path) -> None:
+        facts = export(str(saved), "onnx", tmp_path / "onnx")
+        assert facts["check"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: glowq.GlowQConfig(base="nf4", factor_dtype="int4"),
+            ConfigError,
+            "must be one of auto, int8, found 'int4'",
+        ),
+        (
+            lambda: glowq.GlowQConfig(base="nf4", correction="folder", factor_dtype="int8"),
+            ConfigError,
+            r"round a saved one with Correction\.to_int8",
+        ),
+    ],
+)
+def test_bad_requests(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_left_factors_need_no_scale_of_their_own() -> None:
+    """Their unit is the same for all, so that cutting ranks off costs no byte of what stays."""
+    assert LEFT_UNIT == 2.0**-7
