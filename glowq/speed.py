@@ -15,10 +15,12 @@ from typing import Any
 
 import psutil
 import torch
+import torch._dynamo.config as compiler
 from torch import Tensor, nn
 
 from .errors import ConfigError
 from .progress import progress
+from .rounding import rounded
 from .runtime import GroupFactors, attach, attached_factors, detach
 
 __all__ = ["Shape", "machine", "measure", "per_module", "variants"]
@@ -44,11 +46,12 @@ def per_module(factors: Sequence[GroupFactors]) -> list[GroupFactors]:
     ]
 
 
-def variants(model: nn.Module) -> dict[str, nn.Module]:
+def variants(model: nn.Module, *, int8: bool = False) -> dict[str, nn.Module]:
     """The base, the corrected model, and the one with a right factor a module: three models that share their weights.
 
     Args:
         model: carries a correction, and is the second of the three.
+        int8: add the last two with their factors rounded to int8.
 
     Raises:
         ConfigError: the model carries no correction.
@@ -56,12 +59,12 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
     factors = attached_factors(model)
     if not factors:
         raise ConfigError("the model carries no correction, so that there is nothing to time; give a folder with one.")
-    base, single = _twin(model), _twin(model)
-    for twin in (base, single):
-        detach(twin)
-    for entry in per_module(factors):
-        attach(single, entry)
-    return {"base": base, "shared": model, "per module": single}
+    single = per_module(factors)
+    found = {"base": _twin(model, ()), "shared": model, "per module": _twin(model, single)}
+    if int8:
+        for name, several in (("shared", factors), ("per module", single)):
+            found[f"{name}, int8"] = _twin(model, [rounded(entry) for entry in several])
+    return found
 
 
 @torch.no_grad()
@@ -101,7 +104,12 @@ def measure(
     if not next(iter(runners.values())).decodes:
         new_tokens = 0
     rows = []
-    with progress(total=len(shapes) * repeats, desc="Timing", unit="prompt") as bar:
+    # Every model has graphs of its own, of one class's code: more than a compiler takes for a sign of trouble.
+    graphs = compiler.recompile_limit + 4 * len(models) * len(shapes)
+    with (
+        compiler.patch(recompile_limit=graphs),
+        progress(total=len(shapes) * repeats, desc="Timing", unit="prompt") as bar,
+    ):
         for shape in shapes:
             prompts, decodes, peaks = _timed(runners, shape, new_tokens, repeats, seed, bar.update)
             for index, name in enumerate(models):
@@ -247,9 +255,13 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
         found[0] = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A model of its own with the same tensors."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+def _twin(model: nn.Module, factors: Sequence[GroupFactors]) -> nn.Module:
+    """A model of its own with the same tensors, and another correction."""
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    detach(twin)
+    for entry in factors:
+        attach(twin, entry)
+    return twin
 
 
 def _processor() -> str:

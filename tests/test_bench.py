@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 
 import glowq
 from glowq.backends import prepare_model
-from glowq.runtime import attached, attached_factors, detach
+from glowq.rounding import rounded
+from glowq.runtime import attach, attached, attached_factors, detach
 from glowq.speed import Shape, measure, variants
 
 MODELS = ["base", "shared", "per module"]
@@ -50,7 +52,7 @@ class TestResult:
         assert all(set(row) == ROW | figures("decode") for row in result["rows"])
         assert set(result) == {
             *("model", "device", "threads", "torch", "platform", "dtype", "rows", "command", "output"),
-            *("new_tokens", "repeats", "compiled", "seed"),
+            *("new_tokens", "repeats", "compiled", "seed", "int8"),
         }
         assert (result["model"], result["output"]) == (str(rank_8), str(output))
         assert (result["new_tokens"], result["repeats"], result["compiled"], result["seed"]) == (4, 3, False, 7)
@@ -170,6 +172,20 @@ class TestThreeModels:
             for name in turn:
                 rounding = 8 * torch.finfo(torch.bfloat16).eps * float(before[name].abs().max())
                 assert float((logits(made[name]) - before[name]).abs().max()) <= rounding
+
+    def test_in_int8_they_compute_what_rounded_factors_do(self, model: Any, source: Path) -> None:
+        made = variants(model, int8=True)
+        assert list(made) == [*MODELS, "shared, int8", "per module, int8"]
+        assert {name: {part.int8 for part in attached(each).values()} for name, each in made.items()} == {
+            "base": set(),
+            **dict.fromkeys(MODELS[1:], {False}),
+            **dict.fromkeys([f"{name}, int8" for name in MODELS[1:]], {True}),
+        }
+        again = quantized(source, "nf4")
+        prepare_model(again)
+        for entry in attached_factors(model):
+            attach(again, rounded(entry))
+        assert torch.equal(logits(made["shared, int8"]), logits(again))
 
     def test_they_share_every_tensor_of_the_base(self, model: Any) -> None:
         made = variants(model)
@@ -293,6 +309,16 @@ class TestSettings:
     @pytest.mark.usefixtures("two_threads")
     def test_threads(self, rank_8: Path) -> None:
         assert result_of("bench", rank_8, *LEAST, "--threads", 1)["threads"] == 1
+
+    def test_every_model_and_shape_gets_a_graph(self, rank_8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are more than torch.compile makes of one piece of code by itself."""
+        torch.compiler.reset()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        models = variants(load(rank_8).eval())
+        shapes = [Shape(batch, length) for batch in (1, 2) for length in (4, 6)]
+        rows = measure(models, shapes, 1, new_tokens=1, repeats=1, compiled=True)
+        assert len(rows) == len(models) * len(shapes)
+        torch.compiler.reset()
 
     @pytest.mark.slow
     def test_compiled(self, rank_8: Path) -> None:

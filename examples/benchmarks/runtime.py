@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="time both with factors in int8, too")
     parser.add_argument("--exact", action="store_true", help="without kernels that rewrite the base's weights")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
 def timed(name: str, model: Any, base_bytes: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the base and of both corrected models, and what the shared one adds of what the other adds."""
     rows = measure(
-        variants(model),
+        variants(model, int8=arguments.int8),
         [Shape(arguments.batch, arguments.prompt)],
         base_bytes,
         new_tokens=arguments.new_tokens,
@@ -76,9 +77,9 @@ def timed(name: str, model: Any, base_bytes: int, arguments: argparse.Namespace)
     )
     for row in rows:
         row["groups"] = name
-    _, shared, single = rows
-    for kind in ("first_token", "decode"):
-        shared[f"{kind}_of_per_module"] = shared[f"{kind}_added"][1] / single[f"{kind}_added"][1]
+    for shared, single in zip(rows[1::2], rows[2::2], strict=True):
+        for kind in ("first_token", "decode"):
+            shared[f"{kind}_of_per_module"] = shared[f"{kind}_added"][1] / single[f"{kind}_added"][1]
     return rows
 
 

@@ -30,6 +30,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Prompts of each size.")] = 5,
     compile_: Annotated[bool, typer.Option("--compile", help="Time torch.compile's graphs.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Time both with their factors in int8, too.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the processor; else torch's choice.")] = None,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder for bench.json, table.md and bench.png.")
@@ -69,8 +70,10 @@ def bench(
         if not compile_:  # torch.compile does not see a kernel rewrite its weight
             use_fast_kernels(loaded)
         options: dict[str, Any] = {"new_tokens": decoded, "repeats": repeats, "compiled": compile_, "seed": seed}
-        rows = measure(variants(loaded), shapes, loaded.config.quantization_config.base_bytes, **options)
-        result = {"model": model, **machine(loaded), **options, "rows": rows, "command": command_line(output, "DIR")}
+        models = variants(loaded, int8=int8)
+        rows = measure(models, shapes, loaded.config.quantization_config.base_bytes, **options)
+        about = {"model": model, **machine(loaded), **options, "int8": int8}
+        result = {**about, "rows": rows, "command": command_line(output, "DIR")}
         if output is not None:
             _write(Path(output).resolve(), result)
         show({**result, "output": output}, lambda: table(_title(result), _HEADINGS, _cells(result), ["model"]))
