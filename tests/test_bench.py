@@ -176,11 +176,8 @@ class TestThreeModels:
     def test_in_int8_they_compute_what_rounded_factors_do(self, model: Any, source: Path) -> None:
         made = variants(model, int8=True)
         assert list(made) == [*MODELS, "shared, int8", "per module, int8"]
-        assert {name: {part.int8 for part in attached(each).values()} for name, each in made.items()} == {
-            "base": set(),
-            **dict.fromkeys(MODELS[1:], {False}),
-            **dict.fromkeys([f"{name}, int8" for name in MODELS[1:]], {True}),
-        }
+        for name, each in made.items():
+            assert all(part.int8 is name.endswith("int8") for part in attached(each).values())
         again = quantized(source, "nf4")
         prepare_model(again)
         for entry in attached_factors(model):
