@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ def seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> Iterator[None]:
+    """What gptqmodel dequantizes runs as it is written, and is not compiled.
+
+    It compiles for every module of every model again, seconds each, until torch gives up after eight: which tests of a
+    process would run compiled, and which not, would depend on their order. `test_backends.py` lets it compile.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -24,6 +24,8 @@ from glowq import errors
 from glowq.backends import prepare_model
 from glowq.cli import app
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 NAME = "model.layers.0.self_attn.q_proj"
 SIZES = ["--rank", 4, "--calibration-tokens", 1024, "--sequence-length", 128]
 

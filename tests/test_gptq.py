@@ -24,6 +24,8 @@ from glowq.errors import BackendError, ConfigError, FingerprintError, NonFiniteE
 
 pytest.importorskip("gptqmodel")
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 NAME = "model.layers.0.self_attn.q_proj"
 ROWS = {base.name: base for base in BASES}
 

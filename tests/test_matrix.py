@@ -19,6 +19,8 @@ from glowq.data import read_texts, token_sequences
 from glowq.errors import ConfigError
 from glowq.evaluation import score_models
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 RANK = 8
 
 

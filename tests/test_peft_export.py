@@ -28,6 +28,8 @@ from glowq.backends import prepare_model
 from glowq.errors import ConfigError, ExportError, FingerprintError
 from glowq.integrations.exporting import export
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 WHOLE: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
 
 

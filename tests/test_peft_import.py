@@ -32,6 +32,8 @@ from glowq.integrations.exporting import export
 from glowq.integrations.peft_import import import_adapter
 from glowq.runtime import attached
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASE = "torchao-int4"  # whose kernel computes in float32
 LAYER = "model.layers.0.self_attn"
