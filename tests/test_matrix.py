@@ -46,7 +46,7 @@ def made(request: pytest.FixtureRequest) -> tuple[Base, Any, glowq.Correction]:
         calibration="python-stdlib",
         tokenizer=AutoTokenizer.from_pretrained(small_model()),
         rank=RANK,
-        **{**CALIBRATION, "calibration_tokens": 4096},
+        **{**CALIBRATION, "calibration_tokens": 2048},
     )
     return base, model, correction
 
