@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import writers
 from folded import (
     ATTENTION,
     IDS,
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import glowq
-from bases import Base, rows, small_model
+from bases import BASES, Base, rows, small_model
 from glowq.backends import prepare_model, read_weight
 from glowq.data import read_texts, token_sequences
 from glowq.errors import FoldingError, ReferenceMismatchError
@@ -213,11 +212,10 @@ def test_another_revision_is_told_by_its_embeddings() -> None:
 
 
 @pytest.fixture(scope="module")
-def awq_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def awq_checkpoint() -> Path:
     pytest.importorskip("gptqmodel")
-    folder = tmp_path_factory.mktemp("awq")
-    writers.awq(small_model(), folder)
-    return folder
+    (base,) = (base for base in BASES if base.name == "awq-int4")
+    return base.checkpoint(small_model())
 
 
 def awq_model(folder: Path) -> Any:
