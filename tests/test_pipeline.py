@@ -33,8 +33,8 @@ def scores() -> dict[str, Score]:
     models = {"reference": load(EXAMPLE)}
     for base in ("nf4", "torchao-int3", "torchao-int2"):
         models[base] = quantized(EXAMPLE, base)
-        for method in ("glowq", "svd"):
-            options = {"calibration_tokens": 8192, "sequence_length": 256, "method": method}
+        for method, count in (("glowq", 4096), ("svd", 256)):  # svd solves without statistics of the text
+            options = {"calibration_tokens": count, "sequence_length": 256, "method": method}
             models[f"{base}-{method}"] = corrected(EXAMPLE, base, rank=16, calibration="python-stdlib", **options)[0]
     return score_models(models, held_out)
 
@@ -43,7 +43,7 @@ def share(scores: dict[str, Score], base: str, method: str) -> Interval:
     return recovered(scores["reference"], scores[base], scores[f"{base}-{method}"])
 
 
-# Measured at rank 16 with Python 3.11's library: 0.46, 0.47 and 0.54 (plain svd: 0.12, 0.15 and 0.23).
+# Measured at rank 16 with Python 3.11's library: 0.49, 0.62 and 0.61 (plain svd: 0.20, 0.21 and 0.23).
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "floor"), [("nf4", 0.2), ("torchao-int3", 0.35), ("torchao-int2", 0.45)])
 def test_the_share_of_the_gap_recovered(scores: dict[str, Score], base: str, floor: float) -> None:
