@@ -36,6 +36,7 @@ def test_the_solver_against_the_published_recipe(run: Any) -> None:
     assert found["excess_residual"]["glowq"] < found["excess_residual"]["published"]
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_correction(run: Any) -> None:
     sizes = ["--calibration-tokens", "1024", "--rank", "2", "--repeats", "1", "--distill", "1"]
     found = run("cost.py", "--base", "torchao-int4", *sizes)
@@ -43,6 +44,7 @@ def test_the_cost_of_a_correction(run: Any) -> None:
     assert found["ratio"] == pytest.approx(found["correction_seconds"] / found["forward_seconds"])
 
 
+@pytest.mark.slow
 def test_every_base_at_equal_bytes(run: Any) -> None:
     sizes = ["--budgets", "262144", "--calibration-tokens", "2048", "--tokens", "2048"]
     rows = run("backends.py", "--bases", "torchao-int2", *sizes)["rows"]
@@ -55,6 +57,7 @@ def test_every_base_at_equal_bytes(run: Any) -> None:
         assert row["recovered"] == pytest.approx((row["quantized"] - row["corrected"]) / gap)
 
 
+@pytest.mark.slow
 def test_every_form(run: Any) -> None:
     sizes = ["--rank", "2", "--calibration-tokens", "1024", "--repeats", "1"]
     rows = run("forms.py", "--model", str(small_model()), *sizes)["rows"]
@@ -64,6 +67,7 @@ def test_every_form(run: Any) -> None:
     assert all(row["load_seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_with_shared_and_with_per_module_factors(run: Any) -> None:
     sizes = ["--hidden", "256", "--intermediate", "128", "--blocks", "1", "--rank", "4"]
     rows = run("onnx_runtime.py", *sizes, "--decodes", "2", "--prefills", "1", "--prompt", "8")["rows"]

@@ -31,6 +31,9 @@ from glowq.integrations.onnx_graph import describe, export_graph
 from glowq.integrations.onnx_operators import use_operators
 from glowq.loading import load_config, load_model
 
+# Every test waits for an export or makes one.
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 TOKENS = 16
 
@@ -255,13 +258,17 @@ def test_another_models_graph_fails_the_check_with_figures(written: Path, source
         check(written, model, interface)
 
 
-def test_a_right_product_that_is_not_shared_fails_the_check(source: Path, tmp_path: Path) -> None:
-    model, interface = prepared(source)
+def test_a_right_product_that_is_not_shared_fails_the_check(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "llama", dtype=torch.float32, num_hidden_layers=1)
+    corrected(folder, "nf4-double")[1].save_pretrained(tmp_path / "correction")
+    model, interface = prepared(tmp_path / "correction")
 
     def another_tensor(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0] * 3 / 3,)
 
     model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(another_tensor)
-    export_graph(model, interface, tmp_path)
+    target = tmp_path / "export"
+    target.mkdir()
+    export_graph(model, interface, target)
     with pytest.raises(ExportError, match=r"q_proj\+k_proj\+v_proj' has 2 products with its right factor"):
-        check(tmp_path, model, interface)
+        check(target, model, interface)
