@@ -25,13 +25,14 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def request(base: Any = "hqq-4") -> glowq.GlowQConfig:
-    return glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, **CALIBRATION)
+def request(base: Any = "hqq-4", **options: Any) -> glowq.GlowQConfig:
+    return glowq.GlowQConfig(**{"base": base, "rank": 4, "calibration": TEXTS, **CALIBRATION, **options})
 
 
 def quantize(source: Path, base: Any = "hqq-4", **options: Any) -> Any:
     """Quantized while loading, and not corrected."""
-    model = load(source, quantization_config=request(base), **options)
+    few = {"rank": 1, "calibration_tokens": 128}  # for what is detached at once
+    model = load(source, quantization_config=request(base, **few), **options)
     glowq.detach(model)
     return model
 
