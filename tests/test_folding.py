@@ -112,6 +112,7 @@ def test_rounding_alone_is_taken_for_no_folding(bits: int, spread: float, symmet
     assert not found.scales
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("base", rows("nf4", "fp4", "torchao-int2", "torchao-int3", "torchao-int4", "gptq-4", "hqq-2"))
 def test_libraries_that_fold_nothing_are_corrected_as_they_are(base: Base) -> None:
     model = base.load()

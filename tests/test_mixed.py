@@ -193,6 +193,7 @@ def test_factors_are_of_the_models_dtype(full: Any, quantizer: Any, dtype: torch
     assert {tensor.dtype for tensor in stored.values()} == {dtype} == {e.right.dtype for e in correction.factors}
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("base", rows("gptq-4"))
 def test_gptq_inside_of_blocks_alone(base: Any, full: Any, tmp_path: Path) -> None:
     inside = [["self_attn.q_proj", "self_attn.k_proj"], ["mlp.up_proj"]]
