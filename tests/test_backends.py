@@ -25,6 +25,7 @@ from glowq.errors import BackendError, NonFiniteError, RepackedWeightError, Unkn
 
 BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 Loaded = tuple[Base, Any]
+SETTINGS: dict[str, str] = {}  # row -> how its first module reads
 
 
 @pytest.fixture(scope="module", params=rows())
@@ -32,7 +33,14 @@ def loaded(request: pytest.FixtureRequest) -> Loaded:
     """One row and its prepared model; tests here leave it as they found it."""
     model = request.param.load()
     prepare_model(model)
+    SETTINGS[request.param.name] = settings_of(model)
     return request.param, model
+
+
+def settings_of(model: nn.Module) -> str:
+    module = model.get_submodule("model.layers.0.self_attn.q_proj")
+    backend = find_backend(module)
+    return f"{backend.name} {backend.scheme(module)}"
 
 
 def one_of_each_shape(model: nn.Module) -> dict[str, nn.Module]:
@@ -136,12 +144,8 @@ def test_damaged_scales_are_refused_by_name(loaded: Loaded) -> None:
 
 
 def test_the_settings_of_every_row_read_differently() -> None:
-    schemes = {}
-    for base in (base for base in BASES if base.installed):
-        model = base.load()
-        module = model.get_submodule("model.layers.0.self_attn.q_proj")
-        backend = find_backend(module)
-        schemes[base.name] = f"{backend.name} {backend.scheme(module)}"
+    installed = [base for base in BASES if base.installed]
+    schemes = {base.name: SETTINGS.get(base.name) or settings_of(base.load()) for base in installed}
     assert len(set(schemes.values())) == len(schemes), schemes
 
 
