@@ -136,10 +136,12 @@ def test_activations_that_are_rounded_stay_so_and_the_weight_error_is_corrected(
     x = torch.randn(3, 768, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), glowq.disabled(model):
         assert float((module(x) - x @ module.weight.T).abs().max()) > 1e-4
-    reference = logits(load(small_model(), dtype=torch.float32))
+    # Rounded inputs make noise that differs from processor to processor: 3% of the whole on a few tokens.
+    ids = torch.randint(0, 4096, (32, 64), generator=torch.Generator().manual_seed(1))
+    reference = logits(load(small_model(), dtype=torch.float32), ids)
     with glowq.disabled(model):
-        before = float((logits(model) - reference).norm())
-    assert float((logits(model) - reference).norm()) < 1.02 * before
+        before = float((logits(model, ids) - reference).norm())
+    assert float((logits(model, ids) - reference).norm()) < 1.02 * before
 
 
 def test_an_asymmetric_packed_checkpoint_loads_with_transformers(checkpoint: Any) -> None:
