@@ -17,7 +17,7 @@ from .benefit import Benefit, benefit_map
 from .block_solver import stops_of, to_model
 from .correction import Correction
 from .entries import BUY, Entry, Terms
-from .errors import UnsupportedModuleError
+from .errors import RoundingError, UnsupportedModuleError
 from .evaluation import Score, score_models
 from .groups import Trace, trace_groups
 from .methods import Method, get_method
@@ -54,6 +54,7 @@ def compare_methods(
     calibration: Tensor,
     methods: Sequence[str],
     budgets: Sequence[str],
+    int8: bool = False,
     seed: int = 0,
     dense: bool = False,
 ) -> Comparison:
@@ -70,6 +71,7 @@ def compare_methods(
         calibration: token ids, shape (n, length), int64.
         methods: names, see `glowq.methods`.
         budgets: see `glowq.selection.parse_budget`.
+        int8: the first method that allocates by gain once more, its factors in int8: "glowq+int8".
         seed: of the solver.
         dense: see `glowq.correct`.
 
@@ -117,10 +119,26 @@ def compare_methods(
             ]
             continue
         found, whole = BUY[method.allocation](method, terms)
-        if method.allocation == "gain" and whole is not None and benefit is None:
-            benefit = benefit_map(whole, trace.groups, terms.largest)
         entries += found
+        if method.allocation == "gain" and benefit is None and whole is not None:
+            benefit = benefit_map(whole, trace.groups, terms.largest)
+            entries += _in_int8(method, terms) if int8 else []
     return Comparison(entries, base_bytes, benefit)
+
+
+def _in_int8(method: Method, terms: Terms) -> list[Entry]:
+    """What a method that allocates by gain buys at a byte a value; nothing where rounding is refused."""
+
+    def solve(method: Method, **size: Any) -> Correction:
+        return terms.solve(method, factor_dtype="int8", **size)
+
+    name = f"{method.name}+int8"
+    try:
+        entries, _ = BUY[method.allocation](method, replace(terms, itemsize=1, solve=solve))
+    except RoundingError as error:
+        refused = Entry(name, method.allocation, terms.largest, terms.available[terms.largest], None, (), str(error))
+        return [replace(refused, budget=budget, budget_bytes=found) for budget, found in terms.available.items()]
+    return [replace(entry, method=name) for entry in entries]
 
 
 def distill_entries(

@@ -273,6 +273,30 @@ class TestDistilled:
         assert "--distill takes a method that allocates by gain: add glowq to --methods" in done.stderr
 
 
+class TestInt8:
+    def test_the_same_bytes_hold_more_ranks(self, command: list[Any]) -> None:
+        result = result_of(*command, "--methods", "svd,glowq", "--budgets", "0.00001%,9%", "--int8")
+        rows = {(row["method"], row["budget"]): row for row in result["rows"]}
+        assert list(dict.fromkeys(row["method"] for row in result["rows"])) == ["svd", "glowq", "glowq+int8"]
+        small, plain = rows["glowq+int8", "9%"], rows["glowq", "9%"]
+        assert 0 < small["factor_bytes"] <= small["budget_bytes"] == plain["budget_bytes"]
+        assert small["predicted"] > plain["predicted"]
+        assert rows["glowq+int8", "0.00001%"]["reason"] is not None
+
+    def test_what_is_refused_says_why(self, command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("glowq.int8._LARGEST", 1)
+        monkeypatch.setattr("glowq.int8.LEFT_UNIT", 1.0)
+        monkeypatch.setattr("glowq.correction.check_rounding", lambda *offers: None)
+        result = result_of(*command, "--methods", "glowq", "--budgets", "9%", "--int8")
+        (row,) = (row for row in result["rows"] if row["method"] == "glowq+int8")
+        assert "rounding loses more than it wins" in row["reason"]
+
+    def test_without_a_method_that_allocates_by_gain(self, command: list[Any]) -> None:
+        done = call(*command, "--methods", "svd,glowq-s", "--int8")
+        assert done.exit_code == 1
+        assert "--int8 takes a method that allocates by gain: add glowq to --methods" in done.stderr
+
+
 def test_a_gguf_file(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     writers.gguf(small_model(), tmp_path / "model-Q4_0.gguf", "Q4_0")

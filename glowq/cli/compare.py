@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,6 +63,9 @@ def compare(
     distill: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Also distil the first method that allocates by gain.")
     ] = 0,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also round the first method that allocates by gain to int8.")
+    ] = False,
     seed: SeedOption = 0,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens calibrated on.")] = 32768,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens reported on, picked from all over the text.")] = 32768,
@@ -86,7 +89,7 @@ def compare(
         from ..overlap import check_disjoint
 
         names, sizes, wanted = _list(methods), _list(budgets), _list(tasks)
-        _check_early(names, wanted, output, distill)
+        _check_early(names, wanted, output, {"--distill": bool(distill), "--int8": int8})
         quantization = None if base in ("none", "dense") else base_config(base)
         config = load_config(model, gguf_file)
         if not scores_text(config):
@@ -105,6 +108,7 @@ def compare(
             calibration=train,
             methods=names,
             budgets=sizes,
+            int8=int8,
             seed=seed,
             dense=base == "dense",
         )
@@ -141,14 +145,14 @@ def _list(text: str | None) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
-def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None, distill: int) -> None:
+def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None, more: Mapping[str, bool]) -> None:
     """Refuse before anything is loaded what could only fail at the end."""
     from ..files import Kind, check_output
     from ..plots import check_plots
 
     allocations = [get_method(name).allocation for name in names]
-    if distill and "gain" not in allocations:
-        raise ConfigError("--distill takes a method that allocates by gain: add glowq to --methods, or leave it out.")
+    for option in (option for option, wanted in more.items() if wanted and "gain" not in allocations):
+        raise ConfigError(f"{option} takes a method that allocates by gain: add glowq to --methods, or leave it out.")
     if tasks:
         check_tasks(tasks)
     if output is not None:
