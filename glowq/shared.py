@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from threading import get_ident
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from . import operators
 from .errors import ConfigError
@@ -36,6 +36,12 @@ class _Factor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return operators.right(x, self.factor, self.scale)
+
+
+class _Handle(Protocol):
+    """What takes back a change of a member."""
+
+    def remove(self) -> None: ...
 
 
 class _Slot(NamedTuple):
@@ -79,7 +85,7 @@ class SharedCorrection(nn.Module):
         self._whole: tuple[Any, ...] = ()  # where each left factor lies, all as one, and their scales
         self._slot: list[_Slot | None] = [None]  # set without the ceremony of a module's attribute
         self._traced: list[_Slot | None] = [None]
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[_Handle] = []
         self._stack()
 
     @property
@@ -118,6 +124,11 @@ class SharedCorrection(nn.Module):
             return output.add_(addition)
         return (output + addition).to(output.dtype)
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody's hook is on a factor, so that the factors have to be called as modules."""
+        return any(map(_is_watched, self._factors))
+
     def right_product(self, index: int, x: Tensor) -> Tensor:
         """B x for member number `index`, computed once a forward like everything that the members share.
 
@@ -148,7 +159,7 @@ class SharedCorrection(nn.Module):
         countless, right = x.is_inference(), self._factors[0]
         factor: Any
         factor, scale = right._parameters["factor"], right._buffers["scale"]
-        watched = any(map(_is_watched, self._factors))
+        watched = self.watched
         if not watched:
             self._check_device(x, factor)
         few = x.is_cpu and x.numel() <= operators.FEW * x.shape[-1]
@@ -172,7 +183,7 @@ class SharedCorrection(nn.Module):
         # traced forward leaves the slot as it found it (empty), so that no guard fails on the next call. A write into
         # the input between two members goes unseen here, but `find_groups` never groups such members. On the CPU each
         # member has its own left product, which a compiler makes part of the addition, and an exporter understands.
-        apart = x.device.type == "cpu" or torch.compiler.is_exporting() or any(map(_is_watched, self._factors))
+        apart = x.device.type == "cpu" or torch.compiler.is_exporting() or self.watched
         slot = self._traced[0]
         if slot is not None and slot.source is x and not slot.used & (1 << index):
             self._traced[0] = self._used(slot, index)
@@ -259,13 +270,31 @@ class MemberHook:
     def __init__(self, container: SharedCorrection, index: int) -> None:
         self.container = container
         self.index = index
+        self._settled: dict[int, weakref.ref[Tensor]] = {}  # by thread
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self._settled and self._is_settled(args):
+            return output
         if not self.container.enabled:
             return output
         # Another hook may have kept the output; nobody else has seen it.
         alone = len(module._forward_hooks) == 1 and not _HOOKS_OF_EVERY_MODULE
         return self.container.forward(self.index, args[0], output, in_place=alone)
+
+    def settle(self, x: Tensor) -> None:
+        """Leave the output of the forward that is running as it is: the correction is in it.
+
+        Args:
+            x: the input that the forward was called with, the very object.
+        """
+        self._settled[get_ident()] = weakref.ref(x)
+
+    def _is_settled(self, args: tuple[Any, ...]) -> bool:
+        seen = self._settled.pop(get_ident(), None)
+        return seen is not None and bool(args) and seen() is args[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_settled": {}}
 
 
 def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
