@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import BackendError, NonFiniteError, UnknownBaseError
 from ..versions import warn_untested
-from ._backend import Backend, Scheme, StoredModule
+from ._backend import Backend, FusedProduct, Scheme, StoredModule
 
 __all__ = [
     "Backend",
+    "FusedProduct",
     "Scheme",
     "StoredModule",
     "backend_of",

@@ -11,7 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Backend", "Scheme", "StoredModule"]
+__all__ = ["Backend", "FusedProduct", "Scheme", "StoredModule"]
+
+FusedProduct = Callable[[Any, Tensor], Callable[..., Tensor] | None]
+"""See `Backend.fused_product`."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,21 @@ class Backend(ABC):
         From its next forward on the module may be run only: the kernel rewrites the weight.
         """
         return False
+
+    def fused_product(self, module: Any) -> FusedProduct | None:
+        """The module's product in a Triton kernel that adds a correction in the same launch.
+
+        Returns:
+            None where no kernel reads such a module's weight. Else an object that is called with the module and its
+            input x, shape (..., d), float16, bfloat16 or float32, where no gradient is wanted. It returns None where
+            the module has to compute this by itself; else a function of `glowq_kernels` with all of its arguments but
+            `product`, shape (..., r), `left`, shape (o, r), and `left_scale`, shape (o,) or None. What that returns,
+            converted to the dtype of x, is what the module's own forward would, with the correction in it.
+
+            The object is kept, copied and pickled with the model: it looks the module's tensors up at every call, and
+            keeps what it computes of them in a `Derived`.
+        """
+        return None
 
     def features(self, module: Any) -> tuple[int, int]:
         """(out_features, in_features)."""

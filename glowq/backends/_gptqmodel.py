@@ -14,8 +14,11 @@ def keep_readable(module: Any) -> None:
 
 
 def let_rewrite(module: Any) -> bool:
-    """Undo `keep_readable`; returns whether there was anything to undo."""
-    if getattr(module, "linear_mode", "none") != "train":
+    """Undo `keep_readable`; returns whether there was anything to undo.
+
+    There is not on devices that such a kernel does not run on.
+    """
+    if getattr(module, "linear_mode", "none") != "train" or module.qweight.device.type not in ("cpu", "xpu"):
         return False
     module.linear_mode = None
     return True

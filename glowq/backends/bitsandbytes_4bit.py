@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from typing import Any, ClassVar
@@ -11,8 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import glowq_kernels
+
 from ..errors import BackendError, RepackedWeightError
-from . import Backend, Scheme, StoredModule, register
+from . import Backend, FusedProduct, Scheme, StoredModule, register
+from ._derived import Derived
 
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of bnb_4bit_quant_storage, where it is not a byte
 
@@ -57,8 +60,14 @@ class BitsAndBytes4Bit(Backend):
     def release(self, module: Any) -> bool:
         from bitsandbytes.functional import has_avx512bf16
 
+        if not module.weight.is_cpu:
+            return False  # no kernel of a GPU rewrites the weight
         module.support_avx512bf16_for_cpu = has_avx512bf16()
         return bool(module.support_avx512bf16_for_cpu)
+
+    def fused_product(self, module: Any) -> FusedProduct | None:
+        library = sys.modules["bitsandbytes"].nn.Linear4bit
+        return _Product() if type(module).forward is library.forward else None
 
     def weight(self, module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -99,3 +108,47 @@ class BitsAndBytes4Bit(Backend):
                 "and can no longer be read back exactly. Load the model again and call glowq before its first forward."
             )
         return state
+
+
+class _Product:
+    """See `Backend.fused_product`. Undoes double quantization once: that is four bytes a block of values."""
+
+    def __init__(self) -> None:
+        self._absmax = Derived()
+
+    def __call__(self, module: Any, x: Tensor) -> Callable[..., Tensor] | None:
+        weight, state = module.weight.data, getattr(module.weight, "quant_state", None)
+        if state is None or getattr(state, "packing_format_for_cpu", False) or weight.device != x.device:
+            return None
+        # Where rows end inside a block, bitsandbytes itself reads some weights wrongly on the CPU.
+        if len(state.shape) != 2 or x.shape[-1] != state.shape[1] or state.shape[1] % state.blocksize:
+            return None
+        if x.numel() and not module.compute_type_is_set:  # as its own first forward does
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        dtype, bias = module.compute_dtype or x.dtype, module.bias
+        return partial(
+            glowq_kernels.nf4_linear,
+            x.to(dtype),
+            weight if weight.dtype is torch.uint8 else weight.view(torch.uint8),
+            self._scales(state),
+            state.code,
+            blocksize=state.blocksize,
+            out_features=state.shape[0],
+            bias=None if bias is None else bias.to(dtype),
+        )
+
+    def _scales(self, state: Any) -> Tensor:
+        """One scale a block, float32, shape (blocks,)."""
+        if not state.nested:
+            return state.absmax
+        nested = state.state2
+        tensors = (state.absmax, nested.absmax, nested.code, state.offset)
+        return self._absmax.of(partial(_single, state), *tensors, key=nested.blocksize)
+
+
+def _single(state: Any) -> Tensor:
+    """The scales of double quantization as they are without it, shape (blocks,), float32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()

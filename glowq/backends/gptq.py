@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+import glowq_kernels
+
 from ..errors import BackendError, RepackedWeightError
-from . import Backend, Scheme, StoredModule, register
+from . import Backend, FusedProduct, Scheme, StoredModule, register
+from ._derived import Derived
 from ._gptqmodel import keep_readable, let_rewrite
 
 GROUP_SIZE = 128
+
+# Whose forward is a product with the weight that `weight` returns, and nothing else.
+_PLAIN = ("TorchLinear", "TritonV2Linear", "TorchFusedLinear", "TorchAtenLinear")
 
 
 def _config(bits: int) -> Any:
@@ -54,6 +60,10 @@ class GPTQ(Backend):
 
     def release(self, module: Any) -> bool:
         return let_rewrite(module)
+
+    def fused_product(self, module: Any) -> FusedProduct | None:
+        plain = type(module).forward.__qualname__ in [f"{name}.forward" for name in _PLAIN]
+        return _Product() if plain and module.bits == 4 and module.pack_dtype is torch.int32 else None
 
     def weight(self, module: Any) -> Tensor:
         self._check(module)
@@ -124,6 +134,55 @@ class GPTQ(Backend):
                 "read back exactly. Load the model again and call glowq before its first forward, or load it with "
                 "GPTQConfig(bits=..., backend='torch')."
             )
+
+
+class _Product:
+    """See `Backend.fused_product`. Finds out once whether the groups are consecutive.
+
+    The weight is not rounded to the dtype of its scales, as gptqmodel's kernels round it.
+    """
+
+    def __init__(self) -> None:
+        self._groups = Derived()
+
+    def __call__(self, module: Any, x: Tensor) -> Callable[..., Tensor] | None:
+        qweight, scales, g_idx = module.qweight, module.scales, module.g_idx
+        if getattr(module, "linear_mode", None) == "inference" or qweight.dtype is not torch.int32:
+            return None  # rewritten
+        if module.adapter or module.online_full_had or module.online_partial_had:
+            return None  # more than a product
+        if qweight.device != x.device or not x.shape[-1] == module.in_features == len(g_idx):
+            return None
+        shape = len(scales), x.device
+        groups = self._groups.of(partial(_groups, g_idx, *shape), g_idx, key=shape)
+        if groups is None:
+            return None
+        size, order = groups
+        # Zero points are held as they are: AutoGPTQ's, less one, are converted when they are loaded.
+        return partial(
+            glowq_kernels.gptq_linear,
+            x,
+            qweight,
+            module.qzeros,
+            scales,
+            group_size=size,
+            g_idx=order,
+            bias=getattr(module, "bias", None),
+        )
+
+
+def _groups(g_idx: Tensor, count: int, device: torch.device) -> tuple[int, Tensor | None] | None:
+    """Group size and `g_idx` as `gptq_linear` takes them on `device`; None where an entry names none of the groups."""
+    index = g_idx.long()
+    if int(index.min()) < 0 or int(index.max()) >= count:
+        return None
+    if count == 1:
+        return -1, None
+    size = max(1, int((index == 0).sum()))
+    consecutive = torch.equal(index, torch.arange(len(index), device=index.device) // size)
+    if consecutive and -(-len(index) // size) == count:
+        return size, None
+    return -(-len(index) // count), g_idx.to(device, torch.int32)
 
 
 def _is_embedding(module: nn.Module) -> bool:

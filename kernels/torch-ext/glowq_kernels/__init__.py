@@ -5,11 +5,11 @@ cannot run on this machine, and `twins` has every function in plain torch.
 """
 
 from . import twins
-from .availability import unavailable
+from .availability import interpreted, unavailable
 from .checks import KernelError
 from .gptq import gptq_linear
 from .left_product import left_add_
 from .nf4 import nf4_linear
 from .right_product import right
 
-__all__ = ["KernelError", "gptq_linear", "left_add_", "nf4_linear", "right", "twins", "unavailable"]
+__all__ = ["KernelError", "gptq_linear", "interpreted", "left_add_", "nf4_linear", "right", "twins", "unavailable"]

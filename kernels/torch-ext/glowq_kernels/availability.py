@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["unavailable"]
+__all__ = ["interpreted", "unavailable"]
 
 _OLDEST_TRITON = (3, 4)
 _OLDEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU that triton supports
@@ -31,6 +31,15 @@ def unavailable() -> str | None:
     if triton.knobs.runtime.interpret:
         return None
     return _device_missing() or _compiler_missing()
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in triton's interpreter, on tensors of the CPU too; imports triton if they might."""
+    if "TRITON_INTERPRET" not in os.environ or unavailable() is not None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def _device_missing() -> str | None:
