@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ if not torch.cuda.is_available():
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "torch-ext"), str(Path(__file__).parent)]
 
+from fused_layers import BASES, WIDTHS, corrected  # noqa: E402
 from oracles import surrounded  # noqa: E402
 
+import glowq_kernels  # noqa: E402
 from glowq_kernels import unavailable  # noqa: E402
 
 
@@ -58,3 +61,42 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     yield borders
     assert all(edge.isnan().all() for edge in borders)
+
+
+@pytest.fixture
+def fused(library: None) -> Any:
+    """The module of glowq, which need not be installed where the kernels are tested."""
+    return pytest.importorskip("glowq.fused")
+
+
+@pytest.fixture
+def calls(fused: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often the kernels and the right product are called."""
+    counts: Counter[str] = Counter()
+
+    def count(place: Any, name: str) -> None:
+        function = getattr(place, name)
+
+        def called(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(place, name, called)
+
+    for name in ("nf4_linear", "gptq_linear", "left_add_"):
+        count(glowq_kernels, name)
+    count(fused.operators, "right")
+    return counts
+
+
+@pytest.fixture
+def make(fused: Any, calls: Counter[str], device: torch.device) -> Callable[..., Any]:
+    """Corrected and fused layers of a base of this name."""
+
+    def build(base: str, **options: Any) -> Any:
+        model = corrected(BASES[base], device, **options)
+        assert fused.fuse(model) == len(WIDTHS)
+        calls.clear()
+        return model
+
+    return build

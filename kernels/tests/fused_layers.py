@@ -1,0 +1,216 @@
+"""Corrected layers of bitsandbytes and gptqmodel for the tests of `glowq.fused`, and what they should compute."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from oracles import assert_close, dense, rounding
+from torch import Tensor, nn
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INPUTS, WIDTHS = 128, {"q": 64, "k": 32, "v": 96, "o": 64}
+RANK = 5
+
+
+@dataclass(frozen=True)
+class Base:
+    """One kind of packed layer.
+
+    Attributes:
+        kernel: the function of `glowq_kernels` that reads it.
+        make: (inputs, outputs, bias, dtype) -> layer, on the CPU.
+        read: layer -> the library's own dequantized weight, shape (o, d), and what its entries were made of.
+        error: relative error of the library's entries.
+    """
+
+    kernel: str
+    make: Callable[[int, int, bool, torch.dtype], nn.Module]
+    read: Callable[[Any], tuple[Tensor, Tensor]]
+    error: float
+
+
+def bitsandbytes(quant_type: str, double: bool) -> Base:
+    """bitsandbytes' 4 bits."""
+
+    def make(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+        library = pytest.importorskip("bitsandbytes")
+        options = {"compute_dtype": dtype, "compress_statistics": double, "quant_type": quant_type}
+        layer = library.nn.Linear4bit(inputs, outputs, bias, **options).to("cpu")
+        if bias:
+            layer.bias = nn.Parameter(torch.randn(outputs).to(dtype), requires_grad=False)
+        return layer
+
+    def read(layer: Any) -> tuple[Tensor, Tensor]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert weight.dtype is torch.float32  # which it was quantized from: nothing is rounded
+        return weight.double().cpu(), weight.double().cpu().abs()
+
+    return Base("nf4_linear", make, read, 2.0**-22)
+
+
+def gptq(group_size: int, order: bool = False, bits: int = 4) -> Base:
+    """gptqmodel's layer, asymmetric."""
+
+    def make(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+        packing = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+        size = inputs if group_size == -1 else group_size
+        count = -(-inputs // size)
+        groups = torch.arange(inputs) // size
+        groups = groups[torch.randperm(inputs)] if order else groups
+        codes = torch.randint(0, 2**bits, (outputs, inputs))
+        zeros = torch.randint(0, 2**bits, (outputs, count))
+        scales = (torch.rand(outputs, count) + 0.1).half().float() / 8
+        linear = nn.Linear(inputs, outputs, bias).requires_grad_(False)
+        linear.weight.data = (codes - zeros[:, groups]) * scales[:, groups]
+        layer = packing.TorchLinear(
+            bits=bits,
+            group_size=group_size,
+            desc_act=order,
+            sym=False,
+            in_features=inputs,
+            out_features=outputs,
+            bias=bias,
+            pack_dtype=torch.int32,
+            register_buffers=False,
+        )
+        layer.pack_original(linear, scales, zeros.float(), groups.int())
+        return layer
+
+    def read(layer: Any) -> tuple[Tensor, Tensor]:
+        weight = type(layer).dequantize_weight(layer).T.double().cpu()
+        return weight, 31 * layer.scales[layer.g_idx.long()].T.double().cpu()
+
+    return Base("gptq_linear", make, read, 2.0**-11)  # their weight is rounded to float16
+
+
+BASES = {
+    "nf4": bitsandbytes("nf4", False),
+    "nf4-double": bitsandbytes("nf4", True),
+    "fp4": bitsandbytes("fp4", False),
+    "fp4-double": bitsandbytes("fp4", True),
+    "gptq": gptq(32),
+    "gptq-rows": gptq(-1),
+    "gptq-act-order": gptq(32, order=True),
+}
+
+
+everywhere = pytest.mark.parametrize("base", ["nf4-double", "gptq-act-order"])
+
+
+class Layers(nn.Module):
+    """q, k and v, which read one input, and o; a name of `only` alone, where that is given."""
+
+    def forward(self, x: Tensor, only: str = "qkvo") -> list[Tensor]:
+        return [getattr(self, name)(x) for name in only]
+
+
+def corrected(
+    base: Base,
+    device: torch.device,
+    *,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    factors: torch.dtype = torch.float32,
+    inputs: int = INPUTS,
+) -> Any:
+    """`Layers` of a base with random corrections, on the device.
+
+    Args:
+        dtype: what bitsandbytes computes in.
+        factors: dtype of the factors; int8 for those of `glowq.int8`.
+    """
+    from glowq.backends import prepare_model
+    from glowq.groups import Group
+    from glowq.int8 import round_factors
+    from glowq.runtime import GroupFactors, attach
+
+    model = Layers().eval()
+    for name, outputs in WIDTHS.items():
+        model.add_module(name, base.make(inputs, outputs, bias, dtype))
+    model.to(device)
+    prepare_model(model)
+    int8 = factors is torch.int8
+    for members in (("q", "k", "v"), ("o",)):
+        group = Group("+".join(members), members, inputs, tuple(WIDTHS[member] for member in members), "")
+        right = torch.randn(RANK, inputs) / 4
+        lefts = {member: torch.randn(WIDTHS[member], RANK) for member in members}
+        if int8:
+            right, lefts = round_factors(right, lefts)
+        attach(
+            model,
+            GroupFactors(group, right, lefts, torch.zeros(RANK, dtype=torch.float64), 0.0, int8),
+            dtype=torch.float32 if int8 else factors,
+        )
+    return model
+
+
+def check(base: Base, model: Any, name: str, x: Tensor, found: Tensor, computed: torch.dtype | None = None) -> None:
+    """Assert that `found` is what member `name` should compute of x, within bounds that follow from the dtypes.
+
+    Args:
+        computed: dtype that the layer computes in, where it is another than that of x.
+    """
+    from glowq import operators
+    from glowq.runtime import attached
+
+    container = next(part for part in attached(model).values() if name in part.group.members)
+    left = container.lefts[container.group.members.index(name)]
+    with torch.no_grad():
+        product = operators.right(x, container.right.factor, container.right.scale).double().cpu()
+    layer = model.get_submodule(name)
+    weight, magnitude = base.read(layer)
+    factor = dense(left.factor, left.scale)
+    entries = x.to(computed or x.dtype).double().cpu()
+    expected = entries @ weight.T + product @ factor.T
+    size = entries.abs() @ magnitude.T + product.abs() @ factor.abs().T
+    if layer.bias is not None:
+        expected, size = expected + layer.bias.double().cpu(), size + layer.bias.double().cpu().abs()
+    assert found.dtype == x.dtype
+    # Rounded to what is computed in, and then to the dtype of x.
+    coarsest = max([computed or x.dtype, x.dtype], key=rounding)
+    error = base.error + rounding(computed or x.dtype)
+    assert_close(found.to(coarsest), expected, size, x.shape[-1] + RANK, weights=error)
+
+
+def run(model: Any, x: Tensor, only: str = "qkvo") -> list[Tensor]:
+    with torch.no_grad():
+        found: list[Tensor] = model(x, only)
+    return found
+
+
+def inputs(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, INPUTS).to(device, dtype)
+
+
+def check_all(base: str, model: Any, x: Tensor, **options: Any) -> None:
+    for name, found in zip(WIDTHS, run(model, x), strict=True):
+        check(BASES[base], model, name, x, found, **options)
+
+
+def make_like(model: Any) -> Any:
+    """A copy whose members are not fused."""
+    model = copy.deepcopy(model)
+    for name in WIDTHS:
+        getattr(model, name).__dict__.pop("forward", None)
+    return model
+
+
+def as_before(model: Any, calls: Counter[str], x: Tensor, context: Callable[[], Any]) -> None:
+    """Assert that a fused model does exactly what the same one does that is not."""
+    plain = make_like(model)
+    with context():
+        expected = plain(x)
+        found = model(x)
+    assert not calls["nf4_linear"] + calls["gptq_linear"]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.requires_grad == other.requires_grad
+        assert torch.equal(one, other)
