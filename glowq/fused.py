@@ -31,12 +31,13 @@ _GPUS = ("cuda", "xpu")  # ROCm's devices go by CUDA's name
 def fuse(model: nn.Module) -> int:
     """Let the corrected members of `model` run through the kernels that correct in the launch that multiplies.
 
-    Those are the members whose weight is on a GPU now (or, for tests, anywhere if triton is in its interpreter) in a
+    Those are the members whose weight is on a GPU now (for tests, on the CPU too if triton is in its interpreter) in a
     packing that such a kernel reads. They take the kernel for inputs of at most `operators.FEW` tokens of float16,
-    bfloat16 or float32, where no gradient is wanted, under `torch.no_grad`: one launch for the right product of a
-    group and one for each member. For everything else they compute what they did, with the hook's correction, and so
-    they do under autocast, in a compiler's trace, and while somebody's hook is on a factor. Other hooks of a member
-    see the corrected output of a kernel. No weight is changed; `detach` takes everything back.
+    bfloat16 or float32, where no gradient is wanted, under `torch.no_grad`: one launch for the right product of a group
+    (in `torch.inference_mode` of each member, see `SharedCorrection`) and one for each member. For everything else they
+    compute what they did, with the hook's correction, and so they do under autocast, in a compiler's trace, and while
+    somebody's hook is on a factor. Other hooks of a member see the corrected output of a kernel. No weight is changed;
+    `detach` takes everything back.
 
     Args:
         model: carries a correction.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,34 @@ def test_use_fast_kernels(fused: Any, calls: Counter[str], device: torch.device,
     backend = fused.find_backend(model.q)
     weight = read_weight(backend, "q", model.q).double().cpu()
     torch.testing.assert_close(weight, BASES[base].read(model.q)[0], rtol=1e-3, atol=1e-6)
+
+
+@everywhere
+def test_a_fused_weight_is_not_handed_to_kernels_that_rewrite_it(
+    fused: Any, device: torch.device, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glowq.fast_kernels import refuse_rewritten, use_fast_kernels
+
+    model, traps = corrected(BASES[base], device), {"support_avx512bf16_for_cpu": False, "linear_mode": "train"}
+    if base.startswith("nf4"):
+        monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: True)
+    for name in WIDTHS:
+        vars(getattr(model, name)).update(traps)
+    assert use_fast_kernels(model) == len(WIDTHS)
+    assert all(vars(getattr(model, name)).items() >= traps.items() for name in WIDTHS)
+    refuse_rewritten(model)
+
+
+def test_on_a_gpu_there_is_nothing_to_release(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
+    for base, part in (("nf4", "weight"), ("gptq", "qweight")):
+        model = corrected(BASES[base], torch.device("cpu"))
+        model.q.linear_mode = "train"
+        backend = fused.find_backend(model.q)
+        elsewhere = SimpleNamespace(**{part: torch.empty(0, device="meta")}, linear_mode="train")
+        assert not backend.release(elsewhere)
+        assert backend.release(model.q)
 
 
 def test_without_triton(fused: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
