@@ -85,11 +85,11 @@ def test_changes_and_benefits_are_those_of_whole_forwards(
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_small_change_is_told_from_rounding(
-    pair: tuple[nn.Module, nn.Module], ids: Tensor, random_factors: Factory
-) -> None:
+def test_a_small_change_is_told_from_rounding(pair: tuple[nn.Module, nn.Module], random_factors: Factory) -> None:
     """bfloat16 answers differ by some 1e-4 nats after any change at all."""
     reference, model = pair
+    # Rounding differs from processor to processor, and from token to token: enough of them that its mean does not.
+    ids = torch.randint(1, 64, (48, 16), generator=torch.Generator().manual_seed(3))
     tiny = [random_factors(group, scale=0.012) for group in find_groups(model, {"input_ids": ids})]
     exact = {
         entry.group.name: float(
@@ -105,7 +105,7 @@ def test_a_small_change_is_told_from_rounding(
         for entry in tiny
     ]
     largest = max(exact, key=lambda name: exact[name])
-    model, reference, ids = model.bfloat16(), reference.bfloat16(), ids.repeat(8, 1)
+    model, reference = model.bfloat16(), reference.bfloat16()
     rounded = measure_groups(model, reference, half, ids)[largest].change
     assert rounded == pytest.approx(exact[largest], rel=0.5)
     entry = next(entry for entry in half if entry.group.name == largest)
