@@ -43,6 +43,8 @@ def repository(tmp_path: Path) -> Path:
 
 def test_the_kernels_library_loads_and_runs_it(repository: Path, device: torch.device) -> None:
     kernels = pytest.importorskip("kernels")
+    if kernels.__file__ is None:  # the folder of this name, where it is on the path
+        pytest.skip("needs Hugging Face's kernels, which `make test-kernels` installs")
     loaded = kernels.get_local_kernel(repository)
     assert loaded is not glowq_kernels
     assert loaded.__file__.startswith(str(repository))

@@ -23,7 +23,8 @@ def right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
 def left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
     """As `glowq_kernels.left_add_`."""
     check_left_add(output, product, left, scale)
-    output.copy_(output.float() + product.float() @ _factor(left, scale).T)
+    # In float64, where the order in which a processor adds does not show: a slice is then the same as the whole.
+    output.copy_(output.double() + product.double() @ _factor(left, scale).double().T)
 
 
 def gptq_linear(
