@@ -4,9 +4,9 @@
     python kernels/benchmarks/benchmark.py --interpret    # a smoke run without a GPU: its times mean nothing
 
 Everything that is compared runs in turns, one repetition of each at a time, after the cache has been flushed, and is
-first checked against plain torch. Three systems stand on the same base: the base alone, the base with a right factor
-shared by its members, and the base with a right factor for each member, of the same rank. Bytes and time of a
-correction are given over those of the base.
+first checked against plain torch. Several systems stand on the same base: the base alone, the base with a right factor
+shared by its members, in bfloat16 and in int8, and the base with a right factor for each member, of the same rank.
+Bytes and time of a correction are given over those of the base.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class Layer:
         """Bytes of one right factor and all left factors."""
         return size(self.rights[0]) + size(self.left)
 
+    def int8_bytes(self) -> int:
+        """Bytes of the same in int8, with a scale a row."""
+        return sum(map(size, (*rounded(self.rights[0]), *rounded(self.left))))
+
     def member_bytes(self) -> int:
         """Bytes of a right factor for each member and all left factors."""
         return sum(size(right) for right in self.rights) + size(self.left)
@@ -77,6 +81,12 @@ class Layer:
 def size(tensor: Tensor) -> int:
     """Bytes of a tensor."""
     return tensor.numel() * tensor.element_size()
+
+
+def rounded(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor in int8, and its rows' scales, float32."""
+    scale = factor.float().abs().amax(1) / 127
+    return (factor.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def make_layer(
@@ -125,11 +135,16 @@ def calls(layer: Layer) -> tuple[dict[str, Call], dict[str, Call]]:
     x, left, shared = layer.x, layer.left, layer.rights[0]
     product, output = glowq_kernels.right(x, shared), layer.linear(x)
     dense = torch.randn(left.shape[0], x.shape[1], device=x.device).bfloat16()
+    (right_int8, right_scale), (left_int8, left_scale) = rounded(shared), rounded(left)
 
     def apart() -> Tensor:
         result = layer.linear(x)
         glowq_kernels.left_add_(result, glowq_kernels.right(x, shared), left)
         return result
+
+    def in_int8() -> Tensor:
+        product = glowq_kernels.right(x, right_int8, right_scale)
+        return layer.linear(x, product=product, left=left_int8, left_scale=left_scale)
 
     def per_member() -> Tensor:
         result = layer.linear(x)
@@ -140,14 +155,17 @@ def calls(layer: Layer) -> tuple[dict[str, Call], dict[str, Call]]:
     systems: dict[str, Call] = {
         "base": lambda: layer.linear(x),
         "base + shared": lambda: layer.linear(x, product=glowq_kernels.right(x, shared), left=left),
+        "base + shared, int8": in_int8,
         "base + shared, apart": apart,
         "base + per member": per_member,
     }
     kernels: dict[str, Call] = {
         "right": lambda: glowq_kernels.right(x, shared),
+        "right, int8": lambda: glowq_kernels.right(x, right_int8, right_scale),
         "right, twin": lambda: twins.right(x, shared),
         "right, F.linear": lambda: F.linear(x, shared),
         "left_add_": lambda: glowq_kernels.left_add_(output, product, left),
+        "left_add_, int8": lambda: glowq_kernels.left_add_(output, product, left_int8, left_scale),
         "left_add_, twin": lambda: twins.left_add_(output, product, left),
         "left_add_, addmm_": lambda: output.addmm_(product, left.T),
         "linear, twin": lambda: layer.twin(x),
@@ -223,7 +241,7 @@ def rows(layer: Layer, clock: Clock, repeats: int) -> list[dict[str, Any]]:
     """One row a call and way of launching: quartiles, and bytes and time over those of the base."""
     systems, kernels = calls(layer)
     check(layer, systems)
-    extra = {"base": 0, "base + per member": layer.member_bytes()}
+    extra = {"base": 0, "base + shared, int8": layer.int8_bytes(), "base + per member": layer.member_bytes()}
     result = []
     for launch, several in (("eager", {**systems, **kernels}), ("graph", graphs({**systems, **kernels}))):
         times = interleaved(clock, several, repeats)

@@ -28,14 +28,15 @@ def test_smoke_run(tmp_path: Path) -> None:
     assert result.stdout.startswith("interpreter: times mean nothing;")
     report = json.loads((tmp_path / "times.json").read_text())
     assert report["rank"] == 4
-    base, shared, apart, member = (
+    base, shared, small, apart, member = (
         next(row for row in report["rows"] if row["group"] == "q, k, v" and row["name"] == name)
-        for name in ("base", "base + shared", "base + shared, apart", "base + per member")
+        for name in ("base", "base + shared", "base + shared, int8", "base + shared, apart", "base + per member")
     )
     assert (base["bytes_ratio"], base["time_ratio"]) == (0, 0)
     # 256 inputs, 128 outputs, bfloat16 factors of rank 4, over 16 KiB of codes, two groups of scales and zero points.
     stored = 128 * 256 // 2 + 2 * 128 * 2 + 2 * 128 // 2
     assert shared["bytes_ratio"] == apart["bytes_ratio"] == 2 * 4 * (256 + 128) / stored
+    assert small["bytes_ratio"] == (4 * (256 + 128) + 4 * (4 + 128)) / stored
     assert member["bytes_ratio"] == 2 * 4 * (3 * 256 + 128) / stored
     assert {row["layout"] for row in report["rows"]} == {"gptq", "nf4"}
     assert {row["tokens"] for row in report["rows"]} == {1, 3}
