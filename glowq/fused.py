@@ -20,7 +20,7 @@ import glowq_kernels
 
 from . import operators
 from .backends import FusedProduct, find_backend
-from .shared import MemberHook
+from .member_hook import MemberHook
 
 __all__ = ["FusedForward", "fuse", "is_fused"]
 

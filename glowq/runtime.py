@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .groups import Group
 from .int8 import SCALE_BYTES, Packed, pack, unpack
-from .shared import MemberHook, SharedCorrection
+from .member_hook import MemberHook
+from .shared import SharedCorrection
 
 __all__ = [
     "GroupFactors",

@@ -1,10 +1,9 @@
-"""One group's factors as a module, and the hook that corrects a member's output with them."""
+"""One group's factors as a module, and what its members share of a forward."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,9 +14,7 @@ from .errors import ConfigError
 from .groups import Group
 from .int8 import LEFT_UNIT
 
-__all__ = ["MemberHook", "SharedCorrection"]
-
-_HOOKS_OF_EVERY_MODULE = torch.nn.modules.module._global_forward_hooks
+__all__ = ["SharedCorrection"]
 
 
 class _Factor(nn.Module):
@@ -262,39 +259,6 @@ class SharedCorrection(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.group.name}, rank={self.rank}{', int8' if self.int8 else ''}"
-
-
-class MemberHook:
-    """A member's forward hook; an object rather than a closure, so that models stay picklable."""
-
-    def __init__(self, container: SharedCorrection, index: int) -> None:
-        self.container = container
-        self.index = index
-        self._settled: dict[int, weakref.ref[Tensor]] = {}  # by thread
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self._settled and self._is_settled(args):
-            return output
-        if not self.container.enabled:
-            return output
-        # Another hook may have kept the output; nobody else has seen it.
-        alone = len(module._forward_hooks) == 1 and not _HOOKS_OF_EVERY_MODULE
-        return self.container.forward(self.index, args[0], output, in_place=alone)
-
-    def settle(self, x: Tensor) -> None:
-        """Leave the output of the forward that is running as it is: the correction is in it.
-
-        Args:
-            x: the input that the forward was called with, the very object.
-        """
-        self._settled[get_ident()] = weakref.ref(x)
-
-    def _is_settled(self, args: tuple[Any, ...]) -> bool:
-        seen = self._settled.pop(get_ident(), None)
-        return seen is not None and bool(args) and seen() is args[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_settled": {}}
 
 
 def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
