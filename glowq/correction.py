@@ -77,7 +77,8 @@ class Correction:
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "empty"
-        return f"Correction({len(self.factors)} groups, {shown}, {self.factor_bytes} bytes, +{self.overhead:.2%})"
+        kind = " of int8" if self.factors and all(entry.int8 for entry in self.factors) else ""
+        return f"Correction({len(self.factors)} groups, {shown}, {self.factor_bytes} bytes{kind}, +{self.overhead:.2%})"
 
     @property
     def offers(self) -> list[Offer]:

@@ -62,10 +62,10 @@ class SavedCorrection:
         if factor_dtype == "int8":
             offers = [int8_offer(offer) for offer in offers]
         if request.budget is not None:
-            self._check_budget(request.budget, offers)
+            self._check_budget(request.budget, offers, " in int8" if factor_dtype == "int8" else "")
         return choose_ranks(offers, request, self.base_bytes, self.config.total)
 
-    def _check_budget(self, budget: str | int, offers: Sequence[Offer]) -> None:
+    def _check_budget(self, budget: str | int, offers: Sequence[Offer], kind: str) -> None:
         if not self.base_bytes:
             raise ConfigError(f"{self.name} does not say how many bytes its quantized weights take; correct again.")
         check_measured(offers, self.name)
@@ -73,7 +73,7 @@ class SavedCorrection:
         whole = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
         if available is not None and available > whole:  # bytes that were never solved for cannot be selected
             raise ConfigError(
-                f"budget {budget!r} is {available} bytes, but {self.name} has only {whole} "
+                f"budget {budget!r} is {available} bytes, but {self.name} has only {whole}{kind} "
                 f"({whole / self.base_bytes:.2%}); give less, or correct again with a larger --budget or --rank."
             )
 

@@ -184,6 +184,7 @@ class TestCorrecting:
         correction = corrected[1]
         assert 0.3 < correction.overhead <= 0.4
         assert all(entry.int8 for entry in correction.factors)
+        assert f"{correction.factor_bytes} bytes of int8" in repr(correction)
         for entry in correction.factors:
             assert entry.factor_bytes == entry.rank * (entry.group.in_features + sum(entry.group.out_features) + 4)
         unrounded = tiny.corrected(source, "nf4", rank=None, budget="40%")[1]
@@ -322,6 +323,13 @@ class TestCommands:
         assert {entry.int8 for entry in glowq.Correction.from_pretrained(tmp_path / "int8").factors} == {True}
         assert "(int8)" in (tmp_path / "int8" / "README.md").read_text()
         tiny.load(tmp_path / "int8")
+
+    def test_a_budget_above_the_whole(self, whole: Path, tmp_path: Path) -> None:
+        arguments = ["select", whole, "--budget", "90%", "--factor-dtype", "int8", "--output", tmp_path / "x"]
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 1
+        assert " bytes, but " in done.stderr
+        assert " in int8 (" in done.stderr
 
     def test_inspect_counts_every_byte(self, saved: Path, corrected: tuple[Any, glowq.Correction]) -> None:
         status, found = run("inspect", saved)

@@ -33,6 +33,7 @@ from glowq.backends.dense import take
 from glowq.groups import Group, find_groups
 from glowq.integrations.folded import fold
 from glowq.provenance import correction_of, stored_config
+from glowq.rounding import rounded
 from glowq.runtime import GroupFactors
 
 PROMPT, ANSWER = 24, 12  # tokens
@@ -66,6 +67,7 @@ BASES: dict[str, Callable[[Path, Path], None]] = {
     "awq": partial(writers.awq, sym=False),  # with zero points, which most AWQ models have
     "awq-symmetric": writers.awq,
     "w4a16": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
+    "w4a16-int8": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
     "w4a16-asym": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64, symmetric=False),
     "w8a8": partial(
         writers.compressed_tensors,
@@ -81,6 +83,9 @@ BASES: dict[str, Callable[[Path, Path], None]] = {
     "phi3": lambda source, target: plain(Phi3Config(**SHAPE), target),  # fuses q, k, v and gate, up by itself
     "mixtral": lambda source, target: plain(MixtralConfig(**SHAPE, num_local_experts=4), target),
 }
+
+
+IN_INT8 = ("w4a16-int8",)  # whose factors are stored a byte a value
 
 
 def random_factors(model: Any, groups: list[Group]) -> list[GroupFactors]:
@@ -169,6 +174,8 @@ def write(name: str, target: Path) -> None:
     prepare_model(model)
     size = packed_bytes(model)
     factors = random_factors(model, some_groups(model, prompts[:1]))
+    if name in IN_INT8:
+        factors = [rounded(entry) for entry in factors]
     config = stored_config(model, base, size, "glowq", prompts, 0)
     correction_of(model, factors, config, size, tokenizer).save_pretrained(target / "correction")
     glowq.load_correction(model, target / "correction")
