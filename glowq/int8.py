@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LEFT_UNIT", "SCALE_BYTES", "Packed", "pack", "round_factors", "unpack"]
+__all__ = ["LEFT_UNIT", "SCALE_BYTES", "Packed", "filled", "pack", "round_factors", "unpack"]
 
 LEFT_UNIT = 2.0**-7
 """What a left factor's whole numbers count in."""
@@ -82,6 +83,16 @@ def pack(right: Tensor, lefts: Mapping[str, Tensor]) -> Packed:
         (rows / scale[:, None]).round().to(torch.int8),
         scale,
         {member: (left.float() / LEFT_UNIT).round().to(torch.int8) for member, left in lefts.items()},
+    )
+
+
+def filled(packed: Packed, multiple: int) -> Packed:
+    """The same with ranks of zeros, up to a multiple: a product on the CPU reads whole multiples of them at once."""
+    more = -len(packed.scale) % multiple
+    return Packed(
+        F.pad(packed.right, (0, 0, 0, more)),
+        F.pad(packed.scale, (0, more), value=1.0),
+        {member: F.pad(left, (0, more)) for member, left in packed.lefts.items()},
     )
 
 

@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["FEW", "correction", "joined", "left_add_", "right", "stacked"]
+__all__ = ["FEW", "INT8_MULTIPLE", "correction", "joined", "left_add_", "right", "stacked"]
 
 FEW = 16
 """Tokens that the kernels of few are made for."""
 
+INT8_MULTIPLE = 16
+"""Columns that torch's product of int8 rows takes at once; bfloat16 rows that end in between it reads beyond."""
+
 _INLINED = 4  # tokens up to which a compiler's own loops are faster than a call of the library's product
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of inputs that torch multiplies int8 by without converting it first
-_PACKED_MULTIPLE = 16  # of columns: torch's product reads past the end of rows of bfloat16 that end in between
 
 _LIBRARY = torch.library.Library("glowq", "DEF")
 _LIBRARY.define("right(Tensor x, Tensor right, Tensor? scale=None) -> Tensor")
@@ -164,7 +166,7 @@ def _left_add_in_place(output: Tensor, product: Tensor, left: Tensor, scale: Ten
 def _is_packable(x: Tensor, factor: Tensor) -> bool:
     """Whether torch's product of few tokens with int8 rows is right and fast for these."""
     few = 0 < x.numel() <= FEW * x.shape[-1]
-    return few and x.dtype in _PACKED_DTYPES and factor.shape[1] % _PACKED_MULTIPLE == 0 and factor.is_contiguous()
+    return few and x.dtype in _PACKED_DTYPES and factor.shape[1] % INT8_MULTIPLE == 0 and factor.is_contiguous()
 
 
 def _traced_right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:

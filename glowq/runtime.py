@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .groups import Group
-from .int8 import SCALE_BYTES, Packed, pack, unpack
+from .int8 import SCALE_BYTES, Packed, filled, pack, unpack
 from .member_hook import MemberHook
+from .operators import INT8_MULTIPLE
 from .shared import SharedCorrection
 
 __all__ = [
@@ -68,7 +69,7 @@ class GroupFactors:
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of the right factor and every left factor, on disk and in the model."""
+        """Bytes of the right factor and every left factor; a model on the CPU fills int8 ones up to 16 ranks."""
         factors = (self.right, *self.lefts.values())
         if self.int8:
             return sum(factor.numel() for factor in factors) + SCALE_BYTES * self.rank
@@ -91,12 +92,16 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
     name = _container_name(group)
     if hasattr(parent, name):
         raise ConfigError(f"group {group.name!r} carries a correction already; call glowq.detach(model) first.")
+    device = torch.device(_execution_device(model.get_submodule(group.members[0])))
     if factors.int8:
         packed = pack(factors.right, factors.lefts)
-        container = SharedCorrection(group, packed.right, packed.lefts, packed.scale.to(factors.right.dtype))
+        if device.type == "cpu":
+            packed = filled(packed, INT8_MULTIPLE)
+        scale = packed.scale.to(factors.right.dtype)
+        container = SharedCorrection(group, packed.right, packed.lefts, scale, rank=factors.rank)
     else:
         container = SharedCorrection(group, factors.right, factors.lefts)
-    container.to(device=_execution_device(model.get_submodule(group.members[0])), dtype=dtype)
+    container.to(device=device, dtype=dtype)
     container.train(parent.training)
     parent.add_module(name, container)
     for index, member in enumerate(group.members):
@@ -130,7 +135,9 @@ def _factors_of(container: SharedCorrection) -> GroupFactors:
     right, scale = first.factor.detach(), first.scale
     lefts = {member: left.factor.detach() for member, left in zip(container.group.members, others, strict=True)}
     if scale is not None:
-        right, lefts = unpack(Packed(right, scale, lefts), scale.dtype)
+        held = container.rank
+        lefts = {member: left[:, :held].contiguous() for member, left in lefts.items()}
+        right, lefts = unpack(Packed(right[:held], scale[:held], lefts), scale.dtype)
     gains = torch.zeros(container.rank, dtype=torch.float64)
     return GroupFactors(container.group, right, lefts, gains, 0.0, container.int8)
 

@@ -55,7 +55,8 @@ class SharedCorrection(nn.Module):
     """One group's factors and the slot that lets its members share what is computed from one input.
 
     Made of a group, its right factor B, shape (r, d), and each member's left factor A_i, shape (o_i, r), by name; of
-    int8 where `scale`, shape (r,), is given, see `glowq.int8`.
+    int8 where `scale`, shape (r,), is given, see `glowq.int8`. `rank` says how many ranks are the correction's, where
+    others are zeros.
 
     The slot serves a member only if the very same tensor object arrives, at the same version, under the same grad and
     autocast mode, and the member has not used it yet; the last member empties it, and so does a backward pass. Under
@@ -66,10 +67,18 @@ class SharedCorrection(nn.Module):
     few tokens on the CPU take as long as the calls for them do: there one call computes what all members add.
     """
 
-    def __init__(self, group: Group, right: Tensor, lefts: Mapping[str, Tensor], scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        right: Tensor,
+        lefts: Mapping[str, Tensor],
+        scale: Tensor | None = None,
+        *,
+        rank: int | None = None,
+    ) -> None:
         super().__init__()
         self.group = group
-        self.rank = right.shape[0]
+        self.rank = right.shape[0] if rank is None else rank
         self.enabled = True
         self.right = _Factor(right, scale)
         self.lefts = nn.ModuleList(

@@ -128,6 +128,26 @@ class TestInAModel:
         tolerance = 16 * torch.finfo(dtype).eps
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
+    @pytest.mark.parametrize("rank", [1, 3, 15, 16, 17])
+    def test_ranks_of_zeros_are_held_and_never_seen(self, trio: Any, random_factors: Factory, rank: int) -> None:
+        """torch's product of int8 rows on the CPU takes sixteen ranks at once."""
+        glowq.detach(trio)
+        entry = random_factors(Group("q+k+v", ("q", "k", "v"), 8, (6, 4, 5), ""), rank=rank)
+        right, lefts = round_factors(entry.right, entry.lefts)
+        container = attach(trio, replace(entry, right=right, lefts=lefts, int8=True))
+        assert container.rank == rank
+        assert container.right.factor.shape == (-(-rank // 16) * 16, 8)
+        (found,) = attached_factors(trio)
+        assert torch.equal(found.right, right)
+        assert all(torch.equal(found.lefts[member], left) for member, left in lefts.items())
+        assert found.factor_bytes == rank * (8 + 15 + 4)
+        x = torch.randn(3, 8)
+        with torch.no_grad():
+            with disabled(trio):
+                plain = trio(x)
+            added = (x.double() @ right.double().T) @ torch.cat(list(lefts.values())).double().T
+            torch.testing.assert_close(trio(x).double(), plain.double() + added, rtol=1e-5, atol=1e-5)
+
     def test_gradients_of_the_input(self, pair: tuple[Any, Any]) -> None:
         gradients = []
         for model in pair:
