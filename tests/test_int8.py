@@ -344,6 +344,18 @@ class TestCommands:
         assert "(int8)" in (tmp_path / "int8" / "README.md").read_text()
         tiny.load(tmp_path / "int8")
 
+    @pytest.mark.parametrize("name", ["select", "9%"])
+    def test_an_output_with_the_name_of_another_word(
+        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        arguments = ["select", str(whole), "--budget", "9%", "--factor-dtype", "int8", "--output", name]
+        monkeypatch.setattr("sys.argv", ["glowq", *arguments])
+        assert run(*arguments)[0] == 0
+        stored = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["provenance"]
+        assert stored["command"].endswith("--budget 9% --factor-dtype int8 --output OUT2")
+        assert "glowq select " in stored["command"]
+
     def test_a_budget_above_the_whole(self, whole: Path, tmp_path: Path) -> None:
         arguments = ["select", whole, "--budget", "90%", "--factor-dtype", "int8", "--output", tmp_path / "x"]
         done = CliRunner().invoke(app, list(map(str, arguments)))

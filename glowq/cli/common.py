@@ -145,8 +145,18 @@ def command_line(output: str | None = None, shown: str = "OUT") -> str:
         output: a folder that is written as `shown`, so that the same command gives the same files wherever they go.
     """
     program = "optimum-cli" if os.path.basename(sys.argv[0]) == "optimum-cli" else "glowq"
-    named = {output: shown, f"--output={output}": f"--output={shown}"} if output is not None else {}
-    return shlex.join([program, *(named.get(argument, argument) for argument in sys.argv[1:])])
+    arguments = sys.argv[1:]
+    for place in reversed(range(len(arguments)) if output is not None else ()):
+        # The folder may have the name of a model, a quantizer or the command itself.
+        option = place > 0 and arguments[place - 1] == "--output"
+        if arguments[place] == f"--output={output}":
+            arguments[place] = f"--output={shown}"
+        elif arguments[place] == output and (option or program == "optimum-cli"):
+            arguments[place] = shown
+        else:
+            continue
+        break
+    return shlex.join([program, *arguments])
 
 
 def grid(rows: Mapping[str, Any]) -> Any:
