@@ -18,6 +18,7 @@ from .errors import GlowQError
 from .evaluation import has_gap, shown, shown_share
 from .files import read_json
 from .plots import can_plot, draw_budgets
+from .rounding import undone
 
 __all__ = ["CARD", "PICTURE", "base_license", "card_files", "export_card", "license_of"]
 
@@ -177,11 +178,11 @@ def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
 
 
 def _rounding(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """What rounding to int8 costs, in shares of the divergence that quantization makes; None where it is unmeasured."""
-    if not figures or figures["quantized"] <= 0:
+    """What rounding to int8 costs, as shown; None where it is unmeasured."""
+    shares = undone(figures)
+    if figures is None or shares is None:
         return None
-    undone = {name: f"{1 - figures[name] / figures['quantized']:.1%}" for name in ("int8", "same_ranks")}
-    return {**undone, "tokens": _count(figures["tokens"])}
+    return {**{name: f"{share:.1%}" for name, share in shares.items()}, "tokens": _count(figures["tokens"])}
 
 
 def _results(figures: Mapping[str, Any] | None) -> list[EvalResult]:

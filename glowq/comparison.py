@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -23,11 +22,11 @@ from .groups import Trace, trace_groups
 from .methods import Method, get_method
 from .pipeline import correct
 from .reference import Reference
-from .runtime import GroupFactors, attach, detach, factor_dtype
+from .runtime import GroupFactors, applied, detach, factor_dtype
 from .selection import parse_budget
 from .unfolding import Unfolding
 
-__all__ = ["Comparison", "Entry", "applied", "compare_methods", "distill_entries", "score_entries"]
+__all__ = ["Comparison", "Entry", "compare_methods", "distill_entries", "score_entries"]
 
 _TRACE_TOKENS = 8
 
@@ -200,17 +199,6 @@ def score_entries(
         if entry.same_as is not None and entry.factors:
             scores[entry.label] = scores[replace(entry, method=entry.same_as).label]
     return scores
-
-
-@contextmanager
-def applied(model: nn.Module, factors: Sequence[GroupFactors]) -> Iterator[nn.Module]:
-    """Inside this context `model` carries these factors; afterwards none."""
-    try:
-        for entry in factors:
-            attach(model, entry)
-        yield model
-    finally:
-        detach(model)
 
 
 class _Corrected(nn.Module):

@@ -22,7 +22,7 @@ from .config import GlowQConfig
 from .errors import ConfigError
 from .factor_files import describe_groups, factor_tensors
 from .files import write_directory
-from .rounding import check_rounding, rounded
+from .rounding import check_rounding, priced, rounded
 from .runtime import GroupFactors
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
 from .selection import RankRequest, check_measured, choose_ranks
@@ -129,10 +129,19 @@ class Correction:
                 reach; the gains were never measured; or an argument does not go with another, see
                 `glowq.selection.RankRequest`.
         """
-        request = RankRequest(rank, budget, rank_step, max_rank)
-        if budget is not None and any(bool(entry.right.any()) for entry in self.factors):  # else there was no error
-            check_measured(self.offers, "the correction")
-        return self.kept(choose_ranks(self.offers, request, self.base_bytes, self.config.total))
+        return self.kept(self.choose(RankRequest(rank, budget, rank_step, max_rank)))
+
+    def choose(self, request: RankRequest, factor_dtype: str = "auto") -> dict[str, int]:
+        """Group name -> rank of what a request keeps; see `cut`.
+
+        Args:
+            request: the whole is kept where it is empty.
+            factor_dtype: "int8" where what is kept will be rounded to that, which a budget pays half for.
+        """
+        offers = priced(self.offers, factor_dtype)
+        if request.budget is not None and any(bool(entry.right.any()) for entry in self.factors):  # else no error
+            check_measured(offers, "the correction")
+        return choose_ranks(offers, request, self.base_bytes, self.config.total)
 
     def kept(self, ranks: Mapping[str, int]) -> Correction:
         """The same correction with the first ranks of some groups; see `cut`, which chooses them.

@@ -26,7 +26,7 @@ FEW = 16
 INT8_MULTIPLE = 16
 """Columns that torch's product of int8 rows takes at once; bfloat16 rows that end in between it reads beyond."""
 
-_INLINED = 4  # tokens up to which a compiler's own loops are faster than a call of the library's product
+_INLINED = 8  # tokens up to which a compiler's own loops are faster than a call of the library's product
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of inputs that torch multiplies int8 by without converting it first
 
@@ -176,8 +176,10 @@ def _traced_right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tens
         count = count * size
     if torch.compiler.is_exporting() or not isinstance(count, int) or count > _INLINED:
         return _right(x, right, scale)
-    found = (x.float().unsqueeze(-2) * right.float()).sum(-1)
-    return found.to(right.dtype) if scale is None else (found * scale.float()).to(x.dtype)
+    dtype = x.dtype if scale is not None else right.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    found = (x.to(wide).unsqueeze(-2) * right.to(wide)).sum(-1)
+    return (found if scale is None else found * scale.to(wide)).to(dtype)
 
 
 def _traced_correction(

@@ -34,11 +34,11 @@ from .output_moment import OutputMoment
 from .provenance import correction_of, stored_config
 from .reference import REVISION_TOLERANCE, Reference
 from .resume import Resume
-from .rounding import check_factor_dtype, int8_offer
+from .rounding import check_factor_dtype
 from .rounding_cost import rounding_cost
 from .runtime import GroupFactors, attach, attached, detach
 from .runtime import factor_dtype as dtype_of_factors
-from .selection import RankRequest, candidate_ranks, choose_ranks, uniform_ranks
+from .selection import RankRequest, candidate_ranks, uniform_ranks
 from .sensitivity import output_moments
 
 __all__ = ["calibration_sequences", "correct"]
@@ -160,10 +160,7 @@ def correct(
             # What the groups that are not restored cost must still be known when they are gone.
             config.provenance["total"] = math.fsum(entry.total for entry in factors)
             whole = correction_of(model, factors, config, base_bytes, tokenizer)
-            offers = [int8_offer(offer) for offer in whole.offers] if int8 else whole.offers
-            correction = whole
-            if budget is not None:
-                correction = whole.kept(choose_ranks(offers, request, base_bytes, whole.config.total))
+            correction = whole if budget is None else whole.kept(whole.choose(request, factor_dtype))
             if distill:
                 options = {"steps": distill, "seed": seed}
                 correction.factors = distill_factors(model, source.model, correction.factors, train, **options)
@@ -184,7 +181,12 @@ def _parted(
     """The sequences that are calibrated on, and those that groups are chosen by, if this method chooses, or int8 is."""
     if not int8 and (method.allocation != "gain" or (len(sequences) < 2 and request.budget is None)):
         return sequences, None
-    return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
+    try:
+        return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
+    except CalibrationError as error:
+        if not int8:
+            raise
+        raise CalibrationError(f"int8 factors are measured on text that nothing is calibrated on: {error}") from error
 
 
 def _rounded(

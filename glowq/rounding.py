@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .errors import ConfigError, RoundingError
 from .int8 import SCALE_BYTES, round_factors
 from .runtime import GroupFactors
 
-__all__ = ["FACTOR_DTYPES", "NEGLIGIBLE", "check_factor_dtype", "check_rounding", "int8_offer", "rounded"]
+__all__ = ["FACTOR_DTYPES", "NEGLIGIBLE", "check_factor_dtype", "check_rounding", "priced", "rounded", "undone"]
 
 FACTOR_DTYPES = ("auto", "int8")
 """What factors can be stored in: the model's own dtype, or a byte a value."""
@@ -49,9 +50,33 @@ def rounded(entry: GroupFactors) -> GroupFactors:
     return replace(entry, right=right, lefts=lefts, gains=gains, int8=True)
 
 
-def int8_offer(offer: Offer) -> Offer:
-    """What a group has to sell in int8: the same ranks, each for about half the bytes."""
-    return replace(offer, rank_bytes=offer.group.in_features + sum(offer.group.out_features) + SCALE_BYTES)
+def priced(offers: Sequence[Offer], factor_dtype: str) -> Sequence[Offer]:
+    """What groups have to sell once their factors are stored as `factor_dtype`: in int8 a rank is about half as dear.
+
+    Raises:
+        ConfigError: `factor_dtype` is none of `FACTOR_DTYPES`.
+    """
+    check_factor_dtype(factor_dtype)
+    if factor_dtype == "auto":
+        return offers
+    return [
+        replace(offer, rank_bytes=offer.group.in_features + sum(offer.group.out_features) + SCALE_BYTES)
+        for offer in offers
+    ]
+
+
+def undone(figures: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Shares of the quantized model's divergence that a correction undoes in "int8", and unrounded.
+
+    Args:
+        figures: what `glowq.rounding_cost` measured; None where nothing was rounded.
+
+    Returns:
+        None where nothing was measured, or quantization changed nothing.
+    """
+    if not figures or figures["quantized"] <= 0:
+        return None
+    return {name: 1 - figures[name] / figures["quantized"] for name in ("int8", "same_bytes", "same_ranks")}
 
 
 def check_rounding(offers: Sequence[Offer], found: Sequence[Offer]) -> None:

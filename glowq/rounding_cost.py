@@ -15,7 +15,7 @@ from .divergence import answer, divergences
 from .errors import RoundingError
 from .groups import evaluating
 from .rounding import NEGLIGIBLE
-from .runtime import GroupFactors, attach, detach
+from .runtime import GroupFactors, applied
 
 __all__ = ["rounding_cost"]
 
@@ -72,10 +72,8 @@ def _divergences(
             wanted = answer(reference(**to_model(batch, reference)))
             inputs = to_model(batch, model)
             for name, factors in several.items():
-                for entry in factors:
-                    attach(model, entry)
-                given = answer(model(**inputs))
-                detach(model)
+                with applied(model, factors):
+                    given = answer(model(**inputs))
                 found = divergences([part.to(given[0].device) for part in wanted], given)
                 sums[name] += float(found.double().mean()) * len(batch["input_ids"])
     return {name: found / len(sequences) for name, found in sums.items()}

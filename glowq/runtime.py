@@ -7,7 +7,7 @@ that they know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,6 +26,7 @@ from .shared import SharedCorrection
 __all__ = [
     "GroupFactors",
     "SharedCorrection",
+    "applied",
     "attach",
     "attached",
     "attached_factors",
@@ -127,17 +128,17 @@ def detach(model: nn.Module) -> None:
 
 def attached_factors(model: nn.Module) -> list[GroupFactors]:
     """The factors of every correction attached to `model`, in module order; gains and totals are not kept there."""
-    return [_factors_of(container) for container in attached(model).values()]
+    return [_factors_of(container, factor_dtype(model)) for container in attached(model).values()]
 
 
-def _factors_of(container: SharedCorrection) -> GroupFactors:
+def _factors_of(container: SharedCorrection, dtype: torch.dtype) -> GroupFactors:
     first, *others = container._factors
     right, scale = first.factor.detach(), first.scale
     lefts = {member: left.factor.detach() for member, left in zip(container.group.members, others, strict=True)}
     if scale is not None:
         held = container.rank
         lefts = {member: left[:, :held].contiguous() for member, left in lefts.items()}
-        right, lefts = unpack(Packed(right[:held], scale[:held], lefts), scale.dtype)
+        right, lefts = unpack(Packed(right[:held], scale[:held], lefts), dtype)
     gains = torch.zeros(container.rank, dtype=torch.float64)
     return GroupFactors(container.group, right, lefts, gains, 0.0, container.int8)
 
@@ -151,6 +152,17 @@ def hold_as_floats(model: nn.Module) -> None:
     detach(model)
     for entry in factors:
         attach(model, replace(entry, int8=False)).enabled = switches[entry.group.name]
+
+
+@contextmanager
+def applied(model: nn.Module, factors: Sequence[GroupFactors]) -> Iterator[nn.Module]:
+    """Inside this context `model` carries these factors; afterwards none."""
+    try:
+        for entry in factors:
+            attach(model, entry)
+        yield model
+    finally:
+        detach(model)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from .config import GlowQConfig
 from .errors import ConfigError, ModelNotFoundError
 from .factor_files import StoredFactors, open_factors
 from .files import local_snapshot, read_json, refuse_pickles
-from .rounding import check_factor_dtype, int8_offer
+from .rounding import priced
 from .selection import RankRequest, check_measured, choose_ranks, parse_budget, parse_target
 
 __all__ = ["FACTORS_FILE", "SavedCorrection", "open_saved"]
@@ -57,10 +57,7 @@ class SavedCorrection:
             ConfigError: the budget is larger than the correction, too small for anything, or a target out of reach; or
                 the correction holds nothing that groups could be chosen by.
         """
-        check_factor_dtype(factor_dtype)
-        offers = self.factors.offers
-        if factor_dtype == "int8":
-            offers = [int8_offer(offer) for offer in offers]
+        offers = priced(self.factors.offers, factor_dtype)
         if request.budget is not None:
             self._check_budget(request.budget, offers, " in int8" if factor_dtype == "int8" else "")
         return choose_ranks(offers, request, self.base_bytes, self.config.total)

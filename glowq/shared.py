@@ -82,7 +82,7 @@ class SharedCorrection(nn.Module):
         self.enabled = True
         self.right = _Factor(right, scale)
         self.lefts = nn.ModuleList(
-            _Factor(left, None if scale is None else torch.full((len(left),), LEFT_UNIT, device=scale.device))
+            _Factor(left, None if scale is None else scale.new_full((len(left),), LEFT_UNIT))
             for left in (lefts[member] for member in group.members)
         )
         # Found at once, which `self.lefts[index]` is not.

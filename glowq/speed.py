@@ -54,11 +54,13 @@ def variants(model: nn.Module, *, int8: bool = False) -> dict[str, nn.Module]:
         int8: add the last two with their factors rounded to int8.
 
     Raises:
-        ConfigError: the model carries no correction.
+        ConfigError: the model carries no correction, or one whose factors are in int8 already.
     """
     factors = attached_factors(model)
     if not factors:
         raise ConfigError("the model carries no correction, so that there is nothing to time; give a folder with one.")
+    if int8 and all(entry.int8 for entry in factors):
+        raise ConfigError("the correction's factors are in int8 already: leave out --int8, they are timed as they are.")
     single = per_module(factors)
     found = {"base": _twin(model, ()), "shared": model, "per module": _twin(model, single)}
     if int8:

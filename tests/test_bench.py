@@ -221,6 +221,10 @@ class TestRefused:
     def test_a_model_without_a_correction(self, source: Path) -> None:
         refused(call("bench", source, *LEAST, "--json"), "carries no correction")
 
+    def test_int8_of_what_is_int8_already(self, rank_8: Path, tmp_path: Path) -> None:
+        glowq.Correction.from_pretrained(rank_8).to_int8().save_pretrained(tmp_path / "int8")
+        refused(call("bench", tmp_path / "int8", *LEAST, "--int8"), "leave out --int8")
+
     @pytest.mark.parametrize(
         "option",
         [

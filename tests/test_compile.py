@@ -118,6 +118,14 @@ def test_a_compiled_model_follows_when_a_correction_comes_and_goes(
         torch.testing.assert_close(compiled(tiny_ids).logits, plain)
 
 
+def test_a_graph_of_float64_computes_in_it(trio: nn.Module) -> None:
+    trio.double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        compiled = torch.compile(trio, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(compiled, trio(x), rtol=1e-14, atol=1e-14)
+
+
 def test_models_of_one_class_get_their_own_graphs(
     tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from glowq.data import read_texts, token_sequences
 from glowq.errors import CalibrationError, ConfigError
 from glowq.evaluation import Interval, Score, recovered, score_models
 from glowq.groups import trace_groups
+from glowq.measurement import measure_groups
 from glowq.methods import get_method, method_names
 from glowq.runtime import attached
 from glowq.solver import factorize
@@ -159,6 +161,19 @@ def test_a_budget_is_kept_by_every_method(method: str, budget: Any, source: Path
 def test_whole_groups_are_only_compared(method: str, source: Path) -> None:
     with pytest.raises(ConfigError, match=f"'{method}' spends a budget on whole groups, which only `glowq compare`"):
         corrected(source, "torchao-int2", rank=None, budget="25%", method=method)
+
+
+@pytest.mark.parametrize("factor_dtype", ["auto", "int8"])
+def test_where_every_group_harms_a_budget_buys_nothing(
+    source: Path, monkeypatch: pytest.MonkeyPatch, factor_dtype: str
+) -> None:
+    def harmful(*arguments: Any) -> dict[str, Any]:
+        found = measure_groups(*arguments)
+        return {name: replace(entry, benefit=Interval(-1.0, -2.0, -0.5)) for name, entry in found.items()}
+
+    monkeypatch.setattr("glowq.pipeline.measure_groups", harmful)
+    with pytest.raises(ConfigError, match="no measured gains"):
+        corrected(source, "nf4", rank=None, budget="9%", factor_dtype=factor_dtype)
 
 
 def test_a_file_and_a_tensor_calibrate_alike(source: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def _tasks(
     full: nn.Module, quantized: nn.Module, entries: Sequence[Entry], tokenizer: Any, names: list[str], seed: int
 ) -> dict[str, Any]:
     """Label of every model -> figures of every task."""
-    from ..comparison import applied
+    from ..runtime import applied
 
     found = {
         "reference": run_tasks(full, tokenizer, names, seed),

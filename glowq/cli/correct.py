@@ -12,6 +12,7 @@ import typer
 from ..backends import base_names
 from ..evaluation import shown, shown_share
 from ..methods import method_names
+from ..rounding import undone
 from .common import (
     BudgetOption,
     FactorDtypeOption,
@@ -146,12 +147,12 @@ def _predicted(result: dict[str, Any]) -> dict[str, str]:
 
 def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:
     """What int8 factors undo, beside what the same bytes and the same ranks undo without rounding."""
-    if figures is None or figures["quantized"] <= 0:
+    shares = undone(figures)
+    if figures is None or shares is None:
         return {}
-    undone = {name: 1 - figures[name] / figures["quantized"] for name in ("int8", "same_bytes", "same_ranks")}
     return {
-        "int8 factors": f"{undone['int8']:.1%} of the divergence undone on {figures['tokens']:,} tokens; unrounded: "
-        f"{undone['same_bytes']:.1%} in the same bytes, {undone['same_ranks']:.1%} at the same ranks"
+        "int8 factors": f"{shares['int8']:.1%} of the divergence undone on {figures['tokens']:,} tokens; unrounded: "
+        f"{shares['same_bytes']:.1%} in the same bytes, {shares['same_ranks']:.1%} at the same ranks"
     }
 
 

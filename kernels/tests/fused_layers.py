@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_close, dense, rounding
+from oracles import assert_close, dense, packed_by_gptqmodel, rounding
 from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,7 +60,7 @@ def gptq(group_size: int, order: bool = False, bits: int = 4) -> Base:
     """gptqmodel's layer, asymmetric."""
 
     def make(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Module:
-        packing = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+        pytest.importorskip("gptqmodel")
         size = inputs if group_size == -1 else group_size
         count = -(-inputs // size)
         groups = torch.arange(inputs) // size
@@ -68,21 +68,7 @@ def gptq(group_size: int, order: bool = False, bits: int = 4) -> Base:
         codes = torch.randint(0, 2**bits, (outputs, inputs))
         zeros = torch.randint(0, 2**bits, (outputs, count))
         scales = (torch.rand(outputs, count) + 0.1).half().float() / 8
-        linear = nn.Linear(inputs, outputs, bias).requires_grad_(False)
-        linear.weight.data = (codes - zeros[:, groups]) * scales[:, groups]
-        layer = packing.TorchLinear(
-            bits=bits,
-            group_size=group_size,
-            desc_act=order,
-            sym=False,
-            in_features=inputs,
-            out_features=outputs,
-            bias=bias,
-            pack_dtype=torch.int32,
-            register_buffers=False,
-        )
-        layer.pack_original(linear, scales, zeros.float(), groups.int())
-        return layer
+        return packed_by_gptqmodel(codes, zeros, scales, groups, bias=bias, bits=bits, group_size=group_size)
 
     def read(layer: Any) -> tuple[Tensor, Tensor]:
         weight = type(layer).dequantize_weight(layer).T.double().cpu()

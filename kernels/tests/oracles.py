@@ -185,3 +185,41 @@ def random_nf4(inputs: int, outputs: int, blocksize: int, device: torch.device) 
     tensors = {"qweight": packed, "absmax": absmax, "code": code}
     arguments = {name: surrounded(tensor.to(device))[0] for name, tensor in tensors.items()}
     return {**arguments, "blocksize": blocksize, "out_features": outputs}, weight.view(outputs, inputs)
+
+
+def packed_by_gptqmodel(
+    codes: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    groups: Tensor,
+    *,
+    bias: bool,
+    bits: int = 4,
+    group_size: int,
+) -> Any:
+    """gptqmodel's layer of the weight (codes - zeros) * scales, packed by the library, with a random bias or none.
+
+    Args:
+        codes: shape (o, d), int64, each below 2 ** bits.
+        zeros: zero point of each group, shape (o, groups), int64.
+        scales: shape (o, groups), float32.
+        groups: group of each input channel, shape (d,), int64: in another order than the channels' for act-order.
+    """
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    outputs, inputs = codes.shape
+    linear = torch.nn.Linear(inputs, outputs, bias).requires_grad_(False)
+    linear.weight.data = (codes - zeros[:, groups]) * scales[:, groups]
+    layer = TorchLinear(
+        bits=bits,
+        group_size=group_size,
+        desc_act=bool((groups.diff() < 0).any()),
+        sym=False,
+        in_features=inputs,
+        out_features=outputs,
+        bias=bias,
+        pack_dtype=torch.int32,
+        register_buffers=False,
+    )
+    layer.pack_original(linear, scales, zeros.float(), groups.int())
+    return layer

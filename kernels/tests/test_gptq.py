@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import GPTQWeight, assert_linear, correction, random_gptq, rounding, scattered
+from oracles import GPTQWeight, assert_linear, correction, packed_by_gptqmodel, random_gptq, rounding, scattered
 from torch import Tensor
 
 import glowq_kernels
@@ -164,26 +164,14 @@ def test_gptqmodel_packs_what_is_unpacked_here(device: torch.device, order: bool
     scales = (torch.rand(outputs, inputs // size) + 0.1).half().float()
     groups = torch.arange(inputs) // size
     groups = groups[torch.randperm(inputs)] if order else groups
-    linear = torch.nn.Linear(inputs, outputs).requires_grad_(False)
-    linear.weight.data = (codes - zeros[:, groups]) * scales[:, groups]
-    module = packing.TorchLinear(
-        bits=4,
-        group_size=size,
-        desc_act=order,
-        sym=False,
-        in_features=inputs,
-        out_features=outputs,
-        bias=True,
-        pack_dtype=torch.int32,
-        register_buffers=False,
-    )
-    module.pack_original(linear, scales, zeros.float(), groups.int())
+    module = packed_by_gptqmodel(codes, zeros, scales, groups, bias=True, group_size=size)
+    weight = (codes - zeros[:, groups]) * scales[:, groups]
     module.enable_wf_unsqueeze = True
     buffers = {name: getattr(module, name).to(device) for name in ("qweight", "qzeros", "scales", "bias")}
     x = torch.randn(tokens, inputs, device=device)
     actual = glowq_kernels.gptq_linear(x, **buffers, group_size=size, g_idx=module.g_idx.to(device) if order else None)
     theirs = packing.PackableQuantLinear.dequantize_weight(module).double().cpu()
     bias, magnitude = buffers["bias"], 31 * scales[:, groups].double().T
-    assert_linear(actual, x, linear.weight.data.double().T, magnitude, bias=bias)
+    assert_linear(actual, x, weight.double().T, magnitude, bias=bias)
     # Their weight is rounded to float16.
     assert_linear(actual, x, theirs, magnitude, bias=bias, weights=2.0**-11)
