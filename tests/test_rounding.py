@@ -16,10 +16,9 @@ from typer.testing import CliRunner
 import glowq
 from glowq.cli import app
 from glowq.errors import CalibrationError, ConfigError, CorrectionError, RoundingError
-from glowq.groups import Group
 from glowq.int8 import pack, unpack
 from glowq.integrations.exporting import export
-from glowq.runtime import GroupFactors, attached, attached_factors
+from glowq.runtime import attached, attached_factors
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +98,6 @@ class TestCorrecting:
         message = r"int8 factors leave \d.*nothing was calibrated on\), and unrounded ones in the same bytes \d"
         with pytest.raises(RoundingError, match=message):
             tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")
-
-
-def outlying(rank: int = 4) -> GroupFactors:
-    """Factors with one value per row that leaves no room for any other."""
-    right, left = torch.randn(rank, 32), torch.randn(24, rank)
-    right[:, 0] = 1e4
-    left[0] = 1e4
-    group = Group("q", ("q",), 32, (24,), "")
-    return GroupFactors(group, right, {"q": left}, torch.ones(rank, dtype=torch.float64), 4.0)
 
 
 def test_what_is_predicted_to_lose_more_than_it_wins_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
