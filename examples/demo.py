@@ -20,9 +20,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowq
-from glowq.backends import base_config
-from glowq.data import read_texts, token_sequences
-from glowq.evaluation import NO_GAP, Score, has_gap, perplexity, recovered, score_models
+from glowq.data.text import read_texts
+from glowq.data.tokens import token_sequences
+from glowq.evaluation.figures import NO_GAP, has_gap
+from glowq.evaluation.scores import Score, perplexity, recovered, score_models
+from glowq.quantizers.registry import base_config
 
 MODEL = str(Path(__file__).resolve().parent / "stdlib-llama")
 PROMPT = "def read_file(path):\n    with open("

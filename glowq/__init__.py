@@ -1,22 +1,26 @@
-"""glowq gives quantized language models their accuracy back with group-shared low-rank correction."""
+"""glowq gives quantized language models their accuracy back with group-shared low-rank correction.
+
+Importing it registers glowq with transformers and loads nothing else: each public name is imported at its first use.
+"""
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .progress import quiet
+from ._version import __version__
+from .integrations.transformers.registration import register_with_transformers
 
-# transformers imports every quantization library that is installed; what they say of optional kernels that they do
-# not find is nothing that a user of glowq could act on.
-with quiet("torchao", "torch.utils._pytree"):
-    from .config import GlowQConfig
-    from .correction import Correction
+if TYPE_CHECKING:
+    from .artifact.config import GlowQConfig
+    from .artifact.correction import Correction
     from .errors import GlowQError
-    from .fast_kernels import use_fast_kernels
-    from .groups import Group, find_groups
-    from .integrations.transformers import correct, load_correction
-    from .runtime import detach
-    from .switching import disabled, set_enabled
+    from .factors.group import Group
+    from .integrations.transformers.quantizer import correct, load_correction
+    from .models.tracing import find_groups
+    from .runtime.attach import detach
+    from .runtime.fast_kernels import use_fast_kernels
+    from .runtime.switching import disabled, set_enabled
 
 __all__ = [
     "Correction",
@@ -32,3 +36,31 @@ __all__ = [
     "set_enabled",
     "use_fast_kernels",
 ]
+
+_MODULES = {
+    "Correction": "artifact.correction",
+    "GlowQConfig": "artifact.config",
+    "GlowQError": "errors",
+    "Group": "factors.group",
+    "correct": "integrations.transformers.quantizer",
+    "detach": "runtime.attach",
+    "disabled": "runtime.switching",
+    "find_groups": "models.tracing",
+    "load_correction": "integrations.transformers.quantizer",
+    "set_enabled": "runtime.switching",
+    "use_fast_kernels": "runtime.fast_kernels",
+}
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

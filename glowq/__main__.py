@@ -1,5 +1,7 @@
 """`python -m glowq`: the same as the `glowq` command."""
 
-from .cli import main
+from __future__ import annotations
+
+from .cli.app import main
 
 main()

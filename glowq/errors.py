@@ -4,6 +4,8 @@ Each message says what was expected, what was found, where, and what to do. All 
 `GlowQError`, so that a caller (the CLI among them) can tell a refusal from a bug.
 """
 
+from __future__ import annotations
+
 __all__ = [
     "BackendError",
     "CalibrationError",

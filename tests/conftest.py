@@ -17,14 +17,15 @@ from torch import Tensor, nn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import tiny
-import writers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from bases import SCRATCH
-from glowq.groups import Group, find_groups
-from glowq.runtime import GroupFactors, attach
+from glowq.factors.factors import GroupFactors
+from glowq.factors.group import Group
+from glowq.models.tracing import find_groups
+from glowq.runtime.attach import attach
+from support import tiny, writers
+from support.bases import SCRATCH
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "stdlib-llama"
 TEXT = "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n        return file.read()\n\n" * 12

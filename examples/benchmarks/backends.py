@@ -22,16 +22,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glowq.backends import prepare_model
-from glowq.comparison import compare_methods, score_entries
-from glowq.data import read_texts, token_sequences
-from glowq.entries import Entry
-from glowq.evaluation import Score, bootstrap, perplexity, perplexity_ratio, recovered
+from glowq.data.text import read_texts
+from glowq.data.tokens import token_sequences
+from glowq.evaluation.bootstrap import bootstrap
+from glowq.evaluation.scores import Score, perplexity, perplexity_ratio, recovered
+from glowq.pipeline.comparison import compare_methods, score_entries
+from glowq.pipeline.method_budgets import Entry
+from glowq.quantizers.model import prepare_model
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from bases import BASES, Base  # noqa: E402 - the matrix that the tests run
+from support.bases import BASES, Base  # noqa: E402 - the matrix that the tests run
 
 MODEL = ROOT / "examples" / "stdlib-llama"
 LENGTH = 256

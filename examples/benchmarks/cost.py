@@ -19,8 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowq
-from glowq.backends import base_config, prepare_model
-from glowq.data import batches, read_texts, token_sequences
+from glowq.data.text import read_texts
+from glowq.data.tokens import batches, token_sequences
+from glowq.quantizers.model import prepare_model
+from glowq.quantizers.registry import base_config
 
 MODEL = Path(__file__).resolve().parents[1] / "stdlib-llama"
 BATCH = 16

@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import glowq
-from glowq.backends import base_config, prepare_model
-from glowq.data import read_texts
-from glowq.evaluation import bootstrap
+from glowq.data.text import read_texts
+from glowq.evaluation.bootstrap import bootstrap
+from glowq.quantizers.model import prepare_model
+from glowq.quantizers.registry import base_config
 
 PUBLISHED, OURS = "glowq-published", "glowq"
 LEAST_WORDS = 6

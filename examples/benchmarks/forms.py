@@ -26,9 +26,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowq
-from glowq.backends import base_config
-from glowq.integrations.exporting import export
-from glowq.integrations.step import correct_checkpoint
+from glowq.integrations.export.registry import export
+from glowq.integrations.transformers.checkpoint import correct_checkpoint
+from glowq.quantizers.registry import base_config
 
 MODEL = Path(__file__).resolve().parents[1] / "stdlib-llama"
 

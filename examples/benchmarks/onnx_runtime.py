@@ -29,10 +29,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from glowq.groups import Group, find_groups
-from glowq.integrations.onnx_check import right_factor_nodes, run, session
-from glowq.integrations.onnx_graph import describe, export_graph
-from glowq.integrations.onnx_operators import use_operators
+from glowq.factors.group import Group
+from glowq.integrations.onnx.check import right_factor_nodes, run, session
+from glowq.integrations.onnx.graph import describe, export_graph
+from glowq.integrations.onnx.operators import use_operators
+from glowq.models.tracing import find_groups
 
 BUNDLED = Path(__file__).parents[1] / "stdlib-llama"
 WARM_UP = 3

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from glowq.backends import base_config, prepare_model
-from glowq.groups import Group
-from glowq.runtime import GroupFactors, attach
+from glowq.factors.factors import GroupFactors
+from glowq.factors.group import Group
+from glowq.quantizers.model import prepare_model
+from glowq.quantizers.registry import base_config
+from glowq.runtime.attach import attach
 
 __all__ = ["add_size_arguments", "attach_randomly", "quantized"]
 

@@ -22,11 +22,11 @@ from random_llama import add_size_arguments, attach_randomly, quantized
 from rich.console import Console
 from rich.table import Table
 
-from glowq.backends import packed_bytes
-from glowq.fast_kernels import use_fast_kernels
-from glowq.groups import find_groups
-from glowq.runtime import detach
-from glowq.speed import Shape, machine, measure, variants
+from glowq.evaluation.timing import Shape, machine, measure, variants
+from glowq.models.tracing import find_groups
+from glowq.quantizers.model import packed_bytes
+from glowq.runtime.attach import detach
+from glowq.runtime.fast_kernels import use_fast_kernels
 
 
 def main() -> None:

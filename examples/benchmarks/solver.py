@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glowq.solver import Factors, factorize, weighted_error
+from glowq.solving.low_rank import Factors, factorize, weighted_error
 
 _OVERSAMPLING = 8
 

@@ -1,5 +1,7 @@
 """`python -m glowq.cli`: the same as the `glowq` command."""
 
-from . import main
+from __future__ import annotations
+
+from .app import main
 
 main()

@@ -1,1 +1,3 @@
-"""Doors to other projects; nothing in glowq but the command line and the public names imports them."""
+"""Doors to other projects, a folder or a file each; the other packages never import this one.
+
+A door may import the core packages, and of the other doors only `transformers` and `export`."""

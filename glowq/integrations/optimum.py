@@ -14,8 +14,8 @@ from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from ..errors import ConfigError
-from ..loading import load_config
-from .step import correct_checkpoint
+from ..models.loading import load_config
+from .transformers.checkpoint import correct_checkpoint
 
 __all__ = ["GlowQExporterConfig", "main_export", "register"]
 
@@ -54,7 +54,7 @@ def main_export(
         model_name_or_path: folder or Hub name.
         output: folder to write; must be new, empty, or an earlier result.
         task: "text-generation" or "feature-extraction", as optimum calls them; "auto" takes the class in config.json.
-        **options: of `glowq.integrations.step.correct_checkpoint`; `calibration` is required.
+        **options: of `glowq.integrations.transformers.checkpoint.correct_checkpoint`; `calibration` is required.
 
     Returns:
         See `correct_checkpoint`.

@@ -66,7 +66,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
 @pytest.fixture
 def fused(library: None) -> Any:
     """The module of glowq, which need not be installed where the kernels are tested."""
-    return pytest.importorskip("glowq.fused")
+    return pytest.importorskip("glowq.runtime.fused")
 
 
 @pytest.fixture

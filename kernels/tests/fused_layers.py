@@ -1,4 +1,4 @@
-"""Corrected layers of bitsandbytes and gptqmodel for the tests of `glowq.fused`, and what they should compute."""
+"""Corrected layers of bitsandbytes and gptqmodel for tests of `glowq.runtime.fused`, and what they should compute."""
 
 from __future__ import annotations
 
@@ -111,12 +111,13 @@ def corrected(
 
     Args:
         dtype: what bitsandbytes computes in.
-        factors: dtype of the factors; int8 for those of `glowq.int8`.
+        factors: dtype of the factors; int8 for those of `glowq.factors.int8`.
     """
-    from glowq.backends import prepare_model
-    from glowq.groups import Group
-    from glowq.int8 import round_factors
-    from glowq.runtime import GroupFactors, attach
+    from glowq.factors.factors import GroupFactors
+    from glowq.factors.group import Group
+    from glowq.factors.int8 import round_factors
+    from glowq.quantizers.model import prepare_model
+    from glowq.runtime.attach import attach
 
     model = Layers().eval()
     for name, outputs in WIDTHS.items():
@@ -144,8 +145,8 @@ def check(base: Base, model: Any, name: str, x: Tensor, found: Tensor, computed:
     Args:
         computed: dtype that the layer computes in, where it is another than that of x.
     """
-    from glowq import operators
-    from glowq.runtime import attached
+    from glowq.runtime import operators
+    from glowq.runtime.attach import attached
 
     container = next(part for part in attached(model).values() if name in part.group.members)
     left = container.lefts[container.group.members.index(name)]

@@ -1,4 +1,4 @@
-"""Corrected members in one launch (`glowq.fused`): right wherever they run, and as they were everywhere else."""
+"""Corrected members in one launch (`glowq.runtime.fused`): right wherever they run, and as before everywhere else."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_gradients_go_the_old_way(
     as_before(model, calls, x, nullcontext)
     sum(y.sum() for y in model(x)).backward()
     expected = sum((BASES[base].read(getattr(model, name))[0].sum(0) for name in WIDTHS), torch.zeros(()))
-    from glowq.runtime import attached
+    from glowq.runtime.attach import attached
 
     for part in attached(model).values():
         for left in part.lefts:

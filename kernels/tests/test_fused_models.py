@@ -28,7 +28,7 @@ from fused_layers import (
 
 @everywhere
 def test_switched_off(make: Callable[..., Any], calls: Counter[str], device: torch.device, base: str) -> None:
-    from glowq.switching import disabled, set_enabled
+    from glowq.runtime.switching import disabled, set_enabled
 
     model, x = make(base), inputs(2, device=device)
     before = run(model, x)
@@ -47,7 +47,7 @@ def test_switched_off(make: Callable[..., Any], calls: Counter[str], device: tor
 
 @everywhere
 def test_detach_leaves_the_base(make: Callable[..., Any], device: torch.device, base: str) -> None:
-    from glowq.runtime import detach
+    from glowq.runtime.attach import detach
 
     model, x = make(base), inputs(2, device=device)
     plain = make_like(model)
@@ -79,7 +79,7 @@ def test_the_state_is_what_it_was(fused: Any, device: torch.device, base: str) -
 def test_a_copy_is_fused_by_itself(
     make: Callable[..., Any], calls: Counter[str], device: torch.device, base: str, how: str
 ) -> None:
-    from glowq.runtime import attached, detach
+    from glowq.runtime.attach import attached, detach
 
     model, x = make(base), inputs(2, device=device)
     before = run(model, x)
@@ -152,7 +152,7 @@ def test_a_wrapped_forward_is_corrected_once(
 ) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
-    from glowq.runtime import detach
+    from glowq.runtime.attach import detach
 
     model, x = make(base), inputs(2, device=device)
     plain = make_like(model)
@@ -171,7 +171,7 @@ def test_a_wrapped_forward_is_corrected_once(
 def test_what_accelerate_dispatched(fused: Any, device: torch.device, base: str, offload: bool) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
-    from glowq.runtime import detach
+    from glowq.runtime.attach import detach
 
     model, x = corrected(BASES[base], device), inputs(2, device=device)
     hook = AlignDevicesHook(execution_device=device)

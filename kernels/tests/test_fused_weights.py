@@ -155,8 +155,8 @@ def test_modules_that_are_not_corrected(fused: Any, device: torch.device) -> Non
 
 @everywhere
 def test_use_fast_kernels(fused: Any, calls: Counter[str], device: torch.device, base: str) -> None:
-    from glowq.backends import read_weight
-    from glowq.fast_kernels import refuse_rewritten, use_fast_kernels
+    from glowq.quantizers.model import read_weight
+    from glowq.runtime.fast_kernels import refuse_rewritten, use_fast_kernels
 
     model, x = corrected(BASES[base], device), inputs(2, device=device)
     assert use_fast_kernels(model) == len(WIDTHS)
@@ -176,7 +176,7 @@ def test_use_fast_kernels(fused: Any, calls: Counter[str], device: torch.device,
 def test_a_fused_weight_is_not_handed_to_kernels_that_rewrite_it(
     fused: Any, device: torch.device, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glowq.fast_kernels import refuse_rewritten, use_fast_kernels
+    from glowq.runtime.fast_kernels import refuse_rewritten, use_fast_kernels
 
     model, traps = corrected(BASES[base], device), {"support_avx512bf16_for_cpu": False, "linear_mode": "train"}
     if base.startswith("nf4"):

@@ -19,7 +19,7 @@ FEW = (1, 2, 3, 8, 15, 16)
 @pytest.fixture
 def operators(library: None) -> Any:
     """The module of glowq, which need not be installed where the kernels are tested."""
-    return pytest.importorskip("glowq.operators")
+    return pytest.importorskip("glowq.runtime.operators")
 
 
 @pytest.fixture

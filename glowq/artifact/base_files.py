@@ -1,0 +1,118 @@
+"""Where a corrected model's base comes from: its folder, its shards, and the tensors that only its files still hold."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import ConfigError, CorrectionError, GlowQError, PickleRefusedError, UnsafePathError
+from ..quantizers.registry import method_of
+from ..utils.files import checkpoint_files, read_json, refuse_pickles
+from ..utils.hub import local_snapshot
+from .config import GlowQConfig
+from .factor_files import FACTOR_KEYS
+from .saved import FACTORS_FILE
+
+__all__ = ["base_folder", "base_shards", "model_shards", "original_tensors", "refuse_unsafe"]
+
+
+def base_folder(config: GlowQConfig) -> Path:
+    """The local folder of the model that a correction names as its base, downloaded if need be.
+
+    Raises:
+        ConfigError: the base has dense weights only once transformers has dequantized it, which a correction that is
+            loaded by itself cannot ask for.
+    """
+    base_model = config.base_model or {}
+    kwargs = {"revision": base_model["revision"]} if base_model.get("revision") else {}
+    folder = local_snapshot(base_model["name"], **kwargs)
+    if method_of(config.base) == "dense" and not _holds_dense_weights(folder):
+        raise ConfigError(
+            f"this correction is one of the dense weights that transformers makes of {base_model['name']} on load. "
+            "Load that model as it was loaded then (from_pretrained with its gguf_file or dequantize=True) and call "
+            "glowq.load_correction(model, correction)."
+        )
+    return folder
+
+
+def _holds_dense_weights(folder: Path) -> bool:
+    if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("quantization_config"):
+        return False
+    return any(folder.glob("*.safetensors"))
+
+
+def base_shards(folder: Path) -> list[str]:
+    """The shards of a base, which must not be a correction itself."""
+    if (folder / FACTORS_FILE).is_file():
+        raise ConfigError(f"the base {folder} is itself a correction; name the quantized or full-precision model.")
+    return checkpoint_files(folder)
+
+
+def model_shards(model: Any) -> list[str]:
+    """The shards that transformers loaded `model` from.
+
+    Raises:
+        ConfigError: they cannot be found any more.
+    """
+    config = model.config
+    name, revision = getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None)
+    try:
+        return checkpoint_files(local_snapshot(name, **({"revision": revision} if revision else {})))
+    except GlowQError as error:
+        raise ConfigError(f"the model was loaded from {name!r}, whose files are needed to save it: {error}") from error
+
+
+def original_tensors(shards: Sequence[str], modules: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of quantized modules as their checkpoint holds them.
+
+    Args:
+        shards: safetensors files.
+        modules: module names; a tensor `<module>.<anything>` belongs to the module.
+
+    Returns:
+        Tensor name -> tensor on the CPU, in memory of its own: the files may be overwritten.
+
+    Raises:
+        CorrectionError: the files hold none of a module's tensors, or are not there any more.
+    """
+    wanted, tensors, found = set(modules), {}, set()
+    for shard in shards:
+        if not os.path.isfile(shard):
+            raise CorrectionError(f"{shard}, which the model was loaded from and which saving it needs, is gone.")
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                module = name.rpartition(".")[0]
+                if module in wanted and not re.search(FACTOR_KEYS, name):
+                    tensors[name] = file.get_tensor(name).clone()
+                    found.add(module)
+    missing = sorted(wanted - found)
+    if missing:
+        raise CorrectionError(
+            f"the checkpoint in {os.path.dirname(shards[0])} holds no tensor of {missing[0]!r} under that name, so "
+            "that the model cannot be saved in one piece; save its correction instead (Correction.save_pretrained)."
+        )
+    return tensors
+
+
+def refuse_unsafe(files: Sequence[str], source: Any, config: GlowQConfig) -> None:
+    """Nothing but safetensors, nothing outside its folder, and no folder of this machine named by the Hub."""
+    for file in files:
+        refuse_pickles(Path(file).parent)
+        if not file.endswith(".safetensors"):
+            raise PickleRefusedError(f"{file} is not a safetensors file; glowq reads no other weights.")
+    if os.path.isdir(source):
+        root = os.path.abspath(source)
+        outside = [file for file in files if os.path.commonpath([root, os.path.abspath(file)]) != root]
+        if outside:
+            raise UnsafePathError(f"{source} names {outside[0]!r}, which lies outside its folder; refused.")
+    elif config.format == "correction" and os.path.isabs((config.base_model or {})["name"]):
+        raise UnsafePathError(
+            f"{source} names the local folder {(config.base_model or {})['name']!r} as its base; refused. Its author "
+            "should push the base first."
+        )

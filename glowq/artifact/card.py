@@ -1,0 +1,216 @@
+"""The model card of a corrected model, either form, from the template in `model_cards/`, with its picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from ..errors import GlowQError
+from ..evaluation.figures import has_gap, shown, shown_share, undone
+from ..evaluation.plots import can_plot, draw_budgets
+from ..selection.allocation import Offer
+from ..selection.curve import CurvePoint, budget_curve
+from ..utils.files import read_json
+from .config import GlowQConfig
+
+__all__ = ["CARD", "PICTURE", "base_license", "card_files", "export_card", "license_of"]
+
+CARD = "README.md"
+PICTURE = "budgets.png"
+
+_TAGS = ["glowq", "quantized", "low-rank-correction"]
+_LICENSE = ("license", "license_name", "license_link")
+_PERPLEXITIES = {"reference": "full precision", "quantized": "quantized", "corrected": "corrected"}
+_UNITS = {  # of the gains, as provenance names them
+    "nats": "KL divergence from full precision",
+    "squared distance": "squared distance of the states from full precision's",
+    "second order of the loss": "loss, to second order",
+    "squared output": "squared error of the modules' outputs",
+}
+
+
+def card_files(
+    config: GlowQConfig,
+    offers: Sequence[Offer],
+    *,
+    license: Mapping[str, Any] | None = None,
+    repository: str = "this/repository",
+    picture: bool | None = None,
+) -> dict[str, bytes]:
+    """A corrected model's card, and its picture of what every smaller budget is predicted to keep.
+
+    Args:
+        config: what config.json stores. Its provenance may hold "command" (the exact command line) and "held_out" (the
+            figures of `glowq correct --json`); sections without data are left out.
+        offers: one a restored group.
+        license: the base's, see `base_license`.
+        repository: the Hub name that the card tells people to load.
+        picture: whether to draw; None: if matplotlib is installed.
+
+    Returns:
+        File name -> content: "README.md", and "budgets.png" if there is one. Neither depends on time or machine.
+    """
+    provenance, base_bytes = config.provenance, config.base_bytes or 0
+    base_model: dict[str, Any] = config.base_model or {}
+    name = str(base_model.get("name", ""))
+    title = f"{Path(name).name}, corrected by glowq"
+    unit = _UNITS.get(str(provenance.get("gains")), "what quantization cost")
+    curve = [] if provenance.get("distilled_steps") else budget_curve(offers, config.total, base_bytes)
+    drawn = len(curve) > 1 and (can_plot() if picture is None else picture)
+    factor_bytes = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
+    ranks = sorted({len(offer.gains) for offer in offers})
+    card = ModelCard.from_template(
+        _metadata(name, title, provenance.get("held_out"), license or {}),
+        template_path=str(_templates() / "correction.md"),
+        full=config.format == "full",
+        title=title,
+        base_model_name=Path(name).name if Path(name).is_absolute() else name,
+        revision=base_model.get("revision"),
+        base=_base_name(config.base),
+        method=config.method,
+        seed=config.seed,
+        group_count=len(offers),
+        module_count=sum(len(offer.group.members) for offer in offers),
+        ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        factor_bytes=f"{factor_bytes:,}",
+        overhead=f"{factor_bytes / base_bytes:.2%}" if base_bytes else "an unknown share",
+        calibration_tokens=_count(provenance.get("calibration_tokens")),
+        held_out=_held_out(provenance.get("held_out")),
+        selected=provenance.get("selected"),
+        distilled=provenance.get("distilled_steps"),
+        int8=provenance.get("factor_dtype") == "int8",
+        rounding=_rounding(provenance.get("int8")),
+        curve=_rows(curve),
+        picture=PICTURE if drawn else None,
+        unit=unit,
+        command=provenance.get("command"),
+        repository=repository,
+    )
+    files = {CARD: str(card.content).encode()}
+    if drawn:
+        files[PICTURE] = _picture(curve, unit, title)
+    return files
+
+
+def export_card(base_model: Mapping[str, Any], what: str, use: str) -> bytes:
+    """The card of an exported model.
+
+    Args:
+        base_model: "name" and "revision", as config.json stores them.
+        what: what the files are.
+        use: how they are run, Markdown.
+    """
+    name = str(base_model.get("name", ""))
+    template = str(_templates() / "export.md")
+    base = {} if Path(name).is_absolute() else {"base_model": name}
+    fields: dict[str, Any] = {**base_license(base_model), **base, "tags": _TAGS}
+    data = ModelCardData(**fields)
+    card = ModelCard.from_template(data, template_path=template, title=Path(name).name, what=what, use=use)
+    return str(card.content).encode()
+
+
+def base_license(base_model: Mapping[str, Any]) -> dict[str, Any]:
+    """The license fields that the base's own card or config states, where its files are on this machine.
+
+    Args:
+        base_model: "name", a folder or Hub name, and "revision", as config.json stores them.
+    """
+    name, revision = str(base_model.get("name", "")), base_model.get("revision")
+    for file in (CARD, "config.json"):
+        local = Path(name).is_absolute()
+        path = Path(name) / file if local else try_to_load_from_cache(name, file, revision=revision)
+        found = license_of(_stated(Path(path))) if isinstance(path, str | Path) and Path(path).is_file() else {}
+        if found:
+            return found
+    return {}
+
+
+def license_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a card's metadata: its license, and what belongs to it; empty where it states none."""
+    return {key: metadata[key] for key in _LICENSE if metadata.get(key)} if metadata.get("license") else {}
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    """The metadata of a card, or a config; of a file that is damaged, nothing: it is somebody else's."""
+    try:
+        return read_json(file) if file.suffix == ".json" else metadata_load(file) or {}
+    except (GlowQError, ValueError, YAMLError):
+        return {}
+
+
+def _metadata(name: str, title: str, figures: Mapping[str, Any] | None, license: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub indexes. The name of a base that is a folder of this machine says nothing to anybody else."""
+    base = {} if Path(name).is_absolute() else {"base_model": name, "base_model_relation": "quantized"}
+    results = _results(figures)
+    measured = {"model_name": title, "eval_results": results, "pipeline_tag": "text-generation"} if results else {}
+    fields: dict[str, Any] = {**license, **base, "library_name": "glowq", "tags": _TAGS, **measured}
+    return ModelCardData(**fields)
+
+
+def _templates() -> Path:
+    """In a wheel the templates lie inside the package, in a checkout beside it."""
+    inside = Path(__file__).parents[1] / "model_cards"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "model_cards"
+
+
+def _base_name(base: Any) -> str:
+    method = getattr(base, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "no"
+
+
+def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """The figures as shown; None where nothing was measured."""
+    if not figures or figures.get("reference") is None:
+        return None
+    perplexities = {name: shown(figures[name], ".4f") for name in _PERPLEXITIES}
+    return {**perplexities, "recovered": shown_share(figures), "tokens": _count(figures.get("tokens"))}
+
+
+def _rounding(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """What rounding to int8 costs, as shown; None where it is unmeasured."""
+    shares = undone(figures)
+    if figures is None or shares is None:
+        return None
+    return {**{name: f"{share:.1%}" for name, share in shares.items()}, "tokens": _count(figures["tokens"])}
+
+
+def _results(figures: Mapping[str, Any] | None) -> list[EvalResult]:
+    """The measured figures as the Hub reads them; what is undefined, and a share that says nothing, is left out."""
+    if not figures or figures.get("reference") is None:
+        return []
+    values = {("perplexity", f"Perplexity, {what}"): figures[name] for name, what in _PERPLEXITIES.items()}
+    if has_gap(figures["reference"], figures["quantized"]) and figures.get("recovered_ci95") is not None:
+        values["recovered", "Share of the perplexity gap recovered"] = figures["recovered"]
+    text: dict[str, Any] = {"dataset_type": "held-out-text", "dataset_name": "Held out from the calibration text"}
+    return [
+        EvalResult(task_type="text-generation", metric_type=kind, metric_name=name, metric_value=value, **text)
+        for (kind, name), value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _rows(curve: Sequence[CurvePoint]) -> list[dict[str, str]]:
+    return [
+        {
+            "bytes": f"{point.bytes:,}",
+            "share": f"{100 * point.share_of_base:.3g}%",
+            "predicted": f"{point.predicted:.1%}",
+        }
+        for point in curve
+    ]
+
+
+def _picture(curve: Sequence[CurvePoint], unit: str, title: str) -> bytes:
+    file = io.BytesIO()
+    draw_budgets(file, curve, unit, title)
+    return file.getvalue()

@@ -1,0 +1,112 @@
+"""What a folder that glowq saved holds, before any of it is sent anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from ..errors import ModelNotFoundError, PickleRefusedError
+from ..selection.allocation import Offer
+from ..utils.files import PICKLES, checkpoint_files, read_json, safe_join
+from ..utils.output import EXPORT_MANIFEST, is_result_file
+from .config import GlowQConfig
+from .factor_files import open_factors
+from .saved import FACTORS_FILE
+
+__all__ = ["SavedResult", "read_result", "stored_offers"]
+
+_TERMS = ("LICENSE*", "NOTICE*")  # which whoever pushes may have to add
+_ADAPTER = "adapter_config.json"  # of peft
+
+
+@dataclass(frozen=True)
+class SavedResult:
+    """A folder to push.
+
+    Attributes:
+        folder: where it is.
+        kind: "correction", "full" or "export".
+        files: path in the repository -> file on this machine, or what to write instead of it.
+        left_out: files in the folder that stay here.
+        config: of a correction or a model; None of an export.
+        base: Hub name or local folder of the base, and its revision; None where nothing names any.
+    """
+
+    folder: Path
+    kind: str
+    files: Mapping[str, Path | bytes]
+    left_out: list[str]
+    config: GlowQConfig | None
+    base: tuple[str, str | None] | None
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it is worth nothing to somebody who cannot load its base."""
+        return self.base is not None and self.kind != "full"
+
+
+def read_result(folder: Path) -> SavedResult:
+    """What a folder holds.
+
+    Raises:
+        ModelNotFoundError: no such folder, or it holds nothing that glowq saved, or not all of it.
+        PickleRefusedError: it holds a pickle.
+        CorrectionError: a file is corrupt, or a factor is missing.
+    """
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder} is no folder; give one that `glowq correct`, select or export wrote.")
+    is_export = (folder / EXPORT_MANIFEST).is_file()
+    config_file = folder / "config.json"
+    stored = read_json(config_file).get("quantization_config") if config_file.is_file() else None
+    if not is_export and (not isinstance(stored, dict) or stored.get("quant_method") != "glowq"):
+        raise ModelNotFoundError(
+            f"{folder} holds nothing that glowq saved; give a folder that `glowq correct`, select or export wrote."
+        )
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    pickles = [name for name in found if name.endswith(PICKLES)]
+    if pickles:
+        raise PickleRefusedError(f"{folder / pickles[0]} is a pickle, which glowq does not spread; remove it.")
+    if is_export:
+        return _read_export(folder, set(found))
+    config = GlowQConfig.from_dict(stored or {})
+    stored_offers(folder, config)  # refuses what is damaged before anything is sent
+    files = {name: path for name, path in found.items() if is_result_file(name) or _are_terms(name)}
+    base = config.base_model or {}
+    left_out = sorted(set(found) - set(files))
+    return SavedResult(folder, config.format, files, left_out, config, (str(base["name"]), base["revision"]))
+
+
+def _are_terms(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _TERMS)
+
+
+def _read_export(folder: Path, found: set[str]) -> SavedResult:
+    """An export consists of the files that its manifest names, and knows its base if it is an adapter."""
+    named = [EXPORT_MANIFEST, *read_json(folder / EXPORT_MANIFEST).get("files", {})]
+    files = {name: safe_join(folder, name) for name in named}
+    missing = sorted(set(files) - found)
+    if missing:
+        raise ModelNotFoundError(f"{files[missing[0]]} is missing: the export is incomplete; export again.")
+    adapter = read_json(folder / _ADAPTER) if _ADAPTER in files else {}
+    name = adapter.get("base_model_name_or_path")
+    return SavedResult(
+        folder,
+        "export",
+        files,
+        sorted(found - set(files)),
+        None,
+        (str(name), adapter.get("revision")) if name else None,
+    )
+
+
+def stored_offers(folder: Path, config: GlowQConfig) -> list[Offer]:
+    """What the groups of a saved correction or model hold.
+
+    Raises:
+        CorrectionError: a file is corrupt, or a factor is missing, extra or misshaped.
+    """
+    names = [folder / FACTORS_FILE] if config.format == "correction" else map(Path, checkpoint_files(folder))
+    with open_factors(list(names), config.groups or {}) as factors:
+        return factors.offers

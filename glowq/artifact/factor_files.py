@@ -1,0 +1,229 @@
+"""Factors in safetensors files: every header is checked when they are opened, and only what is asked for is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CorrectionError, NonFiniteError
+from ..factors.factors import GroupFactors
+from ..factors.group import Group
+from ..factors.int8 import SCALE_BYTES, Packed, pack, unpack
+from ..selection.allocation import Offer
+
+__all__ = [
+    "FACTOR_KEYS",
+    "StoredFactors",
+    "describe_groups",
+    "factor_tensors",
+    "open_factors",
+    "read_factors",
+    "stored_group",
+]
+
+FACTOR_KEYS = r"\.(left|right|right_scale)$"
+"""What the names of a correction's tensors end in."""
+
+_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}  # of the dtypes that a factor may have
+_UNPACKED = torch.bfloat16  # what int8 factors are in memory, until a model takes them: exact
+
+
+def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
+    """File tensors by name, sorted: `<group>.right` and `<member>.left`, and `<group>.right_scale` where int8."""
+    tensors: dict[str, Tensor] = {}
+    for entry in factors:
+        right, lefts = entry.right, entry.lefts
+        if entry.int8:
+            right, tensors[f"{entry.group.name}.right_scale"], lefts = pack(right, lefts)
+        tensors[f"{entry.group.name}.right"] = right
+        tensors.update({f"{member}.left": left for member, left in lefts.items()})
+    return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
+
+
+def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]]:
+    """What config.json says of each group."""
+    return {
+        entry.group.name: {
+            "members": list(entry.group.members),
+            "in_features": entry.group.in_features,
+            "out_features": list(entry.group.out_features),
+            "block": entry.group.block,
+            "rank": entry.rank,
+            "gains": [float(gain) for gain in entry.gains],
+            "total": entry.total,
+        }
+        for entry in factors
+    }
+
+
+def stored_group(name: str, stored: Mapping[str, Any]) -> Group:
+    """The group that config.json describes as `stored`, an entry of `describe_groups`."""
+    return Group(
+        name=name,
+        members=tuple(stored["members"]),
+        in_features=int(stored["in_features"]),
+        out_features=tuple(int(width) for width in stored["out_features"]),
+        block=str(stored["block"]),
+    )
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """The factors of a correction's groups, unread.
+
+    Attributes:
+        offers: one a group, with as many gains as it has ranks.
+        totals: group name -> error before any rank.
+        tensors: factor name -> the open file that holds it, and the file's path.
+    """
+
+    offers: list[Offer]
+    totals: Mapping[str, float]
+    tensors: Mapping[str, tuple[Any, Path]]
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(len(offer.gains) * offer.rank_bytes for offer in self.offers)
+
+    def read(self, ranks: Mapping[str, int] | None = None) -> list[GroupFactors]:
+        """Read the first ranks of groups, and nothing of any other.
+
+        Args:
+            ranks: group name -> rank, from 1 to what the group has; groups not named are left out. None: everything.
+
+        Raises:
+            NonFiniteError: a factor that was read holds NaN or Inf.
+            CorrectionError: a scale of int8 factors is no power of two.
+        """
+        factors = []
+        for offer in self.offers:
+            group, held = offer.group, len(offer.gains)
+            rank = held if ranks is None else ranks.get(group.name, 0)
+            if rank == 0:
+                continue
+            every, first = slice(None), slice(None if rank == held else rank)
+            right = self._take(f"{group.name}.right", (first, every))
+            lefts = {member: self._take(f"{member}.left", (every, first)) for member in group.members}
+            gains = torch.tensor(offer.gains[:rank], dtype=torch.float64)
+            int8 = right.dtype == torch.int8
+            if int8:
+                scale = self._take(f"{group.name}.right_scale", (first,))
+                self._check_scale(group, scale)
+                right, lefts = unpack(Packed(right, scale, lefts), _UNPACKED)
+            factors.append(GroupFactors(group, right, lefts, gains, self.totals[group.name], int8))
+        return factors
+
+    def _check_scale(self, group: Group, scale: Tensor) -> None:
+        mantissa, exponent = torch.frexp(scale)
+        if not bool(((mantissa == 0.5) & (exponent > -126)).all()):
+            _, file = self.tensors[f"{group.name}.right_scale"]
+            raise CorrectionError(
+                f"factor '{group.name}.right_scale' in {file} holds a scale that is no power of two, which glowq never "
+                "writes: the file is damaged. Download or correct again."
+            )
+
+    def _take(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        opened, file = self.tensors[name]
+        if part == (slice(None),) * len(part):
+            tensor: Tensor = opened.get_tensor(name)
+        else:
+            # A slice is a view of the mapped file, which it would keep mapped.
+            tensor = opened.get_slice(name)[part].clone(memory_format=torch.contiguous_format)
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"factor {name!r} in {file} holds NaN or Inf; download or correct again.")
+        return tensor
+
+
+@contextmanager
+def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredFactors]:
+    """Open and check the factors of `groups` in safetensors files; other tensors in them are left alone.
+
+    Args:
+        files: together they hold every factor of `groups`, and no factor of another.
+        groups: as config.json stores them.
+
+    Raises:
+        CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
+    """
+    with ExitStack() as stack:
+        tensors = _open(files, stack)
+        unnamed = dict(tensors)
+        offers = [_offer(stored_group(name, stored), stored, unnamed) for name, stored in groups.items()]
+        extra = sorted(unnamed)
+        if extra:
+            raise CorrectionError(
+                f"extra factor {extra[0]!r} ({len(extra)} in all) that no group of config.json names; the file and "
+                "its config.json do not belong together. Download or correct again."
+            )
+        yield StoredFactors(offers, {name: float(stored["total"]) for name, stored in groups.items()}, tensors)
+
+
+def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
+    """Read and check all factors of `groups` from safetensors files; see `open_factors`.
+
+    Raises:
+        CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
+        NonFiniteError: a factor holds NaN or Inf.
+    """
+    with open_factors(files, groups) as stored:
+        return stored.read()
+
+
+def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]]:
+    tensors: dict[str, tuple[Any, Path]] = {}
+    for file in files:
+        if not file.is_file():
+            raise CorrectionError(f"{file} is missing; download the correction again.")
+        try:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+        except SafetensorError as error:
+            raise CorrectionError(
+                f"{file} is corrupt or truncated ({error}); download the correction again."
+            ) from error
+        names = opened.keys()
+        tensors.update({name: (opened, file) for name in names if re.search(FACTOR_KEYS, name)})
+    return tensors
+
+
+def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any, Path]]) -> Offer:
+    """What a group can give, once the header says that its factors are what config.json says; they leave `unnamed`."""
+    rank = int(stored["rank"])
+    shapes = {f"{group.name}.right": (rank, group.in_features)}
+    shapes |= {f"{member}.left": (width, rank) for member, width in zip(group.members, group.out_features, strict=True)}
+    dtypes = [_dtype(unnamed, name, shape) for name, shape in shapes.items()]
+    rank_bytes = sum(
+        prod(shape) // rank * _ITEMSIZES[dtype] for shape, dtype in zip(shapes.values(), dtypes, strict=True)
+    )
+    if "I8" in dtypes:
+        scale = f"{group.name}.right_scale"
+        if set(dtypes) != {"I8"} or _dtype(unnamed, scale, (rank,)) != "F32":
+            raise CorrectionError(
+                f"group {group.name!r} mixes int8 factors with others ({', '.join(dtypes)}), or its {scale!r} is not "
+                "float32. Download or correct again."
+            )
+        rank_bytes += SCALE_BYTES
+    return Offer(group, rank_bytes, [float(gain) for gain in stored["gains"]])
+
+
+def _dtype(unnamed: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> str:
+    opened, file = unnamed.pop(name, (None, None))
+    if opened is None:
+        raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
+    header = opened.get_slice(name)
+    found, dtype = tuple(header.get_shape()), str(header.get_dtype())
+    if found != shape or dtype not in _ITEMSIZES:
+        raise CorrectionError(
+            f"factor {name!r} in {file} has shape {found} and dtype {dtype}, expected a float or int8 tensor of shape "
+            f"{shape}."
+        )
+    return dtype

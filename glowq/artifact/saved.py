@@ -1,0 +1,105 @@
+"""A saved correction before its factors are read: what is kept of it is chosen first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, ModelNotFoundError
+from ..selection.allocation import Offer
+from ..selection.budget import RankRequest, parse_budget, parse_target
+from ..selection.ranks import check_measured, choose_ranks
+from ..selection.rounding import priced
+from ..utils.files import read_json, refuse_pickles
+from ..utils.hub import local_snapshot
+from .config import GlowQConfig
+from .factor_files import StoredFactors, open_factors
+
+__all__ = ["FACTORS_FILE", "SavedCorrection", "open_saved"]
+
+FACTORS_FILE = "glowq.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedCorrection:
+    """A correction's folder, open.
+
+    Attributes:
+        name: folder or Hub name, as it was given.
+        folder: where its files are.
+        config: what config.json stores about the correction.
+        model_config: the rest of config.json, which is the quantized model's.
+        factors: the factors, unread.
+    """
+
+    name: str
+    folder: Path
+    config: GlowQConfig
+    model_config: dict[str, Any]
+    factors: StoredFactors
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the quantized weights; 0 where config.json does not say."""
+        return int(self.config.base_bytes or 0)
+
+    def choose(self, request: RankRequest, factor_dtype: str = "auto") -> dict[str, int]:
+        """Group name -> rank of what a request keeps; see `choose_ranks`.
+
+        Args:
+            request: the whole is kept where it is empty.
+            factor_dtype: "int8" where what is kept will be rounded to that, which a budget pays half for.
+
+        Raises:
+            RankError: rank below 1.
+            ConfigError: the budget is larger than the correction, too small for anything, or a target out of reach; or
+                the correction holds nothing that groups could be chosen by.
+        """
+        offers = priced(self.factors.offers, factor_dtype)
+        if request.budget is not None:
+            self._check_budget(request.budget, offers, " in int8" if factor_dtype == "int8" else "")
+        return choose_ranks(offers, request, self.base_bytes, self.config.total)
+
+    def _check_budget(self, budget: str | int, offers: Sequence[Offer], kind: str) -> None:
+        if not self.base_bytes:
+            raise ConfigError(f"{self.name} does not say how many bytes its quantized weights take; correct again.")
+        check_measured(offers, self.name)
+        available = None if parse_target(budget) is not None else parse_budget(budget, self.base_bytes)
+        whole = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
+        if available is not None and available > whole:  # bytes that were never solved for cannot be selected
+            raise ConfigError(
+                f"budget {budget!r} is {available} bytes, but {self.name} has only {whole}{kind} "
+                f"({whole / self.base_bytes:.2%}); give less, or correct again with a larger --budget or --rank."
+            )
+
+
+@contextmanager
+def open_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> Iterator[SavedCorrection]:
+    """Open the folder of a correction: config.json is read, the factors' headers are checked, no factor is read.
+
+    Args:
+        path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
+        **hub_kwargs: to `huggingface_hub.snapshot_download`.
+
+    Raises:
+        ModelNotFoundError: no such folder, or it holds no correction.
+        CorrectionError: its files are corrupt, or a factor is missing, extra or misshaped.
+    """
+    folder = local_snapshot(path, **hub_kwargs)
+    refuse_pickles(folder)
+    model_config = read_json(folder / "config.json")
+    stored = model_config.pop("quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
+        raise ModelNotFoundError(f"{path}: its config.json names no glowq correction.")
+    config = GlowQConfig.from_dict(stored)
+    if config.format != "correction":
+        raise ModelNotFoundError(
+            f"{path} is a self-contained glowq model, not a correction: load it with from_pretrained."
+        )
+    model_config.pop("transformers_weights", None)
+    with open_factors([folder / FACTORS_FILE], config.groups or {}) as factors:
+        yield SavedCorrection(os.fspath(path), folder, config, model_config, factors)

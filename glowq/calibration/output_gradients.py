@@ -1,0 +1,217 @@
+"""How much the loss minds an error at each group's outputs: the second moment of the loss gradient there.
+
+One backward pass over the calibration tokens measures every group at once. Labels are drawn from a softmax, not taken
+from the text, so that the moment is the Fisher information: half of d^T G d is what an output error d costs, in nats.
+
+Source: method.md, two-sided weighting; K-FAC (arXiv 1503.05671) for the Kronecker-factored Fisher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import NonFiniteError, SensitivityError
+from ..evaluation.divergence import final_states, token_logits
+from ..factors.group import Group
+from ..models.checkpointing import is_large, recomputing
+from ..models.forward import evaluating
+from ..quantizers.model import quantized_modules
+from ..solving.moments import OutputMoment
+from ..utils.logging import progress
+from .gradient_sums import SKETCH_RANK, GradientProduct, GradientSketch
+from .input_moments import BROKEN
+
+__all__ = ["FULL_WIDTH", "output_moments"]
+
+FULL_WIDTH = 4096  # outputs up to which a group's moment is a matrix; beyond, a diagonal plus a low-rank part
+
+Batch = Mapping[str, Any]
+Teacher = Callable[[Batch], Tensor]
+
+
+def output_moments(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    *,
+    teacher: Teacher | None = None,
+    seed: int = 0,
+    full_width: int = FULL_WIDTH,
+    checkpoint: bool | None = None,
+) -> dict[str, OutputMoment]:
+    """Second moment G = E[g g^T] of the loss gradient g at each group's stacked outputs, per token.
+
+    Args:
+        model: a language model, or an encoder, whose token states take the place of the logits; its parameters,
+            modes and hooks are left as they were.
+        groups: groups of the model.
+        batches: keyword arguments of one forward each; every token counts.
+        teacher: batch -> logits whose softmax the labels are drawn from; the model's own unless given.
+        seed: of the labels, and of the random directions of wide groups.
+        full_width: outputs O up to which a group's moment is a matrix.
+        checkpoint: whether each block is computed again in the backward pass, which takes one more forward and keeps
+            only the blocks' inputs; None does so where a batch would keep more than 1 GiB. The moments are the same.
+
+    Returns:
+        Group name -> float32 tensor of shape (O, O), or where O is above `full_width` a diagonal plus a low-rank part
+        of 256 directions; in nats (of an encoder: in squared distance of normalized states) per squared output unit.
+
+    Raises:
+        SensitivityError: the model's output has no gradient, or none reaches a group.
+        NonFiniteError: the output, or a gradient, is NaN or Inf; the message names the module.
+    """
+    sums = [_GroupGradient(group, full_width, seed) for group in groups]
+    if checkpoint is None:
+        checkpoint = is_large(model, batches)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(_differentiable(model))
+        if checkpoint:
+            stack.enter_context(recomputing(model))
+        for entry in sums:
+            for index, member in enumerate(entry.group.members):
+                handle = model.get_submodule(member).register_forward_hook(entry.hook(index))
+                stack.callback(handle.remove)
+        bar = stack.enter_context(progress(total=len(batches), desc="Gradients", unit="batch"))
+        for batch in batches:
+            tokens += _backward(model, batch, teacher, generator)
+            bar.update()
+    return {entry.group.name: entry.moment(tokens) for entry in sums}
+
+
+def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator: torch.Generator) -> int:
+    """One forward and one backward pass; returns the number of tokens."""
+    with torch.enable_grad():
+        output = model(**batch)
+        logits = token_logits(output)
+        start, tokens = _projections(output, generator) if logits is None else (logits, logits[..., 0].numel())
+    if not start.requires_grad:
+        raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
+    gradient = None
+    if logits is not None:
+        gradient = _surprise(logits.detach(), None if teacher is None else teacher(batch).detach(), generator)
+    if not bool(torch.isfinite(start.detach() if gradient is None else gradient.sum())):
+        raise NonFiniteError(f"{_first_broken(model, batch)} holds NaN or Inf during calibration. {BROKEN}")
+    start.backward(gradient)
+    return tokens
+
+
+def _surprise(logits: Tensor, drawn_from: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Gradient at the logits of the cross entropy of labels drawn from a softmax, summed over tokens.
+
+    It is the softmax less one at the label, so that the labels and the gradient take one softmax.
+
+    Args:
+        logits: shape (batch, length, vocabulary).
+        drawn_from: logits that the labels are drawn from, of the same shape; None for the same ones.
+    """
+    chances = logits.float().softmax(-1)
+    sums = (chances if drawn_from is None else drawn_from.float().softmax(-1)).cumsum(-1)
+    height = torch.rand(*sums.shape[:2], 1, generator=generator).to(sums.device) * sums[..., -1:]
+    if drawn_from is not None and not bool(torch.isfinite(sums[..., -1]).all()):
+        raise NonFiniteError("the teacher's logits hold NaN or Inf during calibration.")
+    labels = torch.searchsorted(sums, height, right=True).clamp_max(sums.shape[-1] - 1)
+    minus = chances.new_full((), -1.0).expand(labels.shape)
+    return chances.scatter_add_(-1, labels.to(chances.device), minus).to(logits.dtype)
+
+
+def _projections(output: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+    """The sum over an encoder's final states of `_projection`, and the number of tokens."""
+    states = final_states(output)
+    return torch.stack([_projection(state, generator) for state in states]).sum(), states[0][..., 0].numel()
+
+
+def _projection(states: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction of every final state, scaled to length 1: its gradients make the Gauss-Newton moment.
+
+    Args:
+        states: of the tokens, shape (batch, length, width), or pooled, shape (batch, width).
+    """
+    directions = torch.randn(states.shape, generator=generator).to(states.device)
+    return (nn.functional.normalize(states.float(), dim=-1) * directions).sum()
+
+
+def _first_broken(model: nn.Module, batch: Batch) -> str:
+    """What the first tensor that is not finite is, in words."""
+    found: list[str] = []
+    with ExitStack() as stack, torch.no_grad():
+        for name in quantized_modules(model):
+
+            def watch(module: nn.Module, args: Any, name: str = name) -> None:
+                if not found and not bool(torch.isfinite(args[0]).all()):
+                    found.append(f"{name}: its input")
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(watch).remove)
+        model(**batch)
+    return found[0] if found else f"the output of {type(model).__name__}"
+
+
+class _GroupGradient:
+    """Adds up one group's output gradients, as soon as those of all members of one forward have come."""
+
+    def __init__(self, group: Group, full_width: int, seed: int) -> None:
+        self.group = group
+        self._is_wide = sum(group.out_features) > full_width
+        self._seed = seed
+        self._parts: dict[int, Tensor] = {}
+        self._sum: GradientProduct | GradientSketch | None = None
+
+    def hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
+        """Forward hook of member number `index`."""
+
+        def watch(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda gradient: self._add(index, gradient))
+
+        return watch
+
+    def _add(self, index: int, gradient: Tensor) -> None:
+        self._parts[index] = gradient.detach().flatten(0, -2)
+        if len(self._parts) < len(self.group.members):
+            return
+        rows = torch.cat([self._parts[number] for number in range(len(self._parts))], dim=-1)
+        self._parts.clear()
+        if self._sum is None:
+            sketch = (rows.shape[1], SKETCH_RANK, self._seed, rows.device)
+            self._sum = GradientSketch(*sketch) if self._is_wide else GradientProduct(rows.shape[1], rows.device)
+        self._sum.add(rows)
+
+    def moment(self, tokens: int) -> OutputMoment:
+        where = self.group.members[0]
+        if self._sum is None:
+            raise SensitivityError(f"{where}: no gradient of the loss reaches its output.")
+        diagonal = self._sum.diagonal
+        # A square that is not finite makes its own place on the diagonal so.
+        if not bool(torch.isfinite(diagonal).all()):
+            raise NonFiniteError(f"{where}: the gradient of the loss at its output holds NaN or Inf.")
+        if not bool(diagonal.any()):
+            raise SensitivityError(f"{where}: the gradient of the loss at its output is zero everywhere.")
+        done, self._sum = self._sum, None
+        return done.moment(tokens)
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Gradients flow from the embeddings on, and into no parameter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(embeddings, nn.Module):
+        raise SensitivityError(f"{type(model).__name__} has no input embeddings that a gradient could flow from.")
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,189 @@
+"""`glowq compare`: several methods at equal bytes on one model, measured on text that none of them has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...errors import ConfigError, EvaluationError
+from ...integrations.lm_eval import check_tasks, run_tasks
+from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
+from ...quantizers.registry import base_names
+from ...solving.methods.base import get_method, method_names
+from ..options import JsonOption, ModelArgument, SeedOption, check_budget
+from ..output import command_line, session
+from ..reports.comparison_files import tables, write_comparison
+from ..reports.comparison_rows import figures
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...pipeline.method_budgets import Entry
+
+__all__ = ["compare"]
+
+_METHODS = "svd,zeroquant,lqer,qera,eora,aser,glowq-published,glowq"
+
+
+def _check_list(value: str | None) -> str | None:
+    if value is not None and not _list(value):
+        raise typer.BadParameter("expected a comma-separated list, found nothing in it.")
+    return value
+
+
+def _check_budgets(value: str) -> str:
+    _check_list(value)
+    for budget in _list(value):
+        check_budget(budget)
+    return value
+
+
+def compare(
+    model: ModelArgument,
+    calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Text to report on; must not overlap the calibration.")],
+    base: Annotated[str, typer.Option(help=f"Quantizer: {', '.join(base_names())}; none; dense.")] = "none",
+    reference: Annotated[
+        str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
+    ] = None,
+    methods: Annotated[str, typer.Option(callback=_check_list, help=f"Any of {', '.join(method_names())}.")] = _METHODS,
+    budgets: Annotated[
+        str, typer.Option(callback=_check_budgets, help="Bytes for each: shares of the quantized weights, or sizes.")
+    ] = "0.5%,1%,2%",
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder for compare.json, table.md, bytes.png and heatmap.png.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(callback=_check_list, metavar="NAMES", help="Also run these tasks of lm-evaluation-harness."),
+    ] = None,
+    distill: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Also distil the first method that allocates by gain.")
+    ] = 0,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also round the first method that allocates by gain to int8.")
+    ] = False,
+    seed: SeedOption = 0,
+    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens calibrated on.")] = 32768,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens reported on, picked from all over the text.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    gguf_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Report on text that was calibrated on.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Compare correction methods at equal bytes: perplexity, KL divergence and top-1 agreement, paired by sequence.
+
+    \b
+    Example:
+      glowq compare org/model --base nf4 --calibration notes.txt --data held-out.txt --budgets 0.5%,1%,2% --output DIR
+    """
+    with session(json) as show:
+        from ..._version import __version__
+        from ...data.overlap import check_disjoint
+        from ...pipeline.comparison import compare_methods, distill_entries, score_entries
+        from ...quantizers.registry import base_config, with_calibration
+
+        names, sizes, wanted = _list(methods), _list(budgets), _list(tasks)
+        _check_early(names, wanted, output, {"--distill": bool(distill), "--int8": int8})
+        quantization = None if base in ("none", "dense") else base_config(base)
+        config = load_config(model, gguf_file)
+        if not scores_text(config):
+            raise EvaluationError(f"{model} predicts no next token: perplexity is for causal language models.")
+        source = reference_name(model, config, base, reference)
+        tokenizer = load_tokenizer(model, source)
+        train = _sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
+        report = _sequences(config, tokenizer, data, tokens, sequence_length, seed)
+        overlap = check_disjoint(train, report, force=force)
+        if quantization is not None:
+            quantization = with_calibration(quantization, train)
+        quantized = load_model(model, config, quantization, gguf_file)
+        comparison = compare_methods(
+            quantized,
+            reference=source,
+            calibration=train,
+            methods=names,
+            budgets=sizes,
+            int8=int8,
+            seed=seed,
+            dense=base == "dense",
+        )
+        full = load_model(source, load_config(source))
+        if distill:
+            learned = distill_entries(quantized, full, comparison.entries, train, steps=distill, seed=seed)
+            comparison = replace(comparison, entries=[*comparison.entries, *learned])
+        scores = score_entries(full, quantized, comparison.entries, report)
+        result = {
+            "model": model,
+            "base": base,
+            "reference": source,
+            "base_bytes": comparison.base_bytes,
+            **figures(comparison, scores, seed),
+            "benefit": None if comparison.benefit is None else asdict(comparison.benefit),
+            "calibration": {"source": calibration, "tokens": train.numel()},
+            "data": {"source": data, "tokens": report.numel(), "sequences": len(report)},
+            "sequence_length": report.shape[1],
+            "overlap": {**asdict(overlap), "forced": force},
+            "seed": seed,
+            "glowq": __version__,
+            "command": command_line(),
+        }
+        if wanted:
+            result["tasks"] = _tasks(full, quantized, comparison.entries, tokenizer, wanted, seed)
+        if output is not None:
+            command = command_line(output, "DIR")
+            write_comparison(Path(output).resolve(), {**result, "command": command}, comparison.benefit)
+        show({**result, "output": output}, lambda: tables(result))
+
+
+def _list(text: str | None) -> list[str]:
+    """The parts of a comma-separated option, each once."""
+    return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+
+
+def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None, more: Mapping[str, bool]) -> None:
+    """Refuse before anything is loaded what could only fail at the end."""
+    from ...evaluation.plots import check_plots
+    from ...utils.output import Kind, check_output
+
+    allocations = [get_method(name).allocation for name in names]
+    for option in (option for option, wanted in more.items() if wanted and "gain" not in allocations):
+        raise ConfigError(f"{option} takes a method that allocates by gain: add glowq to --methods, or leave it out.")
+    if tasks:
+        check_tasks(tasks)
+    if output is not None:
+        check_plots()
+        check_output(Path(output).resolve(), kind=Kind.COMPARISON)
+
+
+def _sequences(config: Any, tokenizer: Any, text: str, tokens: int, sequence_length: int, seed: int) -> Tensor:
+    """Token ids, shape (n, length)."""
+    from ...data.text import read_texts
+    from ...data.tokens import token_sequences
+
+    length, vocab_size = token_limits(config, sequence_length)
+    return token_sequences(read_texts(text), tokenizer, length=length, limit=tokens, seed=seed, vocab_size=vocab_size)
+
+
+def _tasks(
+    full: nn.Module, quantized: nn.Module, entries: Sequence[Entry], tokenizer: Any, names: list[str], seed: int
+) -> dict[str, Any]:
+    """Label of every model -> figures of every task."""
+    from ...runtime.attach import applied
+
+    found = {
+        "reference": run_tasks(full, tokenizer, names, seed),
+        "quantized": run_tasks(quantized, tokenizer, names, seed),
+    }
+    for entry in entries:
+        if entry.factors and entry.same_as is None:
+            with applied(quantized, entry.factors):
+                found[entry.label] = run_tasks(quantized, tokenizer, names, seed)
+        elif entry.factors:
+            found[entry.label] = found[f"{entry.same_as} at {entry.budget}"]
+    return found

@@ -1,0 +1,162 @@
+"""`glowq correct`: quantize a model if asked to, correct it, measure what that gave, and save it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ...evaluation.figures import shown, shown_share, undone
+from ...quantizers.registry import base_names
+from ...solving.methods.base import method_names
+from ..options import (
+    BudgetOption,
+    FactorDtypeOption,
+    JsonOption,
+    MaxRankOption,
+    ModelArgument,
+    RankStepOption,
+    SeedOption,
+    rank_request,
+)
+from ..output import command_line, grid, peak_rss_bytes, session
+
+__all__ = ["correct", "held_out_rows", "report"]
+
+
+def correct(
+    model: ModelArgument,
+    calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
+    output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            help=f"Quantizer: {', '.join(base_names())}; none: MODEL is quantized already; dense: its float weights "
+            "hold quantized values."
+        ),
+    ] = "none",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every group; 32 if no budget is given.")] = None,
+    budget: BudgetOption = None,
+    rank_step: RankStepOption = 1,
+    max_rank: MaxRankOption = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"Solver method: {', '.join(method_names())}.")] = "glowq",
+    format: Annotated[
+        Literal["correction", "full"] | None,
+        typer.Option(help="A small correction (if its base can be named), or the corrected model in one piece."),
+    ] = None,
+    seed: SeedOption = 0,
+    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens used; an eighth is held out.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    gguf_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
+    ] = None,
+    distill: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Steps of gradient descent on the chosen factors; 60 are good.")
+    ] = 0,
+    factor_dtype: FactorDtypeOption = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Correct a model's quantization error and save the correction.
+
+    \b
+    Examples:
+      glowq correct org/model --base nf4 --calibration notes.txt --output corrected
+      glowq correct org/model-gptq --reference org/model --calibration notes.txt --output corrected --budget 1.5%
+      glowq correct org/model-GGUF --gguf-file model-Q4_0.gguf --base dense --reference org/model ...
+    """
+    rank_request(rank, budget, rank_step, max_rank)
+
+    def run(command: str) -> dict[str, Any]:
+        from ...integrations.transformers.checkpoint import correct_checkpoint
+
+        return correct_checkpoint(
+            model,
+            output,
+            calibration=calibration,
+            base=base,
+            reference=reference,
+            rank=rank,
+            budget=budget,
+            rank_step=rank_step,
+            max_rank=max_rank,
+            method=method,
+            format=format,
+            calibration_tokens=calibration_tokens,
+            sequence_length=sequence_length,
+            distill=distill,
+            factor_dtype=factor_dtype,
+            seed=seed,
+            gguf_file=gguf_file,
+            resume=resume,
+            command=command,
+        )
+
+    report(run, model, output, json)
+
+
+def report(run: Callable[[str], dict[str, Any]], model: str, output: str, json: bool) -> None:
+    """Run the step and print what it gave.
+
+    Args:
+        run: command line for the model card -> what `correct_checkpoint` returns.
+        model, output: as they were given.
+        json: see `session`.
+    """
+    with session(json) as show:
+        started = time.monotonic()
+        result = run(command_line(output))
+        result["command"] = command_line()
+        result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())
+        if result["held_out"] is None:
+            note = f"{model} predicts no next token: nothing is measured on held-out text."
+            print(f"glowq: note: {note}", file=sys.stderr)
+        show(result, lambda: _table(result))
+
+
+def _table(result: dict[str, Any]) -> Any:
+    rows = {
+        "output": result["output"],
+        "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
+        "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
+        **_predicted(result),
+        **_rounding(result["int8"]),
+        "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
+        "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
+    }
+    return grid({**rows, **held_out_rows(result["held_out"])})
+
+
+def _predicted(result: dict[str, Any]) -> dict[str, str]:
+    # Output errors say nothing of the loss.
+    if result["predicted"] is None or result["gains"] == "squared output":
+        return {}
+    unit = "KL divergence" if result["gains"] == "nats" else "distance of states"
+    return {"predicted": f"{result['predicted']:.1%} of what quantization changed in the answers ({unit}) is undone"}
+
+
+def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:
+    """What int8 factors undo, beside what the same bytes and the same ranks undo without rounding."""
+    shares = undone(figures)
+    if figures is None or shares is None:
+        return {}
+    return {
+        "int8 factors": f"{shares['int8']:.1%} of the divergence undone on {figures['tokens']:,} tokens; unrounded: "
+        f"{shares['same_bytes']:.1%} in the same bytes, {shares['same_ranks']:.1%} at the same ranks"
+    }
+
+
+def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
+    """The figures for people, name -> text."""
+    if figures is None:
+        return {}
+    return {
+        **{f"{name} perplexity": shown(figures[name], ".4f") for name in ("reference", "quantized", "corrected")},
+        "recovered": f"{shown_share(figures)} on {figures['tokens']:,} held-out tokens",
+    }

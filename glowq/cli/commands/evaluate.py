@@ -1,0 +1,124 @@
+"""`glowq evaluate`: perplexity and KL divergence of several models on the same text, paired by sequence."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ...errors import EvaluationError
+from ...evaluation.figures import finite, shown
+from ...models.loading import load_config, load_model, load_tokenizer, scores_text, token_limits
+from ..options import JsonOption, SeedOption
+from ..output import command_line, session
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Folders or Hub names; the first is the reference.")
+    ],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens used, picked from all over the text.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """Compare models on text: perplexity, and KL divergence from the first model.
+
+    \b
+    Example:
+      glowq evaluate org/model org/model-nf4 corrected --data held-out.txt
+    """
+    with session(json) as show:
+        from ...data.text import read_texts
+        from ...data.tokens import token_sequences
+        from ...evaluation.scores import perplexity, perplexity_ratio, score_models
+
+        configs = {name: load_config(name) for name in models}
+        limits = _common_limits(configs, sequence_length)
+        texts = read_texts(data)
+        tokenizer = load_tokenizer(*models)
+        sequences = token_sequences(texts, tokenizer, length=limits[0], limit=tokens, seed=seed, vocab_size=limits[1])
+        labels = [name if name not in models[:at] else f"{name} ({at + 1})" for at, name in enumerate(models)]
+        loaded = {label: load_model(name, configs[name]) for label, name in zip(labels, models, strict=True)}
+        scores = score_models(loaded, sequences)
+        ratios = {label: perplexity_ratio(scores[labels[0]], scores[label], seed=seed) for label in labels[1:]}
+        result = {
+            "models": [
+                {
+                    "model": label,
+                    "perplexity": finite(perplexity(score)),
+                    "kl": finite(float(score.kl.mean())),
+                    "top1": float(score.top1.mean()),
+                    "weight_bytes": _weight_bytes(loaded[label]),
+                }
+                for label, score in scores.items()
+            ],
+            "data_tokens": sequences.numel(),
+            "pairs": [
+                {"model": label, "ppl_ratio": finite(ratio.value), "ci95": [finite(ratio.low), finite(ratio.high)]}
+                for label, ratio in ratios.items()
+            ],
+            "seed": seed,
+            "command": command_line(),
+        }
+        show(result, lambda: _table(result))
+
+
+def _common_limits(configs: dict[str, Any], sequence_length: int) -> tuple[int, int | None]:
+    """The sequence length that every model takes, and their vocabulary size."""
+    first, vocab_size = next(iter(configs)), None
+    for name, config in configs.items():
+        if not scores_text(config):
+            raise EvaluationError(f"{name} predicts no next token: perplexity is for causal language models.")
+        sequence_length, found = token_limits(config, sequence_length)
+        vocab_size = found if vocab_size is None else vocab_size
+        if found is not None and found != vocab_size:
+            raise EvaluationError(
+                f"{name} has a vocabulary of {found} tokens and {first} one of {vocab_size}: models with different "
+                "vocabularies cannot be compared."
+            )
+    return sequence_length, vocab_size
+
+
+def _weight_bytes(model: Any) -> int:
+    """Bytes of all weights: quantized ones at their nominal width, factors and everything else as stored."""
+    from ...quantizers.model import packed_bytes, quantized_modules
+
+    quantized = quantized_modules(model)
+    plain = (tensor for name, tensor in model.named_parameters() if not _is_packed(name, quantized))
+    return packed_bytes(model) + sum(int(tensor.numel() * tensor.element_size()) for tensor in plain)
+
+
+def _is_packed(parameter: str, quantized: Any) -> bool:
+    module, _, name = parameter.rpartition(".")
+    return module in quantized and name != "bias"
+
+
+def _table(result: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{result['data_tokens']:,} tokens, seed {result['seed']}", title_justify="left")
+    table.add_column("model", overflow="fold")
+    for heading in ("perplexity", "ratio [95% CI]", "KL, nats", "top-1 agreement", "weights, MB"):
+        table.add_column(heading, justify="right")
+    pairs = {pair["model"]: pair for pair in result["pairs"]}
+    for row in result["models"]:
+        table.add_row(
+            row["model"],
+            shown(row["perplexity"], ".4f"),
+            _ratio(pairs.get(row["model"])),
+            shown(row["kl"], ".5f"),
+            f"{row['top1']:.2%}",
+            f"{row['weight_bytes'] / 1e6:,.1f}",
+        )
+    return table
+
+
+def _ratio(pair: dict[str, Any] | None) -> str:
+    if pair is None:
+        return ""
+    low, high = (shown(value, ".4f") for value in pair["ci95"])
+    return f"{shown(pair['ppl_ratio'], '.4f')} [{low}, {high}]"

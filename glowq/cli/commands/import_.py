@@ -1,0 +1,109 @@
+"""`glowq import`: a LoRA adapter as a correction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...errors import ConfigError, ModelNotFoundError
+from ...models.loading import load_config, load_model, load_tokenizer
+from ...quantizers.registry import base_names
+from ..options import JsonOption
+from ..output import command_line, grid, session
+
+__all__ = ["import_"]
+
+
+def import_(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a LoRA adapter.")],
+    base_model: Annotated[
+        str, typer.Option(metavar="MODEL", help="The quantized model that it was made for, or what --base quantizes.")
+    ],
+    output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            help=f"Quantizer: {', '.join(base_names())}; none: MODEL is quantized already; dense: its float weights "
+            "hold quantized values."
+        ),
+    ] = "none",
+    json: JsonOption = False,
+) -> None:
+    """Save a LoRA adapter as a correction: of EoRA, QERA or LoftQ, or what `glowq export --to peft` wrote.
+
+    \b
+    Examples:
+      glowq import eora --base-model org/model-GPTQ --output corrected
+      glowq import adapter --base-model org/model --base nf4 --output corrected
+    """
+    with session(json) as show:
+        from ...integrations.peft.importer import import_adapter
+        from ...utils.output import check_output
+
+        target = Path(output).resolve()
+        check_output(target)
+        config = load_config(base_model)
+        model = load_model(base_model, config, _quantization(base_model, config, base))
+        correction = import_adapter(adapter, model, tokenizer=_tokenizer(base_model), dense=base == "dense")
+        correction.save_pretrained(target)
+        result = {
+            "output": output,
+            "adapter": adapter,
+            "base_model": base_model,
+            "groups": len(correction.factors),
+            "modules": sum(len(entry.group.members) for entry in correction.factors),
+            "ranks": correction.ranks,
+            "factor_bytes": correction.factor_bytes,
+            "base_bytes": correction.base_bytes,
+            "overhead": correction.overhead,
+            "command": command_line(),
+        }
+        show(result, lambda: _table(result))
+
+
+def _quantization(model: str, config: Any, base: str) -> Any:
+    """What to quantize `model` with while loading; None where it is not to be.
+
+    Raises:
+        ConfigError: it is quantized already, or not at all, or cannot be quantized without text.
+    """
+    from ...quantizers.registry import base_config, is_calibrated, method_of
+
+    stored = getattr(config, "quantization_config", None)
+    kind = None if stored is None else method_of(stored)
+    if kind == "glowq":
+        raise ConfigError(f"{model} carries a glowq correction already; name the model behind it.")
+    if kind is not None and base != "none":
+        raise ConfigError(f"{model} is quantized already ({kind}): leave out --base.")
+    if kind is None and base == "none":
+        raise ConfigError(
+            f"{model} is not quantized: name the quantizer that the adapter was made for, for example --base nf4, or "
+            "say --base dense if its float weights hold quantized values."
+        )
+    quantization = None if base in ("none", "dense") else base_config(base)
+    if is_calibrated(quantization):
+        raise ConfigError(
+            f"--base {base} quantizes with text, and the adapter is one of other weights: name the quantized model "
+            "that it was made for."
+        )
+    return quantization
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return load_tokenizer(model)
+    except ModelNotFoundError:  # not every model reads text
+        return None
+
+
+def _table(result: dict[str, Any]) -> Any:
+    ranks = sorted(set(result["ranks"].values()))
+    return grid(
+        {
+            "output": result["output"],
+            "groups": f"{result['groups']} of {result['modules']} modules, rank {', '.join(map(str, ranks))}",
+            "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
+        }
+    )

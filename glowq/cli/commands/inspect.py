@@ -1,0 +1,290 @@
+"""`glowq inspect`: what a model or correction is, and which of its modules can be corrected, without its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...errors import CorrectionError
+from ...models.headers import Headers, read_headers
+from ..options import JsonOption, ModelArgument
+from ..output import grid, session
+
+__all__ = ["inspect"]
+
+_DEQUANTIZED = ("fp8", "mxfp4")  # which transformers can turn into plain weights while loading
+_CURVE = "predicted share of the loss by quantization that a cut to these bytes recovers"
+_WIDEST = 80  # characters of a setting that people are shown
+
+
+def inspect(model: ModelArgument, json: JsonOption = False) -> None:
+    """Show what a model or correction is, and what can be corrected, without loading it.
+
+    \b
+    Examples:
+      glowq inspect org/model-gptq
+      glowq inspect corrected
+    """
+    with session(json) as show:
+        headers = read_headers(model)
+        stored = headers.config.get("quantization_config")
+        result: dict[str, Any] = {
+            "model": model,
+            "kind": "plain" if stored is None else "quantized",
+            "architecture": (headers.config.get("architectures") or [None])[0],
+            "dtype": headers.config.get("dtype", headers.config.get("torch_dtype")),
+            "file_bytes": sum(headers.sizes.values()),
+        }
+        if headers.gguf:
+            result.update(_gguf(model, headers.gguf))
+        elif headers.hqq:
+            result.update(_hqq())
+        elif stored is None:
+            result.update(_plain(model, headers))
+        elif stored.get("quant_method") != "glowq":
+            result.update(_quantized(model, headers, stored))
+        else:
+            result.update(_correction(model, stored, headers))
+        show(result, lambda: _tables(result))
+
+
+def _base(settings: Mapping[str, Any] | None, found: Any = None) -> dict[str, Any] | None:
+    """What quantized a model, and what glowq needs for it."""
+    from ...quantizers.registry import backend_of, is_installed, method_of
+
+    if settings is None:
+        return None
+    method, backend = method_of(settings), backend_of(settings)
+    schemes = list(found.schemes.values()) if found is not None else []
+    if schemes:  # bitsandbytes has two kinds of modules, and so two backends
+        backend = next(iter(found.backends.values()))
+    return {
+        "quant_method": method,
+        "backend": None if backend is None else backend.name,
+        "library": None if backend is None else backend.package,
+        "extra": None if backend is None else backend.extra or None,
+        "installed": None if backend is None else is_installed(backend),
+        "bits": _same(scheme.bits for scheme in schemes),
+        "group_size": _same(scheme.group_size for scheme in schemes),
+        "settings": settings,
+    }
+
+
+def _same(values: Any) -> Any:
+    """The one value that all share, else None."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _schemes(schemes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "scheme": str(scheme),
+            "format": scheme.format,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "details": list(scheme.details),
+            "modules": count,
+        }
+        for scheme, count in Counter(schemes.values()).items()
+    ]
+
+
+def _found(model: str, headers: Headers, settings: Mapping[str, Any] | None, refusal: str | None) -> dict[str, Any]:
+    from ...models.candidates import find_candidates
+
+    found = find_candidates(model, headers, settings, refusal)
+    return {
+        "base": _base(settings, found),
+        "schemes": _schemes(found.schemes),
+        "modules": {name: str(scheme) for name, scheme in found.schemes.items()},
+        "correctable": found.correctable,
+        "skipped": found.skipped,
+        "note": found.note,
+    }
+
+
+def _plain(model: str, headers: Headers) -> dict[str, Any]:
+    advice = (
+        f"not quantized: name a quantizer, for example glowq correct {model} --base nf4 --calibration FILE --output "
+        "OUT; or --base dense with --reference, if its float weights hold quantized values."
+    )
+    return {**_found(model, headers, None, None), "next": advice}
+
+
+def _quantized(model: str, headers: Headers, settings: Mapping[str, Any]) -> dict[str, Any]:
+    refusal = _refusal(model, settings)
+    result = _found(model, headers, settings, refusal)
+    command = f"glowq correct {model} --reference REF --calibration FILE --output OUT"
+    if refusal is not None:
+        advice = refusal
+    elif not result["correctable"]:
+        advice = "no module of it can be corrected, for the reasons given."
+    elif not result["base"]["installed"]:
+        advice = f"needs {result['base']['library']}: pip install 'glowq[{result['base']['extra']}]', then {command}"
+    else:
+        advice = command
+    return {**result, "next": advice}
+
+
+def _refusal(model: str, settings: Mapping[str, Any]) -> str | None:
+    """Why no module of such a model can be corrected as it is quantized, and what can be done."""
+    from ...quantizers.registry import backend_of, method_of, methods
+
+    method, dense = method_of(settings), f"glowq correct {model} --base dense --reference REF"
+    if backend_of(settings) is not None:
+        return None
+    if method in _DEQUANTIZED:
+        return f"{method} is corrected once transformers has dequantized it on load: {dense}"
+    return (
+        f"glowq reads no {method!r} weights (it reads {', '.join(methods())}); if transformers can dequantize them on "
+        f"load, {dense}; otherwise quantize the full-precision model with another quantizer."
+    )
+
+
+def _gguf(model: str, files: tuple[str, ...]) -> dict[str, Any]:
+    folder = Path(model).parent if Path(model).is_file() else model
+    advice = (
+        "GGUF is corrected once transformers has dequantized it on load: "
+        f"glowq correct {folder} --gguf-file {files[0]} --base dense --reference REF --calibration FILE --output OUT"
+    )
+    return {**_unread("gguf"), "kind": "gguf", "files": list(files), "next": advice}
+
+
+def _hqq() -> dict[str, Any]:
+    from ...quantizers.libraries.hqq import LOAD
+
+    advice = f"HQQ saved its weights as a pickle, which can run code and which glowq does not read; {LOAD}."
+    return {**_unread("hqq"), "kind": "quantized", "next": advice}
+
+
+def _unread(method: str) -> dict[str, Any]:
+    return {
+        "base": _base({"quant_method": method}),
+        "schemes": [],
+        "modules": {},
+        "correctable": [],
+        "skipped": {},
+        "note": None,
+    }
+
+
+def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[str, Any]:
+    from ...artifact.config import GlowQConfig
+    from ...artifact.factor_files import stored_group
+    from ...selection.allocation import Offer
+    from ...selection.curve import budget_curve
+
+    config = GlowQConfig.from_dict({**stored, "base": None})  # the base's library need not be installed
+    groups = [_group(model, name, group, headers) for name, group in (config.groups or {}).items()]
+    factor_bytes = sum(group["bytes"] for group in groups)
+    offers = [
+        Offer(stored_group(group["name"], group), group["bytes"] // group["rank"], group["gains"]) for group in groups
+    ]
+    # A correction's base is another model, and dense weights are quantized no more.
+    base = stored.get("base") or {}
+    whole = config.format == "full" and base.get("quant_method") != "dense"
+    found = _found(model, headers, base, None) if whole else {"base": _base(base)}
+    return {
+        "kind": config.format,
+        "version": config.version,
+        **found,
+        "base_model": config.base_model,
+        "base_bytes": config.base_bytes,
+        "factor_bytes": factor_bytes,
+        "overhead": factor_bytes / config.base_bytes if config.base_bytes else None,
+        "method": config.method,
+        "seed": config.seed,
+        "provenance": config.provenance,
+        "curve": [asdict(point) for point in budget_curve(offers, config.total, config.base_bytes or 0)],
+        "groups": groups,
+    }
+
+
+def _group(model: str, name: str, group: Mapping[str, Any], headers: Headers) -> dict[str, Any]:
+    rank, widths = group["rank"], dict(zip(group["members"], group["out_features"], strict=True))
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.right": (rank, group["in_features"])}
+    shapes.update({f"{member}.left": (width, rank) for member, width in widths.items()})
+    if headers.dtypes.get(f"{name}.right") == "I8":
+        shapes[f"{name}.right_scale"] = (rank,)
+    for tensor, shape in shapes.items():
+        found = headers.shapes.get(tensor)
+        if found != shape:
+            what = "missing" if found is None else f"of shape {found}"
+            raise CorrectionError(f"factor {tensor!r} of {model} is {what}, expected shape {shape}; correct again.")
+    sizes = sum(headers.sizes[tensor] for tensor in shapes)
+    values = {"name": name, "bytes": sizes, "parameters": sum(map(prod, shapes.values()))}
+    return {**values, **group, "gain": sum(group["gains"])}
+
+
+def _tables(result: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+
+    apart = ("groups", "curve", "schemes", "modules", "correctable", "skipped", "note", "next")
+    facts = {key: value for key, value in result.items() if key not in apart}
+    if "correctable" in result and result["kind"] != "gguf":
+        facts["quantized modules"] = len(result["modules"])
+        facts["can be corrected"] = len(result["correctable"])
+    shown = [grid(_flat(facts))]
+    if result.get("schemes"):
+        table = Table("scheme", "bits", "modules")
+        for scheme in result["schemes"]:
+            table.add_row(scheme["scheme"], f"{scheme['bits']:g}", str(scheme["modules"]))
+        shown.append(table)
+    if result.get("skipped"):
+        shown.append(_skipped(result["skipped"]))
+    if result.get("groups"):
+        shown.append(_groups(result["groups"], result["provenance"].get("gains", "squared output")))
+    if result.get("curve"):
+        shown.append(_curve(result["curve"]))
+    return Group(*shown, *(f"{key}: {result[key]}" for key in ("note", "next") if result.get(key)))
+
+
+def _skipped(skipped: Mapping[str, str]) -> Any:
+    """One row a reason: a large model leaves out hundreds of modules for one and the same."""
+    from rich.table import Table
+
+    table = Table("modules", "not corrected", "because", title="left out", title_justify="left")
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, found in skipped.items() if found == reason]
+        table.add_row(str(len(names)), names[0] if len(names) == 1 else f"{names[0]}, ...", reason)
+    return table
+
+
+def _groups(groups: list[dict[str, Any]], unit: str) -> Any:
+    from rich.table import Table
+
+    table = Table("group", "rank", "in", "out", "bytes", f"gain ({unit})")
+    for group in groups:
+        out = " + ".join(map(str, group["out_features"]))
+        numbers = (group["rank"], group["in_features"], out, f"{group['bytes']:,}", f"{group['gain']:.4g}")
+        table.add_row(group["name"], *map(str, numbers))
+    return table
+
+
+def _curve(points: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("bytes", "% of base", "predicted share recovered", title=_CURVE, title_justify="left")
+    for point in points:
+        table.add_row(f"{point['bytes']:,}", f"{100 * point['share_of_base']:.3g}", f"{point['predicted']:.1%}")
+    return table
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """For people: nested settings as "base.bits"; private, empty and endless ones left out."""
+    rows: dict[str, str] = {}
+    for key, value in facts.items():
+        if isinstance(value, dict) and (prefix == "base.settings." or key == "not_restored"):
+            continue  # libraries store all that they know of themselves; of groups left out, --json has every figure
+        if isinstance(value, dict):
+            rows.update(_flat(value, f"{prefix}{key}."))
+        elif (value is not None and not key.startswith("_") and len(str(value)) <= _WIDEST) or key == "model":
+            form = ".2%" if key == "overhead" else "," if key.endswith("_bytes") else ""
+            rows[prefix + key] = format(value, form) if form else str(value)
+    return rows

@@ -1,0 +1,91 @@
+"""`glowq push`: what glowq saved, to the Hub."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ..options import JsonOption
+from ..output import grid, session
+
+__all__ = ["push"]
+
+
+def push(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a correction, a full model or an export.")],
+    repository: Annotated[str, typer.Argument(metavar="NAME", help="org/name; created if missing.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/BASE[@REV]", help="The base's Hub name, if OUT was made on a folder of this machine."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only you see it, if it is created.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Created if missing.")] = None,
+    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="First line of the commit.")] = None,
+    token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Else HF_TOKEN, or what `hf auth login` stored.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Push what glowq saved to the Hub, in one commit, with its model card.
+
+    \b
+    Examples:
+      glowq push corrected org/model-glowq
+      glowq push corrected org/model-glowq --base-model org/model@v1.0 --private
+      glowq push full org/model-nf4-glowq --create-pr
+    """
+    name, _, base_revision = (base_model or "").partition("@")
+    if create_pr and revision is not None:
+        raise typer.BadParameter("--create-pr goes to the main branch: leave out --revision.")
+    with session(json) as show:
+        from ...artifact.push import push as push_folder
+
+        result = push_folder(
+            folder,
+            repository,
+            base_model=name or None,
+            base_revision=base_revision or None,
+            private=private or None,
+            create_pr=create_pr,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+        )
+        for note in _notes(result, base_model):
+            print(f"glowq: note: {note}", file=sys.stderr)
+        # Without the command line, which may hold the token.
+        show(result, lambda: _table(result))
+
+
+def _notes(result: dict[str, Any], named: str | None) -> list[str]:
+    base, notes = result["base_model"], []
+    if named is not None and base is not None and not base["compared"]:
+        notes.append(
+            f"the weights of {base['name']} were not compared with the local base's, which is gone or in other files; "
+            "whoever loads this finds out by its fingerprint. Load it once yourself."
+        )
+    if base is not None and base["gated"]:
+        notes.append(f"{base['name']} is gated: whoever loads this must have asked for access to it.")
+    if base is None and result["kind"] == "full":
+        notes.append("its base is a folder of this machine, or gone from the Hub; --base-model names one on the card.")
+    if result["left_out"]:
+        notes.append(f"not pushed, for glowq wrote none of these: {', '.join(result['left_out'])}")
+    return notes
+
+
+def _table(result: dict[str, Any]) -> Any:
+    base = result["base_model"]
+    return grid(
+        {
+            "pushed": f"{result['kind']}, {len(result['files'])} files, {result['bytes']:,} bytes",
+            "to": f"{result['repository']}, {result['revision']}",
+            **({} if base is None else {"base": f"{base['name']} at {base['revision']}"}),
+            "commit": result["commit"],
+            **({"pull request": result["pull_request"]} if result["pull_request"] else {}),
+        }
+    )

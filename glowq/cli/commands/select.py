@@ -1,0 +1,118 @@
+"""`glowq select`: a saved correction cut to a budget, without calibrating again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...errors import OutputError
+from ..options import BUDGET, FactorDtypeOption, JsonOption, MaxRankOption, RankStepOption, rank_request
+from ..output import command_line, grid, session
+
+if TYPE_CHECKING:
+    from ...artifact.config import GlowQConfig
+
+__all__ = ["select"]
+
+
+def select(
+    correction: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a saved correction.")],
+    budget: Annotated[str, typer.Option(help=f"Bytes to keep: {BUDGET}.")],
+    output: Annotated[str, typer.Option(metavar="OUT2", help="Folder to write; must be new, empty, or an old result.")],
+    rank_step: RankStepOption = 1,
+    max_rank: MaxRankOption = None,
+    factor_dtype: FactorDtypeOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Cut a correction to a budget: the ranks that gain most for their bytes are kept, nothing is solved again.
+
+    With --factor-dtype int8 a rank is paid at a byte a value and then rounded; what that costs is predicted.
+
+    \b
+    Examples:
+      glowq select corrected --budget 1% --output smaller
+      glowq select corrected --budget 1% --factor-dtype int8 --output smaller
+      glowq select corrected --budget "recover 50%" --rank-step 8 --output smaller
+    """
+    request = rank_request(None, budget, rank_step, max_rank)
+    with session(json) as show:
+        from ...artifact.correction import Correction
+        from ...artifact.saved import open_saved
+        from ...utils.output import check_output
+
+        target = Path(output).resolve()
+        if target == Path(correction).resolve():
+            raise OutputError(f"{target} is the correction itself, which would be lost; choose another folder.")
+        check_output(target)
+        with open_saved(correction) as whole:
+            cut = Correction.from_saved(whole, whole.choose(request, factor_dtype))
+        if factor_dtype == "int8":
+            cut = cut.to_int8()
+        note = _note(whole.config, correction)
+        had = sum(sum(offer.gains) for offer in whole.factors.offers)
+        kept = sum(float(entry.gains.sum()) for entry in cut.factors)
+        provenance = cut.config.provenance
+        command = command_line(output, "OUT2")
+        of_whole = {"of_factor_bytes": whole.factors.factor_bytes, "of_held_out": None}
+        provenance["selected"] = {**of_whole, **provenance.get("selected", {}), "budget": budget}
+        provenance["command"] = "\n".join(filter(None, (provenance.get("command"), command)))
+        cut.save_pretrained(target)
+        if note is not None:
+            print(f"glowq: note: {note}", file=sys.stderr)
+        result = {
+            "output": output,
+            "budget": budget,
+            "rank_step": rank_step,
+            "max_rank": max_rank,
+            "factor_dtype": factor_dtype,
+            "groups": len(cut.ranks),
+            "of_groups": len(whole.factors.offers),
+            "ranks": cut.ranks,
+            "factor_bytes": cut.factor_bytes,
+            "of_factor_bytes": whole.factors.factor_bytes,
+            "base_bytes": cut.base_bytes,
+            "overhead": cut.overhead,
+            "gain_kept": kept / had,
+            "predicted": cut.predicted,
+            "note": note,
+            "seed": cut.config.seed,
+            "command": command_line(),
+        }
+        show(result, lambda: _table(result))
+
+
+def _note(config: GlowQConfig, name: str) -> str | None:
+    """What to know about the measurements that ranks are chosen by; None where they hold."""
+    if config.provenance.get("distilled_steps"):
+        return (
+            f"{name} was distilled at the ranks that it has: what a part of it recovers was neither measured nor "
+            "predicted. Correct with the smaller budget and --distill instead."
+        )
+    if config.provenance.get("gains") != "squared output":
+        return None
+    return (
+        f"the gains in {name} are output errors, which compare less well across groups than loss does; `glowq correct "
+        "--method glowq` measures them in nats."
+    )
+
+
+def _table(result: dict[str, Any]) -> Any:
+    ranks = sorted(set(result["ranks"].values()))
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return grid(
+        {
+            "output": result["output"],
+            "groups": f"{result['groups']} of {result['of_groups']}, rank {shown}",
+            "factors": f"{result['factor_bytes']:,} of {result['of_factor_bytes']:,} bytes, {result['overhead']:.2%} "
+            f"of {result['base_bytes']:,}",
+            "predicted gain kept": f"{result['gain_kept']:.1%}",
+            "predicted share of the loss recovered": _share(result["predicted"]),
+        }
+    )
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"

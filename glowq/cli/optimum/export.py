@@ -1,0 +1,26 @@
+"""What `optimum-cli export glowq` runs: `glowq correct` with optimum's names for things."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from ..commands.correct import report
+
+__all__ = ["export"]
+
+
+def export(model: str, output: str, json: bool, task: str = "auto", **options: Any) -> None:
+    """Run `glowq.integrations.optimum.main_export`, print what `glowq correct` prints, and exit as it does."""
+
+    def run(command: str) -> dict[str, Any]:
+        from ...integrations.optimum import main_export
+
+        return main_export(model, output, task=task, command=command, **options)
+
+    try:
+        report(run, model, output, json)
+    except typer.Exit as ending:  # which only typer's own commands understand
+        sys.exit(ending.exit_code)

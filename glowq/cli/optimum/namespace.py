@@ -1,0 +1,7 @@
+"""`optimum.exporters.glowq`, which is this file in an installed glowq: importing it tells `TasksManager`."""
+
+from __future__ import annotations
+
+from glowq.integrations.optimum import register
+
+register()

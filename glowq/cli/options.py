@@ -1,0 +1,63 @@
+"""Options that several commands take, each declared once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..selection.budget import RankRequest
+
+__all__ = [
+    "BUDGET",
+    "BudgetOption",
+    "FactorDtypeOption",
+    "JsonOption",
+    "MaxRankOption",
+    "ModelArgument",
+    "RankStepOption",
+    "SeedOption",
+    "check_budget",
+    "rank_request",
+]
+
+
+def check_budget(value: str | None) -> str | None:
+    """Callback of an option that takes a budget of bytes: what cannot be parsed is wrong usage."""
+    from ..selection.budget import parse_budget
+
+    try:
+        if value is not None:
+            parse_budget(value, 10**12)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    return value
+
+
+def rank_request(rank: int | None, budget: str | None, rank_step: int, max_rank: int | None) -> RankRequest:
+    """What --rank, --budget, --rank-step and --max-rank ask for: what does not go together is wrong usage."""
+    from ..selection.budget import RankRequest
+
+    try:
+        return RankRequest(rank, budget, rank_step, max_rank)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or what it takes to reach a predicted share of the "
+BUDGET += "lost accuracy ('recover 80%')"
+BudgetOption = Annotated[str | None, typer.Option(help=f"Bytes to spend: {BUDGET}.")]
+RankStepOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="A budget buys ranks in multiples of N; kernels like 8 or 16.")
+]
+MaxRankOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="A budget buys no group more ranks.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
+FactorDtypeOption = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="auto: the model's own dtype. int8: a byte a value, so that a budget buys twice the ranks."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]

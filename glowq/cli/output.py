@@ -1,0 +1,141 @@
+"""What every command shares: its common options, and how results and errors leave the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+import typer
+
+from ..errors import GlowQError, one_line
+from ..utils.logging import quiet
+
+__all__ = ["command_line", "grid", "markdown_table", "peak_rss_bytes", "session", "table"]
+
+Show = Callable[[dict[str, Any], Callable[[], Any]], None]
+
+_WIDTH = 160  # of tables that do not go to a terminal
+
+
+@contextmanager
+def session(as_json: bool) -> Iterator[Show]:
+    """Run a command: its result alone reaches stdout, and a `GlowQError` ends it with one line and status 1.
+
+    Args:
+        as_json: print the result as JSON rather than for people.
+
+    Yields:
+        show(result, render): call it once at the end; `render` returns what rich shows to people.
+    """
+    results: list[tuple[dict[str, Any], Callable[[], Any]]] = []
+    try:
+        with _stdout_to_stderr(), quiet("bitsandbytes"):
+            _quiet_progress_bars()
+            yield lambda result, render: results.append((result, render))
+    except GlowQError as error:
+        print(f"glowq: error: {one_line(error)}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    for result, render in results:
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _print_rich(render())
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Libraries print, C libraries among them: lend them stderr."""
+    stdout: TextIO = sys.stdout
+    if stdout != sys.__stdout__:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _quiet_progress_bars() -> None:
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        disable_progress_bars()
+
+
+def _print_rich(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False).print(renderable)
+
+
+def command_line(output: str | None = None, shown: str = "OUT") -> str:
+    """The command as it was typed, quoted for a shell.
+
+    Args:
+        output: a folder that is written as `shown`, so that the same command gives the same files wherever they go.
+    """
+    program = "optimum-cli" if os.path.basename(sys.argv[0]) == "optimum-cli" else "glowq"
+    arguments = sys.argv[1:]
+    for place in reversed(range(len(arguments)) if output is not None else ()):
+        # The folder may have the name of a model, a quantizer or the command itself.
+        option = place > 0 and arguments[place - 1] == "--output"
+        if arguments[place] == f"--output={output}":
+            arguments[place] = f"--output={shown}"
+        elif arguments[place] == output and (option or program == "optimum-cli"):
+            arguments[place] = shown
+        else:
+            continue
+        break
+    return shlex.join([program, *arguments])
+
+
+def grid(rows: Mapping[str, Any]) -> Any:
+    """A table of two columns, name and value."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = ()) -> Any:
+    """A table for a terminal; the columns named in `left` are aligned there, numbers to the right."""
+    from rich.table import Table
+
+    found = Table(title=title, title_justify="left")
+    for heading in headings:
+        found.add_column(heading, justify="left" if heading in left else "right")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (headings, ("---",) * len(headings), *rows)]
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has had resident so far."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

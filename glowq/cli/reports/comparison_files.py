@@ -1,0 +1,152 @@
+"""What a comparison shows and writes: tables for a terminal and for Markdown, and the folder of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..output import markdown_table, table
+
+if TYPE_CHECKING:
+    from ...selection.benefit import Benefit
+
+__all__ = ["markdown", "tables", "write_comparison"]
+
+_HEADINGS = ("method", "budget", "bytes", "rank", "perplexity", "gap recovered", "KL, nats", "top-1 agreement")
+
+
+def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | None) -> None:
+    """Write compare.json, table.md, bytes.png and, of a method that allocates by gain, heatmap.png: all or nothing.
+
+    Raises:
+        OutputError: see `write_directory`.
+    """
+    from ...evaluation.plots import draw_benefit, draw_recovered
+    from ...utils.output import Kind, write_directory
+
+    lines: dict[str, list[dict[str, Any]]] = {}
+    hidden = {} if _has_gap(result) else {"recovered": None}
+    for row in result["rows"]:
+        if row["same_as"] is None:
+            lines.setdefault(_with_equals(row["method"], result), []).append({**row, **hidden})
+
+    def write(folder: Path) -> None:
+        (folder / "compare.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        (folder / "table.md").write_text(markdown(result))
+        draw_recovered(folder / "bytes.png", lines, _title(result))
+        if benefit is not None:
+            draw_benefit(folder / "heatmap.png", benefit)
+
+    write_directory(target, write, kind=Kind.COMPARISON)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """table.md: the rows, what they were measured on, and the command."""
+    return "\n".join(
+        [
+            f"# {_title(result)}",
+            "",
+            *markdown_table(_HEADINGS, _cells(result)),
+            "",
+            *(f"{note}  " for note in _notes(result)),  # two spaces: a line break
+            "",
+            "```",
+            result["command"],
+            "```",
+            "",
+        ]
+    )
+
+
+def tables(result: dict[str, Any]) -> Any:
+    """The rows for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(table(_title(result), _HEADINGS, _cells(result), ["method"]), *map(Text, _notes(result)))
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['model']}, {result['base']}: methods at equal bytes"
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    data, overlap = result["data"], result["overlap"]
+    notes = [
+        f"{data['tokens']:,} tokens of {data['source']} in {data['sequences']} sequences; calibrated, and ranks "
+        f"chosen, on {result['calibration']['tokens']:,} tokens of {result['calibration']['source']}; "
+        f"seed {result['seed']}; brackets: 95% paired bootstrap over sequences.",
+        "A uniform rank leaves bytes of its budget unspent; the column of bytes is what each really takes.",
+    ]
+    predicted = [row for row in result["rows"] if row["predicted"] is not None]
+    if predicted:
+        shares = ", ".join(f"{row['predicted']:.1%} of {row['method']} at {row['budget']}" for row in predicted)
+        notes.append(f"Predicted before any evaluation, share of the KL divergence undone: {shares}.")
+    if overlap["windows"]:
+        notes.append(
+            f"{overlap['windows'] / overlap['of']:.1%} of this text was calibrated on (--force): the figures flatter."
+        )
+    for reason in dict.fromkeys(row["reason"] for row in result["rows"] if row["reason"] is not None):
+        left_out = ", ".join(f"{row['method']} at {row['budget']}" for row in result["rows"] if row["reason"] == reason)
+        notes.append(f"Nothing bought by {left_out}: {reason}.")
+    equal = {row["method"]: row["same_as"] for row in result["rows"] if row["same_as"] is not None}
+    notes += [f"{method} is the same solve as {first}." for method, first in equal.items()]
+    for model, tasks in result.get("tasks", {}).items():
+        for task, metrics in tasks.items():
+            shown = ", ".join(f"{name} {_text(metric['value'], metric['ci95'])}" for name, metric in metrics.items())
+            notes.append(f"{task}, {model}: {shown}.")
+    if "tasks" in result:
+        notes.append("The tasks' texts were not compared with the calibration text.")
+    return notes
+
+
+def _cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = [
+        (row["model"], "", "", "", _of(row, "perplexity", ".3f"), "", *_closeness(row)) for row in result["models"]
+    ]
+    from ...evaluation.figures import NO_GAP
+
+    gap = _has_gap(result)
+    for row in result["rows"]:
+        size = f"{row['factor_bytes']:,} (+{row['overhead']:.2%})" if row["perplexity"] is not None else ""
+        rank = "" if row["perplexity"] is None else _ranks(row)
+        share = _of(row, "recovered", ".1%") if gap or row["perplexity"] is None else NO_GAP
+        shown = (_of(row, "perplexity", ".3f"), share, *_closeness(row))
+        found.append((row["method"], row["budget"], size, rank, *shown))
+    return found
+
+
+def _ranks(row: dict[str, Any]) -> str:
+    whole = f"{row['rank']} in {row['groups']} groups"
+    return {"uniform": str(row["rank"]), "gain": "by gain", "groups": whole}[row["allocation"]]
+
+
+def _has_gap(result: dict[str, Any]) -> bool:
+    from ...evaluation.figures import has_gap
+
+    reference, quantized = result["models"]
+    return has_gap(reference["perplexity"], quantized["perplexity"])
+
+
+def _closeness(row: dict[str, Any]) -> tuple[str, str]:
+    return _of(row, "kl", ".4f"), _of(row, "top1", ".1%")
+
+
+def _of(row: dict[str, Any], name: str, form: str) -> str:
+    return _text(row[name], row[f"{name}_ci95"], form)
+
+
+def _text(value: float | None, limits: list[float | None] | None, form: str = ".4f") -> str:
+    if value is None:
+        return "-"
+    if limits is None:
+        return format(value, form)
+    low, high = ("-" if limit is None else format(limit, form) for limit in limits)
+    return f"{value:{form}} [{low}, {high}]"
+
+
+def _with_equals(method: str, result: dict[str, Any]) -> str:
+    """A method's name, and those of the methods whose line would lie on its own."""
+    equal = dict.fromkeys(row["method"] for row in result["rows"] if row["same_as"] == method)
+    return " = ".join((method, *equal))

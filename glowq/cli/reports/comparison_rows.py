@@ -1,0 +1,107 @@
+"""The figures of a comparison, one row a model, as JSON holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...evaluation.figures import finite
+from ...evaluation.held_out import LEAST_SEQUENCES
+
+if TYPE_CHECKING:
+    from ...evaluation.bootstrap import Interval
+    from ...evaluation.scores import Score
+    from ...pipeline.comparison import Comparison
+    from ...pipeline.method_budgets import Entry
+
+__all__ = ["figures"]
+
+_BASELINE = "glowq"
+
+
+def figures(comparison: Comparison, scores: Mapping[str, Score], seed: int) -> dict[str, Any]:
+    """Every model's figures with 95% paired bootstrap intervals over sequences, None where undefined.
+
+    Args:
+        comparison: its entries become rows.
+        scores: what `score_entries` returned for them.
+        seed: of the bootstrap.
+
+    Returns:
+        "models": the reference and the quantized model; "rows": one a method and budget; "pairs": perplexity of every
+        method over that of glowq at the same budget.
+    """
+    base_bytes = comparison.base_bytes
+    return {
+        "models": [{"model": name, **_own(scores[name], seed)} for name in ("reference", "quantized")],
+        "rows": [_row(entry, base_bytes, scores, seed) for entry in comparison.entries],
+        "pairs": _pairs(comparison, scores, seed),
+    }
+
+
+def _row(entry: Entry, base_bytes: int, scores: Mapping[str, Score], seed: int) -> dict[str, Any]:
+    from ...evaluation.scores import perplexity, perplexity_ratio, recovered
+
+    row = {
+        "method": entry.method,
+        "allocation": entry.allocation,
+        "budget": entry.budget,
+        "budget_bytes": entry.budget_bytes,
+        "rank": entry.rank,
+        "groups": len(entry.factors),
+        "factor_bytes": entry.factor_bytes,
+        "overhead": entry.factor_bytes / base_bytes,
+        "predicted": entry.predicted,
+        "reason": entry.reason,
+        "same_as": entry.same_as,
+    }
+    score = scores.get(entry.label)
+    if score is None:
+        names = ("perplexity", "kl", "top1", "ppl_ratio", "recovered")
+        return {**row, **{key: None for name in names for key in (name, f"{name}_ci95")}}
+    reference, quantized = scores["reference"], scores["quantized"]
+    row.update(_own(score, seed))
+    row.update(_interval("ppl_ratio", perplexity_ratio(quantized, score, seed=seed), len(score.nll)))
+    row.update(_interval("recovered", recovered(reference, quantized, score, seed=seed), len(score.nll)))
+    if perplexity(quantized) <= perplexity(reference):  # a share of no gap
+        row.update(recovered=None, recovered_ci95=None)
+    return row
+
+
+def _own(score: Score, seed: int) -> dict[str, Any]:
+    from ...evaluation.bootstrap import bootstrap
+
+    found = {
+        "perplexity": bootstrap(lambda means: means[..., 0].exp(), score.nll[:, None], seed=seed),
+        "kl": bootstrap(lambda means: means[..., 0], score.kl[:, None], seed=seed),
+        "top1": bootstrap(lambda means: means[..., 0], score.top1[:, None], seed=seed),
+    }
+    own: dict[str, Any] = {}
+    for name, interval in found.items():
+        own.update(_interval(name, interval, len(score.nll)))
+    return own
+
+
+def _pairs(comparison: Comparison, scores: Mapping[str, Score], seed: int) -> list[dict[str, Any]]:
+    from ...evaluation.scores import perplexity_ratio
+
+    ours = {entry.budget: entry for entry in comparison.entries if entry.method == _BASELINE and entry.factors}
+    pairs = []
+    for entry in comparison.entries:
+        if entry.method != _BASELINE and entry.factors and entry.budget in ours:
+            baseline, score = ours[entry.budget], scores[entry.label]
+            ratio = perplexity_ratio(scores[baseline.label], score, seed=seed)
+            pair = {
+                "method": entry.method,
+                "over": _BASELINE,
+                "budget": entry.budget,
+                "factor_bytes": entry.factor_bytes,
+                "over_factor_bytes": baseline.factor_bytes,
+            }
+            pairs.append({**pair, **_interval("ppl_ratio", ratio, len(score.nll))})
+    return pairs
+
+
+def _interval(name: str, interval: Interval, sequences: int) -> dict[str, Any]:
+    limits = [finite(interval.low), finite(interval.high)]
+    return {name: finite(interval.value), f"{name}_ci95": limits if sequences >= LEAST_SEQUENCES else None}

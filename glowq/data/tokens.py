@@ -1,0 +1,144 @@
+"""Calibration and evaluation text to token batches.
+
+Text may be a list, a file, a folder, a `datasets` name, or the Python standard library, which is on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, ConfigError, TokenizerMismatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["batches", "split", "token_sequences"]
+
+_PIECE = 65_536  # characters: a long document is sampled piece by piece, never tokenized whole for a few sequences
+_OVERSAMPLING = 4  # tokens read for each one kept
+_CHUNK = 16  # documents a tokenizer call
+
+
+def token_sequences(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    limit: int | None = None,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    least: int = 1,
+) -> Tensor:
+    """Documents tokenized, each ended by the tokenizer's EOS if it has one, and cut into sequences without overlap.
+
+    Args:
+        texts: documents; no other special token is added to them.
+        length: tokens of a sequence, at least 1; a shorter rest is dropped.
+        limit: most tokens to return. The sequences are then a seeded sample spread over all documents, of which only
+            about four times as many tokens are read. None: everything, in order.
+        seed: which sample.
+        vocab_size: rows of the model's embedding, to check the ids against.
+        least: fewest sequences that will do.
+
+    Returns:
+        Token ids, shape (n, length), int64, n >= least and n <= limit // length.
+
+    Raises:
+        ConfigError: length is below 1.
+        CalibrationError: the limit or the text is shorter than `least` sequences.
+        TokenizerMismatchError: an id has no row in the model's embedding.
+    """
+    if length < 1:
+        raise ConfigError(f"length must be at least 1 token, found {length}")
+    needed = least * length
+    some = "one sequence" if least == 1 else f"{least} sequences"
+    if limit is not None and limit < needed:
+        raise CalibrationError(
+            f"needed {needed} tokens for at least {some} of {length} tokens, found a limit of {limit} tokens; raise it "
+            "or take shorter sequences"
+        )
+    draw = random.Random(seed)
+    documents = list(texts)
+    if limit is not None:
+        documents = [text[at : at + _PIECE] for text in documents for at in range(0, len(text), _PIECE)]
+        draw.shuffle(documents)
+    stream = _tokenize(documents, tokenizer, None if limit is None else _OVERSAMPLING * limit)
+    if len(stream) < needed:
+        raise CalibrationError(
+            f"needed {needed} tokens for {some}, found {len(stream)} in {len(texts)} documents; give more text, or "
+            "take shorter sequences"
+        )
+    if vocab_size is not None and int(stream.max()) >= vocab_size:
+        raise TokenizerMismatchError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} gave id {int(stream.max())}, the model knows 0 to "
+            f"{vocab_size - 1}; use the model's own tokenizer"
+        )
+    sequences = stream[: len(stream) // length * length].view(-1, length)
+    if limit is None or len(sequences) <= limit // length:
+        return sequences
+    return sequences[sorted(draw.sample(range(len(sequences)), limit // length))]
+
+
+def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, enough: int | None) -> Tensor:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts = [torch.empty(0, dtype=torch.int64)]
+    found = 0
+    for start in range(0, len(documents), _CHUNK):
+        encoded = tokenizer(documents[start : start + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
+        parts += [torch.tensor([*ids, *end], dtype=torch.int64) for ids in encoded]
+        found += sum(len(ids) + len(end) for ids in encoded)
+        if enough is not None and found >= enough:
+            break
+    return torch.cat(parts)
+
+
+def batches(sequences: Tensor, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Model inputs, `batch_size` sequences at a time; the last batch may be smaller.
+
+    Args:
+        sequences: token ids, shape (n, length), int64.
+        batch_size: sequences in a batch, at least 1.
+
+    Yields:
+        {"input_ids", "attention_mask"}, both shape (b, length), int64, b <= batch_size; the mask is all ones.
+
+    Raises:
+        ConfigError: batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
+    for input_ids in sequences.split(batch_size):
+        yield {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def split(sequences: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Sequences parted at random into those to calibrate on and those to measure on, each in its old order.
+
+    Args:
+        sequences: token ids, shape (n, length), n >= 2.
+        fraction: share held out, 0 < fraction < 1, rounded to whole sequences, at least one on either side.
+        seed: which sequences are held out.
+
+    Returns:
+        (train, held_out), shapes (n - h, length) and (h, length): disjoint rows of `sequences`.
+
+    Raises:
+        ConfigError: fraction is outside (0, 1).
+        CalibrationError: fewer than two sequences.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"the held-out fraction must lie between 0 and 1, found {fraction}")
+    count = len(sequences)
+    if count < 2:
+        raise CalibrationError(
+            f"needed 2 sequences to hold one out, found {count}: give at least {2 * sequences.shape[1]} tokens, or "
+            f"take shorter sequences than {sequences.shape[1]}"
+        )
+    held = torch.zeros(count, dtype=torch.bool)
+    held[random.Random(seed).sample(range(count), min(max(1, round(count * fraction)), count - 1))] = True
+    return sequences[~held], sequences[held]

@@ -1,0 +1,162 @@
+"""Pictures of a comparison and of a correction, drawn with matplotlib, which is the optional extra `plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..selection.benefit import Benefit
+    from ..selection.curve import CurvePoint
+
+__all__ = ["can_plot", "check_plots", "draw_benefit", "draw_budgets", "draw_recovered", "draw_timing"]
+
+_DPI = 150
+_MARKERS = "osD^vPX*<>h"
+_METADATA = {"Software": None}  # matplotlib's version: the same figures give the same file
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def check_plots() -> None:
+    """Refuse early what could only fail at the end.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if not can_plot():
+        raise ConfigError(
+            "plots need matplotlib: pip install 'glowq[plot]', or leave out --output and take the figures from --json."
+        )
+
+
+def draw_recovered(file: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
+    """Bytes against the share of the perplexity gap recovered, one line a method, with its intervals.
+
+    Args:
+        file: PNG to write.
+        lines: method -> points with "overhead", a share of the quantized bytes; "recovered", or None, which is not
+            drawn; and "recovered_ci95", (low, high) or None.
+        title: shown above.
+    """
+    figure = _figure(8.0, 5.0)
+    axes = figure.add_subplot()
+    for (method, points), marker in zip(lines.items(), _MARKERS * len(lines), strict=False):
+        drawn = sorted((point for point in points if point["recovered"] is not None), key=lambda p: p["overhead"])
+        bytes_added = [100 * point["overhead"] for point in drawn]
+        shares = [100 * point["recovered"] for point in drawn]
+        axes.errorbar(bytes_added, shares, yerr=_whiskers(drawn), marker=marker, capsize=3, label=method)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("bytes added, % of the quantized weights")
+    axes.set_ylabel("perplexity gap recovered, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    _save(figure, file)
+
+
+def draw_budgets(file: IO[bytes], points: Sequence[CurvePoint], unit: str, title: str) -> None:
+    """What every budget is predicted to recover, one line.
+
+    Args:
+        file: PNG to write.
+        points: what `glowq.selection.curve.budget_curve` returned.
+        unit: what the predicted shares are shares of.
+        title: shown above.
+    """
+    figure = _figure(7.0, 4.0)
+    axes = figure.add_subplot()
+    axes.plot([100 * point.share_of_base for point in points], [100 * point.predicted for point in points], marker="o")
+    axes.set_xscale("log")
+    shares = [100 * point.share_of_base for point in points[:-1]]  # the last is no round one
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("bytes kept, % of the quantized weights")
+    axes.set_ylabel(f"predicted share recovered, %\n({unit})")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25)
+    _save(figure, file)
+
+
+def draw_benefit(file: Path, benefit: Benefit) -> None:
+    """Predicted benefit as a heat map, one row a layer and one column a kind of group; blank where there is none.
+
+    Args:
+        file: PNG to write.
+        benefit: at least one layer and kind.
+    """
+    values = [[float("nan") if value is None else value for value in row] for row in benefit.values]
+    figure = _figure(2.5 + 1.3 * len(benefit.kinds), 2.0 + 0.3 * len(benefit.layers))
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(range(len(benefit.kinds)), benefit.kinds, rotation=30, ha="right", fontsize=7)
+    axes.set_yticks(range(len(benefit.layers)), benefit.layers, fontsize=7)
+    axes.set_title(f"predicted benefit of {benefit.budget}", fontsize=10)
+    for row, line in enumerate(benefit.values):
+        for column, value in enumerate(line):
+            if value:  # a few groups outshine all others: the colours alone would not tell those apart
+                colour = "black" if value > image.norm.vmax / 2 else "white"
+                axes.text(column, row, f"{value:.1e}", ha="center", va="center", fontsize=6, color=colour)
+    figure.colorbar(image, ax=axes, label=benefit.unit)
+    _save(figure, file)
+
+
+def draw_timing(file: Path, rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], title: str) -> None:
+    """What corrections add to the time of a prompt and of a decoded token, a bar each, and their bytes beside them.
+
+    Args:
+        file: PNG to write.
+        rows: corrected models' rows of `glowq.evaluation.timing.measure`.
+        kinds: "first_token" and "decode", or one of them.
+        title: shown above.
+    """
+    figure = _figure(2.0 + 4.0 * len(kinds), 4.0)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
+    width = 0.8 / len(models)
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for place, model in enumerate(models):
+            own = [row for row in rows if row["model"] == model]
+            places = [at + (place - (len(models) - 1) / 2) * width for at in range(len(own))]
+            axes.bar(places, [100 * row[f"{kind}_overhead"] for row in own], width, label=f"time, {model}")
+            ends = [[at + side * width / 2 for at in places] for side in (-1, 1)]
+            bytes_added = [100 * row["byte_ratio"] for row in own]
+            axes.hlines(bytes_added, *ends, colors="black", label="bytes" if place == 0 else None)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_xticks(range(len(shapes)), [f"{batch} x {length}" for batch, length in shapes])
+        axes.set_xlabel("batch x prompt, tokens")
+        axes.set_ylabel("added, % of the base")
+        axes.set_title({"first_token": "first token", "decode": "decode"}[kind], fontsize=10)
+        axes.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, file)
+
+
+def _whiskers(points: Sequence[Mapping[str, Any]]) -> list[list[float]] | None:
+    """Distances to the lower and to the upper ends of the intervals, in percent; None where one is undefined."""
+    ends = [point["recovered_ci95"] or (None, None) for point in points]
+    if any(end is None for pair in ends for end in pair):
+        return None
+    # A percentile interval of a skewed statistic need not hold the statistic itself.
+    below = [max(0.0, 100 * (point["recovered"] - low)) for point, (low, _) in zip(points, ends, strict=True)]
+    above = [max(0.0, 100 * (high - point["recovered"])) for point, (_, high) in zip(points, ends, strict=True)]
+    return [below, above]
+
+
+def _figure(width: float, height: float) -> Any:
+    # Figure rather than pyplot: no window system is looked for, and no figure stays behind in a global list.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, file: Path | IO[bytes]) -> None:
+    figure.savefig(file, format="png", dpi=_DPI, metadata=_METADATA)

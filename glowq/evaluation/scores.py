@@ -1,0 +1,108 @@
+"""Paired evaluation: perplexity and KL of several models on the same sequences, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.tokens import batches
+from ..errors import EvaluationError, NonFiniteError
+from ..utils.logging import progress
+from .bootstrap import Interval, bootstrap
+
+__all__ = ["Score", "perplexity", "perplexity_ratio", "recovered", "score_models"]
+
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on every sequence.
+
+    Attributes:
+        nll: mean negative log-likelihood per predicted token, nats, shape (n,), float64.
+        kl: mean KL divergence of this model from the reference per predicted token, nats, shape (n,), float64.
+        top1: share of predicted tokens where the model's and the reference's most likely token agree, shape (n,).
+    """
+
+    nll: Tensor
+    kl: Tensor
+    top1: Tensor
+
+
+def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str, Score]:
+    """Run every model over the same sequences; the first is the reference that KL and top-1 are taken against.
+
+    Args:
+        models: name -> causal language model; all share one vocabulary.
+        sequences: token ids, shape (n, length), int64; each sequence predicts length - 1 tokens.
+
+    Raises:
+        EvaluationError: vocabularies differ, or a model returns no logits.
+        NonFiniteError: a model's logits hold NaN or Inf.
+    """
+    parts: dict[str, list[Score]] = {name: [] for name in models}
+    size = max(1, _BATCH_TOKENS // sequences.shape[1])
+    steps = -(-sequences.shape[0] // size) * len(models)
+    with progress(total=steps, desc="Evaluating", unit="batch") as bar, torch.no_grad():
+        for batch in batches(sequences, size):
+            ids, reference = batch["input_ids"], None
+            for name, model in models.items():
+                logp = _log_probabilities(name, model, ids)
+                reference = logp if reference is None else reference
+                if logp.shape != reference.shape:
+                    raise EvaluationError(
+                        f"{name} predicts {logp.shape[-1]} tokens and the reference {reference.shape[-1]}: models with "
+                        "different vocabularies cannot be compared."
+                    )
+                parts[name].append(_score(logp, reference, ids))
+                bar.update()
+    return {
+        name: Score(*(torch.cat([getattr(part, key) for part in rows]) for key in ("nll", "kl", "top1")))
+        for name, rows in parts.items()
+    }
+
+
+def perplexity(score: Score) -> float:
+    """exp of the mean negative log-likelihood; every sequence has the same length."""
+    return float(score.nll.mean().exp())
+
+
+def recovered(reference: Score, quantized: Score, corrected: Score, *, seed: int = 0) -> Interval:
+    """Share of the perplexity gap between quantized and reference model that the correction closes (1 = all of it)."""
+    columns = torch.stack([reference.nll, quantized.nll, corrected.nll], dim=1)
+
+    def share(means: Tensor) -> Tensor:
+        ppl = means.exp()
+        return (ppl[..., 1] - ppl[..., 2]) / (ppl[..., 1] - ppl[..., 0])
+
+    return bootstrap(share, columns, seed=seed)
+
+
+def perplexity_ratio(first: Score, second: Score, *, seed: int = 0) -> Interval:
+    """Perplexity of `second` over that of `first`, paired by sequence."""
+    columns = torch.stack([first.nll, second.nll], dim=1)
+    return bootstrap(lambda means: (means[..., 1] - means[..., 0]).exp(), columns, seed=seed)
+
+
+def _log_probabilities(name: str, model: nn.Module, ids: Tensor) -> Tensor:
+    device = getattr(model, "device", torch.device("cpu"))
+    output: Any = model(input_ids=ids.to(device), use_cache=False)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise EvaluationError(f"{name} returns no token logits: perplexity is for causal language models.")
+    logp = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    if not bool(torch.isfinite(logp).all()):
+        raise NonFiniteError(f"{name}: its logits hold NaN or Inf on the evaluation text.")
+    return logp.to(ids.device)
+
+
+def _score(logp: Tensor, reference: Tensor, ids: Tensor) -> Score:
+    nll = -logp.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    kl = (reference.exp() * (reference - logp)).sum(-1)
+    top1 = (logp.argmax(-1) == reference.argmax(-1)).double()
+    return Score(nll.double().mean(1), kl.double().mean(1), top1.mean(1))

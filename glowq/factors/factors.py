@@ -1,0 +1,53 @@
+"""`GroupFactors`: the low-rank factors of one group, and their first ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .group import Group
+from .int8 import SCALE_BYTES
+
+__all__ = ["GroupFactors", "cut_group"]
+
+
+def cut_group(entry: GroupFactors, rank: int) -> GroupFactors:
+    lefts = {member: left[:, :rank].contiguous() for member, left in entry.lefts.items()}
+    return replace(entry, right=entry.right[:rank].contiguous(), lefts=lefts, gains=entry.gains[:rank])
+
+
+@dataclass(frozen=True)
+class GroupFactors:
+    """One group and its factors.
+
+    Attributes:
+        group: the group.
+        right: right factor B, shape (r, d).
+        lefts: member name -> left factor A_i, shape (o_i, r).
+        gains: error that each rank removes, shape (r,), float64, descending, in one unit for the whole correction.
+        total: error before any rank, in the same unit.
+        int8: whether they are stored and computed with in int8; their values are then on the grid of
+            `glowq.factors.int8`.
+    """
+
+    group: Group
+    right: Tensor
+    lefts: Mapping[str, Tensor]
+    gains: Tensor
+    total: float
+    int8: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the group."""
+        return self.right.shape[0]
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the right factor and every left factor; a model on the CPU fills int8 ones up to 16 ranks."""
+        factors = (self.right, *self.lefts.values())
+        if self.int8:
+            return sum(factor.numel() for factor in factors) + SCALE_BYTES * self.rank
+        return sum(factor.numel() * factor.element_size() for factor in factors)

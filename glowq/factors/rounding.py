@@ -1,0 +1,38 @@
+"""Factors rounded to int8, and what that is predicted to take of their gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .factors import GroupFactors
+from .int8 import round_factors
+
+__all__ = ["rounded"]
+
+
+def rounded(entry: GroupFactors) -> GroupFactors:
+    """One group's factors rounded to int8, and its gains less what the rounding is predicted to take of them.
+
+    A rank that is off by a share e of its own size, squared, is predicted to lose that share of its gain.
+    """
+    if entry.int8:
+        return entry
+    right, lefts = round_factors(entry.right, entry.lefts)
+    kept = 1 - _relative_errors(entry, right, lefts)
+    gains = (entry.gains * kept.clamp(min=0)).cummin(0).values  # which descend from rank to rank
+    return replace(entry, right=right, lefts=lefts, gains=gains, int8=True)
+
+
+def _relative_errors(entry: GroupFactors, right: Tensor, lefts: Mapping[str, Tensor]) -> Tensor:
+    """Squared error of each rank's product A B over its square, shape (r,), float64; 0 for a rank that is zero."""
+    before = torch.cat([left.double() for left in entry.lefts.values()])
+    after = torch.cat([lefts[member].double() for member in entry.lefts])
+    rows, new_rows = entry.right.double(), right.double()
+    size = before.square().sum(0) * rows.square().sum(1)
+    both = (before * after).sum(0) * (rows * new_rows).sum(1)
+    new_size = after.square().sum(0) * new_rows.square().sum(1)
+    return torch.where(size > 0, (size - 2 * both + new_size).clamp(min=0) / size.where(size > 0, 1), 0.0)

@@ -1,0 +1,61 @@
+"""What every way out needs of a corrected model: load it by name, run it once, compare what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...artifact.config import GlowQConfig
+from ...errors import ExportError
+from ...models.loading import load_config, load_model
+
+__all__ = ["difference", "first_output", "load_corrected", "stored_correction"]
+
+
+def stored_correction(source: str) -> GlowQConfig:
+    """What config.json of a corrected model, in either saved form, says of its correction; no weight is read.
+
+    Raises:
+        ExportError: the model carries no correction.
+    """
+    stored = getattr(load_config(source), "quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
+        raise ExportError(
+            f"{source} carries no glowq correction; expected the folder or Hub name of one that `glowq correct` wrote."
+        )
+    config: GlowQConfig = GlowQConfig.from_dict(stored)
+    return config
+
+
+def load_corrected(source: str) -> Any:
+    """A corrected model, ready to run, by the name of either saved form.
+
+    Raises:
+        ExportError: the model carries no correction.
+    """
+    stored_correction(source)
+    return load_model(source, load_config(source))
+
+
+def first_output(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """The first output of a forward (logits; an encoder's states), float32 on the CPU."""
+    with torch.no_grad():
+        found: Tensor = model(**inputs)[0]
+    return found.float().cpu()
+
+
+def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """How far outputs lie from those that they should be.
+
+    Args:
+        found, expected: same shape, float.
+
+    Returns:
+        "max_difference", the largest absolute one, and "relative_difference", the root mean square of the difference
+        as a share of that of `expected`.
+    """
+    gap = (found.double() - expected.double()).abs()
+    scale = expected.double().square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return {"max_difference": float(gap.max()), "relative_difference": float(gap.square().mean().sqrt() / scale)}

@@ -1,7 +1,0 @@
-"""`optimum.exporters.glowq`, which is this file in an installed glowq: importing it tells `TasksManager`."""
-
-from glowq.integrations.optimum import GlowQExporterConfig, main_export, register
-
-__all__ = ["GlowQExporterConfig", "main_export"]
-
-register()

@@ -1,0 +1,144 @@
+"""The whole step, from a model's name to a saved correction: what `glowq correct` and optimum's exporter run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...artifact.correction import Correction
+from ...errors import OutputError
+from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
+from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
+from ...quantizers.registry import base_config, with_calibration
+from ...solving.methods.base import get_method
+from ...utils.output import check_output, write_directory
+from .quantizer import correct
+
+__all__ = ["correct_checkpoint"]
+
+
+def correct_checkpoint(
+    model: str,
+    output: str | os.PathLike[str],
+    *,
+    calibration: str,
+    base: str = "none",
+    reference: str | None = None,
+    rank: int | None = None,
+    budget: str | int | None = None,
+    rank_step: int = 1,
+    max_rank: int | None = None,
+    method: str = "glowq",
+    format: str | None = None,
+    calibration_tokens: int = 32768,
+    sequence_length: int = 512,
+    distill: int = 0,
+    factor_dtype: str = "auto",
+    seed: int = 0,
+    gguf_file: str | None = None,
+    auto_class: Any = None,
+    resume: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Quantize a model if asked to, correct it, measure what that gave, and save it; all of it, or nothing.
+
+    Args:
+        model: folder or Hub name.
+        output: folder to write; must be new, empty, or an earlier result.
+        calibration: text: a file, a folder, or a datasets name; an eighth of it is held out and measured on.
+        base: the quantizer, see `glowq.quantizers.registry.base_names`; "none" where the model is quantized already,
+            "dense" where its float weights hold quantized values.
+        reference: the full-precision model; `model` unless that is quantized already.
+        format: "correction" (small, its base by reference) or "full" (in one piece); None takes the small one where
+            the base can be named.
+        gguf_file: GGUF file in the folder, with base "dense".
+        auto_class: transformers class to load the model with; None takes what its config names.
+        resume: keep finished blocks in `<output>.resume` until the whole is done, and go on from what is there.
+        command: the exact command line, for the model card.
+        rank, budget, rank_step, max_rank, method, calibration_tokens, sequence_length, distill, factor_dtype, seed: see
+            `glowq.correct`.
+
+    Returns:
+        "output", "groups", "ranks", "factor_bytes", "base_bytes", "overhead", "predicted" (in the unit "gains"),
+        "calibration_tokens", "factor_dtype", "int8" (see `glowq.evaluation.rounding_cost`; None where factors are
+        not rounded), "held_out" (None where the model predicts no next token) and "seed".
+
+    Raises:
+        GlowQError: see `glowq.correct`, `glowq.models.loading` and `glowq.utils.output.write_directory`.
+    """
+    target = Path(output).resolve()
+    kept = target.with_name(f"{target.name}.resume")
+    check_output(target)
+    if resume:
+        _check_kept(kept)
+    get_method(method)
+    quantization = None if base in ("none", "dense") else base_config(base)
+    config = load_config(model, gguf_file)
+    source = reference_name(model, config, base, reference)
+    tokenizer = load_tokenizer(model, source)
+    train, held = parted_sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
+    score = reference_score(source, held) if scores_text(config, auto_class) else None
+    if quantization is not None:
+        quantization = with_calibration(quantization, train)
+    corrected = load_model(model, config, quantization, gguf_file, auto_class)
+    correction = correct(
+        corrected,
+        reference=source,
+        calibration=train,
+        tokenizer=tokenizer,
+        rank=rank,
+        budget=budget,
+        rank_step=rank_step,
+        max_rank=max_rank,
+        method=method,
+        distill=distill,
+        factor_dtype=factor_dtype,
+        seed=seed,
+        resume=kept if resume else None,
+        dense=base == "dense",
+    )
+    held_out = None if score is None else held_out_figures(score, corrected, held, seed)
+    for stored in (correction.config, corrected.config.quantization_config):
+        stored.provenance.update(command=command, held_out=held_out)
+    _save(correction, corrected, target, format or ("correction" if correction.base_is_stored else "full"))
+    if resume:
+        shutil.rmtree(kept)
+    return {
+        "output": os.fspath(output),
+        "groups": len(correction.ranks),
+        "ranks": correction.ranks,
+        "factor_bytes": correction.factor_bytes,
+        "base_bytes": correction.base_bytes,
+        "overhead": correction.overhead,
+        "predicted": correction.predicted,
+        "gains": correction.config.provenance["gains"],
+        "calibration_tokens": train.numel(),
+        "factor_dtype": factor_dtype,
+        "int8": correction.config.provenance.get("int8"),
+        "held_out": held_out,
+        "seed": seed,
+    }
+
+
+def _check_kept(folder: Path) -> None:
+    """The folder is removed in the end: it must hold nothing but finished blocks."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.suffix not in (".json", ".safetensors", ".tmp"):
+            raise OutputError(
+                f"{folder} holds {entry.name!r}, which is no finished block; move it, or choose another OUT."
+            )
+
+
+def _save(correction: Correction, model: Any, target: Path, format: str) -> None:
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        correction.tokenizer.save_pretrained(folder)
+        correction.write_card(folder)
+
+    if format == "full":
+        correction.config = correction.config.with_format("full")
+        write_directory(target, write)
+    else:
+        correction.save_pretrained(target)

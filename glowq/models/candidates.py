@@ -1,0 +1,191 @@
+"""Which linear modules of a model can be corrected and why not, told by its headers and its empty architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import BackendError, ConfigError, UnsupportedModuleError
+from ..quantizers.base import Backend, Scheme, StoredModule
+from ..quantizers.registry import stored_scheme
+from .headers import Headers
+from .loading import load_config, model_class
+
+__all__ = ["Candidates", "find_candidates"]
+
+
+@dataclass
+class Candidates:
+    """The linear modules of a model.
+
+    Attributes:
+        schemes: every quantized module that glowq reads -> its settings.
+        backends: the same modules -> their backend.
+        skipped: every other linear module, and those of `schemes` that no hook can correct -> why.
+        note: what could not be found out, and how to; None where nothing is left open.
+    """
+
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    backends: dict[str, Backend] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    note: str | None = None
+
+    @property
+    def correctable(self) -> list[str]:
+        """Names of the modules that can be corrected."""
+        return [name for name in self.schemes if name not in self.skipped]
+
+
+def find_candidates(name: str, headers: Headers, settings: Mapping[str, Any] | None, refusal: str | None) -> Candidates:
+    """Every linear module of a model: its scheme, or the reason why it cannot be corrected.
+
+    The architecture is built without memory for its weights; no quantizer's library is needed.
+
+    Args:
+        name: of the model's folder or Hub repository.
+        headers: of its files.
+        settings: its quantization config; None for a model that is not quantized.
+        refusal: why glowq corrects none of its quantized modules, whatever they are; else None.
+    """
+    found = Candidates()
+    try:
+        model = _empty_model(name)
+    except (ConfigError, UnsupportedModuleError) as error:
+        model, found.note = None, f"only the files were looked at, for the architecture cannot be built: {error}"
+    rename = _renaming(model) if model is not None else str
+    stored = {rename(module.name): module for module in headers.modules().values()}
+    linears = _linears(model) if model is not None else {}
+    experts = _experts(model) if model is not None else {}
+    for name, module in stored.items():
+        _look(found, name, module, settings, refusal)
+    for name, tied in linears.items():
+        if name not in found.schemes and name not in found.skipped:
+            found.skipped[name] = _why_not(stored.get(name), tied)
+    for name, shape in experts.items():
+        inside = [key for key in found.schemes if key.startswith(f"{name.rpartition('.')[0]}.")]
+        for key in inside:
+            del found.schemes[key], found.backends[key]
+        found.skipped[name] = (
+            f"one parameter of shape {shape} for all experts, which no linear module multiplies by: glowq corrects "
+            "modules only"
+        )
+    if found.correctable and model is not None:
+        _trace(model, found)
+    return found
+
+
+def _look(
+    found: Candidates, name: str, module: StoredModule, settings: Mapping[str, Any] | None, refusal: str | None
+) -> None:
+    if settings is None:
+        return
+    try:
+        known = stored_scheme(settings, module)
+    except BackendError as error:
+        found.skipped[name] = str(error)
+        return
+    if known is not None and refusal is None:
+        found.backends[name], found.schemes[name] = known
+    elif known is not None or (refusal is not None and not _is_plain(module)):
+        found.skipped[name] = refusal or ""
+
+
+def _is_plain(module: StoredModule) -> bool:
+    """Whether a module holds floats alone, of at least 16 bits; norms and embeddings do as well."""
+    return all(dtype in ("F64", "F32", "F16", "BF16") for dtype in module.dtypes.values())
+
+
+def _why_not(module: StoredModule | None, tied: bool) -> str:
+    if module is None or not module.dtypes:
+        return "not quantized (it shares the embeddings' weight)" if tied else "the files hold no tensor of it"
+    if _is_plain(module):
+        return "not quantized"
+    return f"quantized in a layout that glowq does not know (tensors {', '.join(sorted(module.dtypes))})"
+
+
+def _empty_model(name: str) -> Any:
+    """The model on the meta device, without its quantizer.
+
+    Raises:
+        ConfigError: a model type that transformers does not know.
+        UnsupportedModuleError: transformers cannot build it from its config alone.
+    """
+    import torch
+
+    from ..utils.logging import quiet
+
+    config = load_config(name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    chosen = model_class(config)
+    build = getattr(chosen, "_from_config", None) or chosen.from_config
+    try:
+        with torch.device("meta"), quiet("transformers"):
+            return build(config)
+    except Exception as error:
+        raise UnsupportedModuleError(f"{type(error).__name__}: {error}") from error
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """From module names in the files to module names in the model, as transformers renames while loading."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    known = dict(model.named_parameters(remove_duplicate=False))
+
+    def rename(name: str) -> str:
+        key: str = rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, known)[0]
+        return key.removesuffix(".weight")
+
+    return rename
+
+
+def _linears(model: Any) -> dict[str, bool]:
+    """Every linear layer -> whether it shares its weight with the embeddings."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {
+        name: f"{name}.weight" in tied
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def _experts(model: Any) -> dict[str, tuple[int, ...]]:
+    """Parameters that hold one matrix an expert -> their shapes."""
+    from torch import nn
+
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d | nn.ConvTranspose1d)
+        and "expert" in name
+    }
+
+
+def _trace(model: Any, found: Candidates) -> None:
+    """Leave out what a forward does not call; shapes are enough for that."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ..quantizers.libraries.dense import mark_dense
+    from .forward import example_inputs
+    from .tracing import trace_groups
+
+    mark_dense(model)
+    try:
+        # Architectures ask a plain meta tensor for its values, which a fake one is known not to have.
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            inputs = {name: mode.from_tensor(value) for name, value in example_inputs(model).items()}
+            skipped = trace_groups(model, inputs).skipped
+    except Exception as error:  # any architecture's own code, run without values; what it said is shown
+        found.note = (
+            "whether a forward calls every module could not be found out without weights "
+            f"({type(error).__name__}); `glowq groups` runs the model and tells."
+        )
+        return
+    found.skipped.update({name: reason for name, reason in skipped.items() if name in found.schemes})

@@ -1,0 +1,148 @@
+"""What a model's files say without their weights being read: config.json and the headers of its safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorrectionError, ModelNotFoundError
+from ..quantizers.base import StoredModule
+from ..utils.files import checkpoint_files, read_json, refuse_pickles
+from ..utils.hub import local_snapshot
+
+__all__ = ["Headers", "read_headers"]
+
+_INDEX = "model.safetensors.index.json"
+_HQQ_PICKLE = "qmodel.pt"  # HQQ's own save writes no other file than this and a config.json that does not mention HQQ
+
+
+@dataclass(frozen=True)
+class Headers:
+    """A model folder or Hub repository, its weights unread.
+
+    Attributes:
+        config: config.json; empty where there is none.
+        shapes: tensor name -> shape.
+        dtypes: tensor name -> dtype as safetensors writes it ("BF16").
+        sizes: tensor name -> bytes.
+        metadata: what libraries wrote into the headers.
+        gguf: names of the GGUF files, where the folder holds no other weights.
+        hqq: whether the weights are HQQ's own pickle.
+    """
+
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    gguf: tuple[str, ...] = ()
+    hqq: bool = False
+
+    def modules(self) -> dict[str, StoredModule]:
+        """Module name -> its tensors; bitsandbytes' "m.weight.absmax" belongs to m as "m.weight" does."""
+        local: dict[str, dict[str, str]] = defaultdict(dict)  # module name -> name under it -> tensor name
+        for name in self.shapes:
+            module, found, rest = name.partition(".weight.")
+            if not found:
+                module, _, rest = name.rpartition(".")
+            local[module]["weight." + rest if found else rest] = name
+        for name in self.metadata:
+            module, _, rest = name.rpartition(".")
+            local[module].setdefault(rest, name)
+        return {
+            module: StoredModule(
+                module,
+                {rest: self.dtypes[name] for rest, name in names.items() if name in self.dtypes},
+                {rest: self.shapes[name] for rest, name in names.items() if name in self.shapes},
+                {rest: self.metadata[name] for rest, name in names.items() if name in self.metadata},
+            )
+            for module, names in local.items()
+            if module
+        }
+
+
+def read_headers(name: str) -> Headers:
+    """The headers of a folder, a GGUF file or a Hub repository; only headers cross the network.
+
+    Raises:
+        ModelNotFoundError: no such model, or a shard that its index names is missing.
+        PickleRefusedError: the weights are pickles, other than HQQ's.
+        CorrectionError: a file is corrupt or truncated.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return Headers({}, gguf=(path.name,))
+    if not path.is_dir():
+        return _read_hub(name)
+    gguf = _gguf_files(entry.name for entry in path.iterdir())
+    if gguf:
+        return Headers({}, gguf=gguf)
+    config = read_json(path / "config.json")
+    if (path / _HQQ_PICKLE).is_file():
+        return Headers(config, hqq=True)
+    refuse_pickles(path)
+    files = [Path(file) for file in checkpoint_files(path)] if (path / _INDEX).is_file() else []
+    return _merge(config, [_header(file) for file in files or sorted(path.glob("*.safetensors"))])
+
+
+def _read_hub(name: str) -> Headers:
+    """Headers over the network where it is there, else from the cache."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        files = api.list_repo_files(name)
+        gguf = _gguf_files(files)
+        if gguf:
+            return Headers({}, gguf=gguf)
+        config = read_json(Path(hf_hub_download(name, "config.json")))
+        if _HQQ_PICKLE in files:
+            return Headers(config, hqq=True)
+        found = [api.parse_safetensors_file_metadata(name, file) for file in files if file.endswith(".safetensors")]
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository.") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return read_headers(str(local_snapshot(name, local_files_only=True)))
+    headers: list[dict[str, Any]] = []
+    for metadata in found:
+        tensors = {
+            key: {"shape": info.shape, "dtype": info.dtype, "data_offsets": info.data_offsets}
+            for key, info in metadata.tensors.items()
+        }
+        headers.append({**tensors, "__metadata__": metadata.metadata})
+    return _merge(config, headers)
+
+
+def _gguf_files(names: Iterable[str]) -> tuple[str, ...]:
+    names = set(names)
+    return () if "config.json" in names else tuple(sorted(name for name in names if name.endswith(".gguf")))
+
+
+def _header(file: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):  # checks the header against the file's size
+            pass
+    except SafetensorError as error:
+        raise CorrectionError(f"{file} is corrupt or truncated ({error}); download it again.") from error
+    with file.open("rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return header
+
+
+def _merge(config: dict[str, Any], headers: Iterable[Mapping[str, Any]]) -> Headers:
+    merged = Headers(config)
+    for header in headers:
+        for name, info in header.items():
+            if name == "__metadata__":
+                merged.metadata.update(info or {})
+                continue
+            merged.shapes[name], merged.dtypes[name] = tuple(info["shape"]), info["dtype"]
+            merged.sizes[name] = info["data_offsets"][1] - info["data_offsets"][0]
+    return merged

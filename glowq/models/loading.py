@@ -1,0 +1,177 @@
+"""Models, configs and tokenizers by name, with every failure turned into one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, GlowQError, ModelNotFoundError, one_line
+from ..utils.files import refuse_pickles
+
+__all__ = [
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "loading",
+    "model_class",
+    "reference_name",
+    "scores_text",
+    "token_limits",
+]
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what libraries raise when they cannot load `name` into an error of ours, on one line."""
+    try:
+        yield
+    except GlowQError:
+        raise
+    except OSError as error:
+        raise ModelNotFoundError(f"{name!r} cannot be loaded: {one_line(error)}") from error
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def load_config(name: str, gguf_file: str | None = None) -> Any:
+    """The transformers config of a folder or Hub name, or of a GGUF file in it.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        PickleRefusedError: the folder holds its weights only as pickles.
+        ConfigError: a model type that transformers does not know, or GGUF files of which none was named.
+    """
+    from transformers import AutoConfig
+
+    if Path(name).is_dir():
+        refuse_pickles(Path(name))
+    if gguf_file is None:
+        _refuse_unnamed_gguf(Path(name))
+    try:
+        with loading(name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
+    except ModelNotFoundError as error:
+        if Path(name).is_dir():
+            raise
+        raise ModelNotFoundError(f"no folder {name!r}, and no such model within reach on the Hub; {error}") from error
+
+
+def _gguf(file: str | None) -> dict[str, str]:
+    return {} if file is None else {"gguf_file": file}
+
+
+def _refuse_unnamed_gguf(path: Path) -> None:
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".gguf" and path.is_file():
+        files = [path.name]
+    elif path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+    else:
+        return
+    if files:
+        raise ConfigError(
+            f"{path} is GGUF, which transformers dequantizes on load: give {folder} as MODEL, --gguf-file {files[0]}, "
+            "--base dense, and --reference, the full-precision model behind it."
+        )
+
+
+def load_model(
+    name: str, config: Any, quantization_config: Any = None, gguf_file: str | None = None, auto_class: Any = None
+) -> Any:
+    """A model of the class that its config names, ready to run.
+
+    Args:
+        name: folder or Hub name.
+        config: what `load_config(name)` returned.
+        quantization_config: quantize while loading.
+        gguf_file: GGUF file in the folder, which transformers dequantizes.
+        auto_class: transformers class to load it with; None takes `model_class(config)`.
+    """
+    import torch
+
+    from ..quantizers.model import prepare_model
+    from ..quantizers.registry import backend_of, check_installed
+
+    backend = backend_of(getattr(config, "quantization_config", None))
+    if backend is not None:
+        check_installed(backend, name)
+    options: dict[str, Any] = {"use_safetensors": True} if gguf_file is None else _gguf(gguf_file)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if torch.cuda.is_available():
+        options["device_map"] = "auto"
+    with loading(name):
+        model = (auto_class or model_class(config)).from_pretrained(name, dtype="auto", **options)
+    prepare_model(model)
+    return model.eval()
+
+
+def model_class(config: Any) -> Any:
+    """The class of config.json's `architectures`, else the auto class for the model type."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if found is not None:
+        return found
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+
+
+def scores_text(config: Any, auto_class: Any = None) -> bool:
+    """Whether the model is one whose perplexity can be measured: a decoder that predicts the next token."""
+    found = auto_class or model_class(config)
+    causal = found.can_generate() if hasattr(found, "can_generate") else found.__name__ == "AutoModelForCausalLM"
+    return bool(causal) and not getattr(config, "is_encoder_decoder", False)
+
+
+def token_limits(config: Any, sequence_length: int) -> tuple[int, int | None]:
+    """The longest usable sequence, at most `sequence_length`, and the vocabulary size where the config tells."""
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or sequence_length
+    return min(sequence_length, most), getattr(text, "vocab_size", None)
+
+
+def load_tokenizer(*names: str | None) -> Any:
+    """The tokenizer of the first of `names` that has one.
+
+    Raises:
+        ModelNotFoundError: none has.
+    """
+    from transformers import AutoTokenizer
+
+    given = [name for name in names if name]
+    for name in given:
+        if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+            with loading(name):
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
+
+
+def reference_name(model: str, config: Any, base: str, reference: str | None) -> str:
+    """Name of the full-precision model; refuses what does not fit together."""
+    stored = getattr(config, "quantization_config", None)
+    kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if str(kind) == "glowq":
+        raise ConfigError(f"{model} carries a glowq correction already; correct the model behind it.")
+    if base == "dense":
+        if reference is None:
+            raise ConfigError(
+                f"--base dense corrects the weights of {model} as they are: give --reference, the full-precision model "
+                "behind it."
+            )
+        return reference
+    if stored is None and base == "none":
+        raise ConfigError(
+            f"{model} is not quantized: name the quantizer to use, for example --base nf4, or say --base dense if its "
+            "float weights hold quantized values."
+        )
+    if stored is not None and base != "none":
+        raise ConfigError(f"{model} is quantized already ({kind}): leave out --base and give --reference.")
+    if stored is not None and reference is None:
+        raise ConfigError(f"{model} is quantized ({kind}): give --reference, the full-precision model behind it.")
+    return reference or model

@@ -1,0 +1,182 @@
+"""The full-precision reference model: its weights one module at a time, never the whole of it in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+from ..errors import NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
+from ..utils.files import checkpoint_files, read_json
+from ..utils.hub import local_snapshot
+from ..utils.logging import quiet
+
+__all__ = ["REVISION_TOLERANCE", "Reference"]
+
+REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes 1.1e-3
+_SAMPLED_ROWS = 1024
+
+
+class Reference:
+    """Full-precision weights by module name.
+
+    Use as a context manager: a model given by name is mapped from its safetensors files, and each weight is read when
+    it is asked for.
+
+    Args:
+        source: a model in memory, a folder, or a Hub name.
+        model_class: the class to load a named model with: that of the quantized model.
+        **hub_kwargs: e.g. `revision`.
+    """
+
+    def __init__(self, source: Any, model_class: type[nn.Module], **hub_kwargs: Any) -> None:
+        self.source = source
+        self.model_class = model_class
+        self.hub_kwargs = hub_kwargs
+        self._model: nn.Module | None = source if isinstance(source, nn.Module) else None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Reference:
+        if self._model is None:
+            folder = local_snapshot(self.source, **self.hub_kwargs)
+            checkpoint_files(folder)
+            if read_json(folder / "config.json").get("quantization_config") is not None:
+                raise UnsupportedModuleError(
+                    f"{folder} is quantized; the reference must be the full-precision model that it was made from."
+                )
+            self._model = self._load(folder)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._model = self.source if isinstance(self.source, nn.Module) else None
+        self._exit.close()
+
+    @property
+    def model(self) -> nn.Module:
+        """The reference as a module that can be run; its weights may lie on disk."""
+        if self._model is None:
+            raise RuntimeError("a Reference is used inside its `with` block")
+        return self._model
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse another model at once, from the modules alone, before any weight is read.
+
+        Args:
+            shapes: module name -> (out_features, in_features) that the quantized module has.
+
+        Raises:
+            ReferenceMismatchError: the reference lacks a module, or has it in another shape.
+            UnsupportedModuleError: a module is itself quantized or no linear layer.
+        """
+        for name, shape in shapes.items():
+            self._module(name, shape)
+
+    def check_revision(self, model: nn.Module, tolerance: float = REVISION_TOLERANCE) -> None:
+        """Refuse another revision or a fine-tune, whose modules and shapes are all the same.
+
+        Quantizers leave the input embeddings alone (norms they may not: see `folding`), so those must be equal.
+
+        Args:
+            model: quantized.
+            tolerance: largest relative difference, root mean square of a sample of rows; more than the default only
+                where the embeddings were quantized too and then written out as floats (GGUF).
+
+        Raises:
+            ReferenceMismatchError: they differ by more.
+        """
+        ours, theirs = (_embedding_rows(side) for side in (model, self.model))
+        if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
+            return
+        common = min(len(ours), len(theirs))  # a vocabulary may have been padded
+        sample = torch.linspace(0, common - 1, min(common, _SAMPLED_ROWS)).long()
+        quantized, full = ours[sample].float(), theirs[sample].float()
+        found = float((quantized - full).norm() / full.norm().clamp_min(1e-30))
+        if not found <= tolerance:
+            raise ReferenceMismatchError(
+                f"the embeddings differ by {found:.1%}: the reference is another revision or a fine-tune of the model "
+                "that was quantized; give the revision that was quantized."
+            )
+
+    def weight(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Full-precision weight of one linear module.
+
+        Args:
+            name: the module's name, the same as in the quantized model.
+            shape: (out_features, in_features) that the quantized module has.
+
+        Returns:
+            float32 tensor of that shape.
+
+        Raises:
+            ReferenceMismatchError, UnsupportedModuleError: see `check`.
+            NonFiniteError: the weight holds NaN or Inf.
+        """
+        module = self._module(name, shape)
+        with align_module_device(module):
+            weight = module.weight.detach()
+            full = (weight.T if isinstance(module, Conv1D) else weight).to(torch.float32, copy=True)
+        if not bool(torch.isfinite(full).all()):
+            raise NonFiniteError(f"{name} of the reference holds NaN or Inf; the checkpoint is damaged.")
+        return full
+
+    def _module(self, name: str, shape: tuple[int, int]) -> Any:
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            raise ReferenceMismatchError(
+                f"the reference has no module {name!r}, which the quantized model has: it is another model. Give the "
+                "full-precision model that the quantized one was made from."
+            ) from None
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
+            raise UnsupportedModuleError(
+                f"{name} of the reference is a {type(module).__name__} without a plain float weight; the reference "
+                "must be the full-precision model, not a quantized one."
+            )
+        found = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
+        if found != shape:
+            raise ReferenceMismatchError(
+                f"{name} has shape {found} in the reference and {shape} in the quantized model: it is another model. "
+                "Give the full-precision model that the quantized one was made from."
+            )
+        return module
+
+    def _load(self, folder: Path) -> nn.Module:
+        offload = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="glowq-reference-"))
+        with _quiet():
+            return self.model_class.from_pretrained(  # type: ignore[attr-defined]
+                folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True
+            )
+
+
+def _embedding_rows(model: nn.Module) -> Tensor | None:
+    """The input embeddings, (vocabulary, width) on the CPU; None where the model has none in plain floats."""
+    layer: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    weight = getattr(layer, "weight", None)
+    if layer is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
+        return None
+    with align_module_device(layer):
+        values: Tensor = layer.weight.detach()
+        return values.cpu() if values.is_floating_point() else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bar for a model that is only mapped, and no word that its weights stay on disk: they should."""
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with quiet("accelerate.big_modeling"):
+            yield
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()

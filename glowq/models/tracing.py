@@ -1,0 +1,150 @@
+"""One traced forward -> the groups of modules that read the same tensor.
+
+Two modules share a group when every call of theirs, in order, received the same tensor object at the same version
+(in-place writes counted), inside one decoder block. Names and values play no part: at initialization different
+inputs can hold equal values, and a name says nothing about what a module reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModuleError
+from ..factors.group import Group, group_name
+from ..quantizers.model import quantized_modules
+from ..quantizers.registry import find_backend
+from .blocks import block_index
+from .forward import evaluating
+
+__all__ = ["Trace", "find_groups", "trace_groups"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward showed.
+
+    Attributes:
+        groups: in call order.
+        skipped: each candidate that was left out -> why.
+        repeated: whether a group's block ran more than once (layers that share their weights, as ALBERT's do).
+    """
+
+    groups: list[Group]
+    skipped: dict[str, str] = field(default_factory=dict)
+    repeated: bool = False
+
+
+def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Group]:
+    """Groups of linear modules that read the same tensor, found by running `model` once.
+
+    Args:
+        model: any model; its quantized modules are the candidates, or its linear layers where none is quantized.
+        example_inputs: keyword arguments of one forward, e.g. {"input_ids": (1, n) int64}.
+
+    Returns:
+        Groups in the order in which the forward called them; a module that shares its input with no other forms a
+        group of one. Modules that cannot be corrected are left out (see `trace_groups` for the reasons).
+
+    Raises:
+        UnsupportedModuleError: the model has no linear module at all.
+    """
+    return trace_groups(model, example_inputs).groups
+
+
+def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
+    """Like `find_groups`, with the reasons why candidates were left out."""
+    candidates = _candidates(model)
+    block_of = block_index(model, candidates)
+    calls, runs = _record_calls(model, candidates, set(block_of.values()), example_inputs)
+    skipped: dict[str, str] = {}
+    gathered: dict[tuple[Any, ...], list[str]] = {}
+    for name in sorted(calls, key=lambda name: calls[name][0].order if calls[name] else -1):
+        reason = _refusal(name, candidates[name], calls[name])
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        inputs = tuple((id(call.tensor), call.version) for call in calls[name])
+        gathered.setdefault((block_of[name], inputs), []).append(name)
+    groups = [
+        Group(
+            name=group_name(members),
+            members=tuple(members),
+            in_features=candidates[members[0]][1],
+            out_features=tuple(candidates[member][0] for member in members),
+            block=block,
+        )
+        for (block, _), members in gathered.items()
+    ]
+    return Trace(groups, skipped, any(runs[group.block] > 1 for group in groups))
+
+
+@dataclass(frozen=True)
+class _Call:
+    order: int
+    tensor: Tensor | None  # held until the trace ends, so that its id stays its own
+    version: int
+
+
+def _candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module name -> (out_features, in_features) of every module that could be corrected."""
+    quantized = quantized_modules(model)
+    if quantized:
+        return {name: backend.features(model.get_submodule(name)) for name, backend in quantized.items()}
+    dense = {
+        name: (int(module.out_features), int(module.in_features))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and find_backend(module) is None
+    }
+    if not dense:
+        raise UnsupportedModuleError(f"{type(model).__name__} has no linear module: there is nothing to group.")
+    return dense
+
+
+def _record_calls(
+    model: nn.Module, candidates: Iterable[str], stops: Iterable[str], example_inputs: Mapping[str, Any]
+) -> tuple[dict[str, list[_Call]], Counter[str]]:
+    """The calls of every candidate, and how often each of `stops` ran."""
+    calls: dict[str, list[_Call]] = {name: [] for name in candidates}
+    runs: Counter[str] = Counter()
+    clock = iter(range(1 << 62))
+
+    def counter(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            runs[name] += 1
+
+        return hook
+
+    def recorder(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            tensor = args[0] if args and isinstance(args[0], Tensor) else None
+            # A tensor made in inference mode counts no versions; outside of that mode PyTorch forbids writing into it.
+            version = -1 if tensor is None or tensor.is_inference() else tensor._version
+            calls[name].append(_Call(next(clock), tensor, version))
+
+        return hook
+
+    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        for name in calls:
+            handle = model.get_submodule(name).register_forward_pre_hook(recorder(name))
+            stack.callback(handle.remove)
+        for name in stops:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(counter(name)).remove)
+        model(**example_inputs)
+    return calls, runs
+
+
+def _refusal(name: str, features: tuple[int, int], calls: list[_Call]) -> str | None:
+    if not calls:
+        return "never called in the traced forward (its weight may be read directly): a hook would do nothing"
+    if any(call.tensor is None for call in calls):
+        return "called without a positional input tensor"
+    if any(call.tensor is not None and call.tensor.shape[-1] != features[1] for call in calls):
+        return f"its input is not {features[1]} wide"
+    return None

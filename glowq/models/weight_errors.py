@@ -1,0 +1,244 @@
+"""The weight errors of a block, in the quantized model's own channels: what `folding` finds, applied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ..errors import FoldingError, ReferenceMismatchError
+from ..factors.group import Group
+from ..quantizers.base import Backend
+from ..quantizers.model import read_weight
+from .blocks import blocks
+from .channel_scales import VISIBLE, Pair, Scales, Slopes, best_match, fit_columns, slopes
+from .reference import Reference
+
+__all__ = ["WeightErrors", "changed_layers"]
+
+_LEAST_SIMILARITY = 0.5  # 2-bit rounding of the bundled model keeps 0.90, an unrelated weight has 0
+_ROUNDING = 0.01  # of a norm's weights: two roundings to bfloat16 stay below
+_PROBES = 8
+_BIAS_TOLERANCE = 0.2  # of a scale's log, which the weights alone tell to a few hundredths
+
+
+class WeightErrors:
+    """Weight errors E = W' - Q of groups, W' being the reference in the quantized model's input and output channels.
+
+    Where no scales were folded into a module, W' is the reference's weight to the bit.
+
+    Args:
+        model: quantized.
+        reference: its full-precision weights.
+        backends: module name -> backend of every quantized module.
+
+    Attributes:
+        scales: module name -> the scales folded into it, of the modules that have any, as far as `errors` has come.
+    """
+
+    def __init__(self, model: nn.Module, reference: Reference, backends: Mapping[str, Backend]) -> None:
+        self.model = model
+        self.reference = reference
+        self.backends = backends
+        self.scales: dict[str, Scales] = {}
+
+    def errors(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Stacked weight error of each group, by name.
+
+        Args:
+            groups: those of a block (or of several), in call order: a scale's producer runs before its consumers.
+
+        Returns:
+            Tensors of shape (O, d), float32.
+
+        Raises:
+            ReferenceMismatchError: a reference weight has nothing in common with its quantized one.
+            FoldingError: a group's columns are scaled, and nothing before it holds the inverse.
+        """
+        errors: dict[str, Tensor] = {}
+        raw: dict[str, Slopes] = {}
+        rows: dict[str, dict[str, Slopes]] = {group.block: {} for group in groups}
+        for group in groups:
+            pairs = [self._pair(name, shape) for name, shape in group.shapes.items()]
+            before = _by_member(group, slopes(pairs, 1))
+            raw.update(before)
+            folded = self._unfold_columns(group, pairs, rows[group.block])
+            rows[group.block].update(_by_member(group, slopes(pairs, 1)) if folded else before)
+            errors[group.name] = torch.cat([weight.sub_(quantized) for weight, quantized in pairs])
+        for group in groups:
+            self._divide_rows(group, errors[group.name])
+            for name in group.members:
+                self._check(name, raw[name], rows[group.block][name])
+        return errors
+
+    def _pair(self, name: str, shape: tuple[int, int]) -> Pair:
+        quantized = read_weight(self.backends[name], name, self.model.get_submodule(name))
+        return self.reference.weight(name, shape).to(quantized.device), quantized
+
+    def _unfold_columns(self, group: Group, pairs: Sequence[Pair], earlier: Mapping[str, Slopes]) -> bool:
+        """Multiply what was folded into the group's columns into W of `pairs`; says whether there was anything."""
+        layers = self._layers_before(group)
+        plain = slopes(pairs, 0)
+        if not layers and plain.excess() < VISIBLE:
+            return False
+        fitted = fit_columns(pairs)
+        match = best_match((plain, fitted), layers, {name: rows for name, rows in earlier.items() if self._free(name)})
+        if match is None:
+            _refuse_scaled(group, fitted)
+            return False
+        columns = match.rows
+        if match.reading is not None:
+            rows = self._told_by_bias(match.producer, match.rows)
+            self._add(match.producer, rows=rows)
+            columns = rows[match.reading]
+        for name, (weight, _) in zip(group.members, pairs, strict=True):
+            self._add(name, columns=columns)
+            weight *= columns.to(weight)
+        _refuse_scaled(group, fit_columns(pairs))
+        return True
+
+    def _free(self, name: str) -> bool:
+        """Whether nothing was folded out of the module's rows yet: a producer has one scale."""
+        return self.scales.get(name, Scales()).rows is None
+
+    def _told_by_bias(self, name: str, rows: Tensor) -> Tensor:
+        """The scales of a module's rows; those that its bias was divided by, wherever it has one."""
+        biases = []
+        for model in (self.reference.model, self.model):
+            module: Any = model.get_submodule(name)
+            with align_module_device(module):
+                bias = getattr(module, "bias", None)
+                if bias is None:
+                    return rows
+                biases.append(bias.detach().cpu().double())
+        ratio = biases[0] / biases[1]
+        # A bias near zero says nothing, and changes nothing either.
+        return torch.where((ratio > 0) & ((ratio.log() - rows.log()).abs() < _BIAS_TOLERANCE), ratio, rows)
+
+    def _add(self, name: str, **found: Tensor) -> None:
+        known = self.scales.get(name, Scales())
+        self.scales[name] = Scales(**{"rows": known.rows, "columns": known.columns, **found})
+
+    def _divide_rows(self, group: Group, error: Tensor) -> None:
+        """Redo the members whose outputs turned out to be scaled when their consumers were looked at."""
+        for (name, shape), part in zip(group.shapes.items(), error.split(list(group.out_features)), strict=True):
+            if not self._free(name):
+                weight, quantized = self._pair(name, shape)
+                part.copy_(self.scales[name].apply(weight).sub_(quantized))
+
+    def _check(self, name: str, raw: Slopes, rows: Slopes) -> None:
+        scale = self.scales.get(name)
+        found = rows if scale is None or scale.rows is None else rows.scaled(1 / scale.rows)
+        if found.cosine < _LEAST_SIMILARITY:
+            raise ReferenceMismatchError(
+                f"{name} of the reference has cosine similarity {found.cosine:.2f} with the quantized weight: the "
+                "shapes agree, but it is another model. Give the full-precision model that the quantized one was made "
+                "from."
+            )
+        if scale is not None:
+            _refuse_rise(name, raw.error, found.error)
+
+    def _layers_before(self, group: Group) -> dict[str, Tensor]:
+        """The changed layers whose outputs the group may read: those of its block, and those of no block at all."""
+        near = {**self._changed.get("", {}), **self._changed.get(group.block, {})}
+        return {name: scale for name, scale in near.items() if scale.shape[0] == group.in_features}
+
+    @cached_property
+    def _changed(self) -> dict[str, dict[str, Tensor]]:
+        """Changed layers by block; "" holds those of none."""
+        found: dict[str, dict[str, Tensor]] = {}
+        names = blocks(self.model)
+        for name, scale in changed_layers(self.model, self.reference.model, self.backends).items():
+            block = next((block for block in names if name.startswith(f"{block}.")), "")
+            found.setdefault(block, {})[name] = scale
+        return found
+
+
+def _refuse_scaled(group: Group, columns: Slopes) -> None:
+    """Refuse a group whose columns are still scaled after all that was found has been taken out."""
+    if not columns.certain():
+        return
+    log = columns.log[columns.quantized > 0]
+    low, high = (float(edge) for edge in (log - log.median()).exp().quantile(torch.tensor([0.01, 0.99]).double()))
+    raise FoldingError(
+        f"{group.name}: its columns are scaled by {low:.2f} to {high:.2f} against the reference's, as AWQ and "
+        f"SmoothQuant do, but no layer before it in {group.block} holds the inverse: the reference cannot be brought "
+        "into its input space. Give the very model that was quantized (of a smoothed model, the smoothed one) as the "
+        "reference. If it is that one, the quantized model is damaged (AutoAWQ leaves such scales behind when it "
+        "quantizes on a CPU): quantize it again."
+    )
+
+
+def _refuse_rise(name: str, before: float, after: float) -> None:
+    """Refuse scales that make a relative error larger; by less than this it is a matter of what it is relative to."""
+    if after > 1.02 * before + 1e-4:
+        raise FoldingError(
+            f"{name}: dividing out the scales that were folded into the layers before it raises its error from "
+            f"{before:.3f} to {after:.3f} of the weight; it should fall. The reference is not the model that was "
+            "quantized: give that one."
+        )
+
+
+def changed_layers(model: nn.Module, reference: nn.Module, skip: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Layers that give out the same as the reference's but for a number a channel: norms, and AWQ's scaled activations.
+
+    They are told by what they do to a random input, so that it does not matter how they compute it (w, 1 + w, a bias).
+
+    Args:
+        model: quantized.
+        reference: full-precision; its weights may lie on disk.
+        skip: names of the quantized modules.
+
+    Returns:
+        Name -> what the layer's output was divided by, shape (d,), float64 on the CPU: the scale of its consumers'
+        columns. Layers that do the same as the reference's, up to rounding, are not in it.
+    """
+    others = dict(reference.named_modules())
+    found = {}
+    for name, module in model.named_modules():
+        own = [parameter for parameter in module.parameters(recurse=False)]
+        narrow = own and all(p.dim() == 1 and p.shape == own[0].shape and p.is_floating_point() for p in own)
+        if name in skip or name not in others or not narrow or len(own) != len(list(module.parameters())):
+            continue
+        scale = _ratio(others[name], module, own[0].shape[0])
+        if scale is not None and float(scale.log().abs().max()) > _ROUNDING:
+            found[name] = scale
+    return found
+
+
+def _ratio(reference: nn.Module, module: nn.Module, width: int) -> Tensor | None:
+    probe = torch.randn(1, _PROBES, width, generator=torch.Generator().manual_seed(0))
+    try:
+        expected, given = (_run(layer, probe).double() for layer in (reference, module))
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None  # no layer of one input of that width: it can scale no channels of it
+    if expected.shape != probe.shape or given.shape != probe.shape:
+        return None
+    dead = (expected == 0).all(1) & (given == 0).all(1)
+    scale = torch.where(dead, 1.0, (expected * given).sum(1) / (given * given).sum(1))[0]
+    rest = (expected - given * scale).square().sum() / expected.square().sum()
+    return scale if bool((scale > 0).all()) and float(rest.sqrt()) < _ROUNDING else None
+
+
+def _run(layer: nn.Module, probe: Tensor) -> Tensor:
+    """The layer in float32 on the CPU, past every hook and without touching it."""
+    with align_module_device(layer), torch.no_grad():
+        double = copy.copy(layer)
+        double._parameters = {
+            name: None if p is None else nn.Parameter(p.detach().float().cpu(), requires_grad=False)
+            for name, p in layer._parameters.items()
+        }
+        # A loader may have put a forward of its own on the instance: the class has the layer's.
+        output: Tensor = type(layer).forward(double, probe)
+        return output
+
+
+def _by_member(group: Group, rows: Slopes) -> dict[str, Slopes]:
+    widths = list(group.out_features)
+    parts = zip(rows.full.split(widths), rows.cross.split(widths), rows.quantized.split(widths), strict=True)
+    return {name: Slopes(*part, rows.count) for name, part in zip(group.members, parts, strict=True)}

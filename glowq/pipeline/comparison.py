@@ -1,0 +1,241 @@
+"""Several methods at the same bytes on the same model: what each buys with a budget, and what that is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact.correction import Correction
+from ..errors import RoundingError, UnsupportedModuleError
+from ..evaluation.scores import Score, score_models
+from ..factors.factors import GroupFactors
+from ..models.forward import to_model
+from ..models.reference import Reference
+from ..models.tracing import Trace, trace_groups
+from ..models.weight_errors import WeightErrors
+from ..quantizers.libraries.dense import adopt_dense
+from ..quantizers.model import packed_bytes, prepare_model, read_weight
+from ..runtime.attach import applied, detach, factor_dtype
+from ..selection.benefit import Benefit, benefit_map
+from ..selection.budget import parse_budget
+from ..solving.methods.base import Method, get_method
+from .block_solver import stops_of
+from .correct import correct
+from .method_budgets import BUY, Entry, Terms
+
+__all__ = ["Comparison", "compare_methods", "distill_entries", "score_entries"]
+
+_TRACE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every method at every budget.
+
+    Attributes:
+        entries: by method, then by budget, in the orders given.
+        base_bytes: bytes of the quantized weights.
+        benefit: of the first method that allocates by gain, at the largest budget; None where there is none.
+    """
+
+    entries: list[Entry]
+    base_bytes: int
+    benefit: Benefit | None
+
+
+def compare_methods(
+    model: nn.Module,
+    *,
+    reference: Any,
+    calibration: Tensor,
+    methods: Sequence[str],
+    budgets: Sequence[str],
+    int8: bool = False,
+    seed: int = 0,
+    dense: bool = False,
+) -> Comparison:
+    """Solve every method once, and cut its factors to every budget; `model` is left without a correction.
+
+    A method whose gains are in one unit for the whole network gets the ranks that gain most. The others get what their
+    papers give them, and nothing for the bytes left: the largest rank that every group can have within the budget; or
+    whole groups at a fixed rank (see `glowq.pipeline.method_budgets`), in the order of their score, until the next
+    does not fit. The inputs of each block are measured behind blocks that carry all that was solved for, whatever is
+    cut later.
+
+    Args:
+        model: quantized transformers model.
+        reference: the full-precision model: a Hub name, a folder, or a model in memory.
+        calibration: token ids, shape (n, length), int64.
+        methods: names, see `glowq.solving.methods.base`.
+        budgets: see `glowq.selection.budget.parse_budget`.
+        int8: the first method that allocates by gain once more, its factors in int8: "glowq+int8".
+        seed: of the solver.
+        dense: see `glowq.correct`.
+
+    Raises:
+        ConfigError: an unknown method, or a budget that cannot be parsed.
+        GlowQError: see `glowq.correct`.
+    """
+    solvers = [get_method(name) for name in methods]
+    if dense:
+        adopt_dense(model)
+    backends = prepare_model(model)
+    if not backends:
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} holds no quantized linear module: there is nothing to compare. Quantize it first."
+        )
+    base_bytes = packed_bytes(model)
+    available = {budget: parse_budget(budget, base_bytes) for budget in budgets}
+    trace = trace_groups(model, to_model({"input_ids": calibration[:1, :_TRACE_TOKENS]}, model))
+    done: dict[tuple[Any, ...], Correction] = {}
+
+    def solve(method: Method, **size: Any) -> Correction:
+        key = (*_solve_of(method), *size.items())
+        if key not in done:
+            options: dict[str, Any] = {"method": method.name, "seed": seed, "dense": dense}
+            done[key] = correct(model, reference=reference, calibration=calibration, **options, **size)
+            detach(model)
+        return done[key]
+
+    @cache
+    def ratios() -> Mapping[str, float]:
+        with Reference(reference, type(model)) as source:
+            return _error_ratios(WeightErrors(model, source, backends), trace)
+
+    terms = Terms(trace.groups, available, factor_dtype(model).itemsize, solve, ratios)
+    entries: list[Entry] = []
+    benefit = None
+    firsts: dict[tuple[Any, ...], Method] = {}
+    for method in solvers:
+        first = firsts.setdefault((*_solve_of(method), method.allocation, method.score), method)
+        if first is not method:
+            entries += [
+                replace(entry, method=method.name, same_as=first.name)
+                for entry in entries
+                if entry.method == first.name
+            ]
+            continue
+        found, whole = BUY[method.allocation](method, terms)
+        entries += found
+        if method.allocation == "gain" and benefit is None and whole is not None:
+            benefit = benefit_map(whole, trace.groups, terms.largest)
+            entries += _in_int8(method, terms) if int8 else []
+    return Comparison(entries, base_bytes, benefit)
+
+
+def _in_int8(method: Method, terms: Terms) -> list[Entry]:
+    """What a method that allocates by gain buys at a byte a value; nothing where rounding is refused."""
+
+    def solve(method: Method, **size: Any) -> Correction:
+        return terms.solve(method, factor_dtype="int8", **size)
+
+    name = f"{method.name}+int8"
+    try:
+        entries, _ = BUY[method.allocation](method, replace(terms, itemsize=1, solve=solve))
+    except RoundingError as error:
+        refused = Entry(name, method.allocation, terms.largest, terms.available[terms.largest], None, (), str(error))
+        return [replace(refused, budget=budget, budget_bytes=found) for budget, found in terms.available.items()]
+    return [replace(entry, method=name) for entry in entries]
+
+
+def distill_entries(
+    model: nn.Module, reference: nn.Module, entries: Sequence[Entry], sequences: Tensor, *, steps: int, seed: int = 0
+) -> list[Entry]:
+    """The first method that allocates by gain once more at every budget, its factors distilled: "glowq+distilled".
+
+    Args:
+        model: quantized, without a correction.
+        reference: full-precision model, which can be run.
+        entries: of `compare_methods`, at least one that allocates by gain.
+        sequences: the calibration text's token ids, shape (n, length), int64.
+        steps: of the distillation, at least 1.
+        seed: of its order.
+
+    Raises:
+        GlowQError: see `glowq.calibration.distillation.distill`.
+    """
+    from ..calibration.distillation import distill
+
+    first = next(entry.method for entry in entries if entry.allocation == "gain")
+    return [
+        replace(
+            entry,
+            method=f"{first}+distilled",
+            predicted=None,
+            factors=tuple(distill(model, reference, entry.factors, sequences, steps=steps, seed=seed)),
+        )
+        for entry in entries
+        if entry.method == first
+    ]
+
+
+def score_entries(
+    reference: nn.Module, model: nn.Module, entries: Sequence[Entry], sequences: Tensor
+) -> dict[str, Score]:
+    """Score the reference, the quantized model, and the quantized model with every entry's factors.
+
+    All run on the same batch before the next one is taken: every figure is paired by sequence.
+
+    Args:
+        reference: full-precision model.
+        model: quantized, without a correction.
+        entries: those without factors, and those that are another method's, are left out.
+        sequences: token ids, shape (m, length), int64.
+
+    Returns:
+        "reference", "quantized" and each entry's label -> its score.
+
+    Raises:
+        EvaluationError, NonFiniteError: see `score_models`.
+    """
+    models: dict[str, nn.Module] = {"reference": reference, "quantized": model}
+    models.update(
+        {entry.label: _Corrected(model, entry.factors) for entry in entries if entry.factors and entry.same_as is None}
+    )
+    scores = score_models(models, sequences)
+    for entry in entries:
+        if entry.same_as is not None and entry.factors:
+            scores[entry.label] = scores[replace(entry, method=entry.same_as).label]
+    return scores
+
+
+class _Corrected(nn.Module):
+    """A model that carries factors during its own forwards only, so that many corrections share one model."""
+
+    def __init__(self, model: nn.Module, factors: Sequence[GroupFactors]) -> None:
+        super().__init__()
+        self.model = model
+        self.factors = factors
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        found: torch.device = getattr(self.model, "device", torch.device("cpu"))
+        return found
+
+    def forward(self, **inputs: Any) -> Any:
+        with applied(self.model, self.factors):
+            return self.model(**inputs)
+
+
+def _solve_of(method: Method) -> tuple[Any, ...]:
+    """What decides a method's factors at given ranks."""
+    return method.solve, method.shared, method.statistic, method.two_sided
+
+
+def _error_ratios(unfolding: WeightErrors, trace: Trace) -> dict[str, float]:
+    """Group name -> ||E||_F / ||W||_F, W being the reference's weight in the quantized model's channels."""
+    ratios = {}
+    for groups in stops_of(trace, {group.name for group in trace.groups}).values():
+        errors = unfolding.errors(groups)
+        for group in groups:
+            modules = {name: unfolding.model.get_submodule(name) for name in group.members}
+            quantized = [read_weight(unfolding.backends[name], name, module) for name, module in modules.items()]
+            error = errors[group.name]
+            ratios[group.name] = float(error.norm() / (error + torch.cat(quantized)).norm())
+    return ratios

@@ -1,0 +1,312 @@
+"""`correct()`: checkpoint -> groups -> moments -> factors -> correction, block by block."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..artifact.correction import Correction
+from ..artifact.provenance import correction_of, stored_config
+from ..calibration.distillation import distill as distill_factors
+from ..calibration.group_gains import calibrated, measure_groups
+from ..calibration.output_gradients import output_moments
+from ..data.text import read_texts
+from ..data.tokens import batches, split, token_sequences
+from ..errors import (
+    CalibrationError,
+    ConfigError,
+    NoGradientWarning,
+    SensitivityError,
+    TokenizerMismatchError,
+    UnsupportedModuleError,
+)
+from ..evaluation.rounding_cost import rounding_cost
+from ..factors.factors import GroupFactors
+from ..factors.int8 import check_factor_dtype
+from ..models.forward import to_model
+from ..models.reference import REVISION_TOLERANCE, Reference
+from ..models.tracing import Trace, trace_groups
+from ..quantizers.libraries.dense import adopt_dense, dequantized_from
+from ..quantizers.model import check_scales, packed_bytes, prepare_model, refuse_misloaded
+from ..runtime.attach import attach, attached, detach
+from ..runtime.attach import factor_dtype as dtype_of_factors
+from ..selection.allocation import allocate, by_benefit
+from ..selection.budget import RankRequest
+from ..selection.ranks import candidate_ranks, uniform_ranks
+from ..solving.methods.base import Method, get_method
+from ..solving.moments import OutputMoment
+from ..utils.checks import check_int
+from .block_solver import BlockSolver, stops_of
+from .block_store import Resume
+
+__all__ = ["calibration_sequences", "correct"]
+
+_TRACE_TOKENS = 8
+_GRADIENT_TOKENS = 8192
+_GRADIENT_BATCH = 512  # tokens a backward pass, which keeps the activations of all of them
+_SELECTION_TOKENS = 512  # on which each group is measured
+_SELECTED = 1 / 8  # most of the sequences that they take
+_DENSE_TOLERANCE = 0.5  # GGUF quantizes the embeddings too: 4 bits make 0.1, an unrelated model 1.4
+
+
+def correct(
+    model: nn.Module,
+    *,
+    reference: Any,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    rank: int | None = None,
+    budget: str | int | None = None,
+    rank_step: int = 1,
+    max_rank: int | None = None,
+    method: str = "glowq",
+    calibration_tokens: int = 32768,
+    sequence_length: int = 512,
+    distill: int = 0,
+    factor_dtype: str = "auto",
+    seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
+    dense: bool = False,
+) -> Correction:
+    """Give a quantized model its accuracy back, and return what was added as a `Correction`.
+
+    The model itself is corrected in place: it computes y = Q x + A (B x) afterwards (`glowq.detach` undoes it), and
+    its own `save_pretrained` writes the self-contained form.
+
+    Args:
+        model: quantized transformers model.
+        reference: the full-precision model that it was made from: a Hub name, a folder, or a model in memory.
+        calibration: text (list of str, file, folder or datasets name), or token ids as a tensor of shape (n, length).
+        tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
+        rank: rank of every group (lowered where a group allows less); 32 if neither it nor `budget` is given.
+        budget: instead of `rank`: the ranks that gain most within these bytes, a share of the quantized weights
+            ("1%") or a size ("200MB"); or the share of the predicted loss that the fewest bytes are to recover
+            ("recover 80%").
+        rank_step: a budget buys ranks in multiples of this, or all that a group's shape allows.
+        max_rank: most ranks that a budget buys any group.
+        method: see `glowq.solving.methods.base`.
+        calibration_tokens: how many tokens of the text are used, picked from all over it.
+        sequence_length: tokens a sequence; lowered to what the model allows.
+        distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
+            to the reference's; 60 are good. The factors stay as many, and are no longer each group's own optimum.
+        factor_dtype: "auto", the model's own, or "int8", half the bytes, so that a budget buys twice the ranks. What
+            rounding costs is measured on text that nothing was calibrated on.
+        seed: of that choice and of the solver.
+        resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
+        dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
+            dequantized on load, or fake-quantized ones. Every linear layer but the head is taken.
+
+    Returns:
+        The correction, attached to `model`, its factors in the model's dtype on the CPU.
+
+    Raises:
+        BackendError: transformers could not read the weights of the model's checkpoint.
+        UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected.
+        ReferenceMismatchError: modules, shapes or embeddings of the reference are others.
+        FoldingError: scales were folded into the quantized weights that no layer takes out again.
+        CalibrationError: no text, or fewer tokens than needed; a budget takes 2 sequences, to choose by one of them,
+            and so do int8 factors, to be measured on one.
+        RankError: rank below 1, or larger than every group allows.
+        ConfigError: the budget cannot be parsed, is too small for any rank, or is a target out of reach of the ranks
+            that a tenth of the quantized weights' bytes would have been spent on.
+        RoundingError: int8 factors would lose more than the bytes that they save can win.
+        NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
+    """
+    solver = get_method(method)
+    request = RankRequest(rank, budget, rank_step, max_rank)
+    check_int("distill", distill, 0)
+    check_factor_dtype(factor_dtype)
+    int8 = factor_dtype == "int8"
+    if budget is not None and solver.allocation == "groups":
+        raise ConfigError(
+            f"method {method!r} spends a budget on whole groups, which only `glowq compare` does; give a rank, or "
+            "method='glowq'."
+        )
+    if attached(model):
+        raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
+    refuse_misloaded(model)
+    if dense:
+        adopt_dense(model)
+    backends = prepare_model(model)
+    if not backends:
+        raise UnsupportedModuleError(_nothing_quantized(model))
+    check_scales(model)
+    sequences = calibration_sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
+    trace = _trace(model, sequences)
+    base_bytes = packed_bytes(model)
+    itemsize = 1 if int8 else dtype_of_factors(model).itemsize
+    if budget is None:
+        ranks = uniform_ranks(trace.groups, rank)
+    else:
+        ranks = candidate_ranks(trace.groups, request, base_bytes, itemsize, shared=solver.shared)
+    train, held = _parted(sequences, solver, request, int8, seed)
+    _check_token_count(train, ranks)
+    config = stored_config(model, reference, base_bytes, solver.name, sequences, seed)
+    try:
+        with Reference(reference, type(model)) as source:
+            source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
+            source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
+            store = Resume.open(resume, config, reference, ranks, sequences)
+            outputs = _output_moments(model, source.model, trace, train, seed) if solver.two_sided else {}
+            config.provenance["gains"] = "second order of the loss" if outputs else "squared output"
+            run = BlockSolver(model, source, backends, solver, ranks, seed, store, outputs)
+            factors = run.solve(stops_of(trace, ranks), train)
+            detach(model)
+            if held is not None and solver.allocation == "gain":
+                factors, facts = _measured(model, source.model, factors, held, request)
+                config.provenance.update(facts)
+            # What the groups that are not restored cost must still be known when they are gone.
+            config.provenance["total"] = math.fsum(entry.total for entry in factors)
+            whole = correction_of(model, factors, config, base_bytes, tokenizer)
+            correction = whole if budget is None else whole.kept(whole.choose(request, factor_dtype))
+            if distill:
+                options = {"steps": distill, "seed": seed}
+                correction.factors = distill_factors(model, source.model, correction.factors, train, **options)
+                correction.config.provenance["distilled_steps"] = distill
+            if int8:
+                assert held is not None
+                correction = _rounded(model, source.model, whole, correction, held)
+    finally:
+        detach(model)
+    for entry in correction.factors:
+        attach(model, entry)
+    return correction
+
+
+def _parted(
+    sequences: Tensor, method: Method, request: RankRequest, int8: bool, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """The sequences that are calibrated on, and those that groups are chosen by, if this method chooses, or int8 is."""
+    if not int8 and (method.allocation != "gain" or (len(sequences) < 2 and request.budget is None)):
+        return sequences, None
+    try:
+        return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
+    except CalibrationError as error:
+        if not int8:
+            raise
+        raise CalibrationError(f"int8 factors are measured on text that nothing is calibrated on: {error}") from error
+
+
+def _rounded(
+    model: nn.Module, reference: nn.Module, whole: Correction, correction: Correction, sequences: Tensor
+) -> Correction:
+    """The correction in int8, with what rounding costs beside the best of `whole` that the same bytes hold."""
+    found = correction.to_int8()
+    steps = allocate(by_benefit(whole.offers), found.factor_bytes)
+    same_bytes = whole.kept({step.name: step.rank for step in steps})
+    cost = rounding_cost(model, reference, found.factors, correction.factors, same_bytes.factors, sequences)
+    found.config.provenance["int8"] = cost
+    return found
+
+
+def _measured(
+    model: nn.Module,
+    reference: nn.Module,
+    factors: Sequence[GroupFactors],
+    sequences: Tensor,
+    request: RankRequest,
+) -> tuple[list[GroupFactors], dict[str, Any]]:
+    """Gains in the unit of what was measured, under a budget those of groups that only do harm zero; and the facts."""
+    measured = measure_groups(model, reference, factors, sequences)
+    found = calibrated(factors, measured)
+    harmful = {name for name, entry in measured.items() if request.budget is not None and entry.harms}
+    facts = {
+        "gains": next(iter(measured.values())).unit,
+        "measured_tokens": int(sequences.numel()),
+        "not_restored": {name: asdict(measured[name].benefit) for name in sorted(harmful)},
+    }
+    return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found], facts
+
+
+def _output_moments(
+    model: nn.Module, reference: nn.Module, trace: Trace, sequences: Tensor, seed: int
+) -> dict[str, OutputMoment]:
+    """How much the loss minds each group's outputs: by the model's own gradients, else by the reference's.
+
+    Empty, with one word, where neither has any.
+    """
+    chosen = sequences[: max(1, _GRADIENT_TOKENS // sequences.shape[1])]
+    inputs = [to_model(batch, model) for batch in batches(chosen, max(1, _GRADIENT_BATCH // sequences.shape[1]))]
+    refusals = []
+    for candidate in (model, reference):
+        try:
+            return output_moments(candidate, trace.groups, inputs, seed=seed)
+        except SensitivityError as error:
+            refusals.append(error)
+    warnings.warn(
+        f"{refusals[0]} Errors are counted in output units instead of in loss, which spends a budget less well.",
+        NoGradientWarning,
+        stacklevel=3,
+    )
+    return {}
+
+
+def _nothing_quantized(model: nn.Module) -> str:
+    found, method = f"{type(model).__name__} holds no quantized linear module", dequantized_from(model)
+    if method is None:
+        return (
+            f"{found}: there is nothing to correct. Quantize it first, for example with GlowQConfig(base='nf4'); if "
+            "its float weights hold quantized values, pass dense=True (--base dense) to correct them as they are."
+        )
+    return (
+        f"{found}: its {method} weights were dequantized on load. Pass dense=True (--base dense) to correct the "
+        "dequantized weights as they are, or load the model with a quantizer that keeps them packed."
+    )
+
+
+def calibration_sequences(
+    model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int
+) -> Tensor:
+    """The token ids that a correction is made of, int64, shape (n, length); see `correct` for the arguments.
+
+    Raises:
+        CalibrationError: no text, no tokenizer, or fewer tokens than one sequence.
+        TokenizerMismatchError: ids that the model does not know.
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if config is not None else None
+    vocab_size = getattr(text_config, "vocab_size", None)
+    limit = getattr(text_config, "max_position_embeddings", None) or length
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.is_floating_point() or calibration.numel() == 0:
+            raise CalibrationError(
+                f"calibration token ids must be whole numbers of shape (n, length), found {calibration.dtype} of shape "
+                f"{tuple(calibration.shape)}."
+            )
+        if vocab_size is not None and int(calibration.max()) >= vocab_size:
+            raise TokenizerMismatchError(
+                f"the calibration tokens hold id {int(calibration.max())}, the model knows 0 to {vocab_size - 1}; "
+                "use the model's own tokenizer."
+            )
+        return calibration
+    if calibration is None:
+        raise CalibrationError("no calibration text: pass calibration= a list of str, a file, or a datasets name.")
+    if tokenizer is None:
+        raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
+    return token_sequences(
+        read_texts(calibration), tokenizer, length=min(length, limit), limit=tokens, seed=seed, vocab_size=vocab_size
+    )
+
+
+def _trace(model: nn.Module, sequences: Tensor) -> Trace:
+    example = to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
+    trace = trace_groups(model, example)
+    if not trace.groups:
+        name, reason = next(iter(trace.skipped.items()))
+        raise UnsupportedModuleError(f"no module can be corrected; {name}: {reason}.")
+    return trace
+
+
+def _check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
+    needed = 2 * max(ranks.values())
+    if sequences.numel() < needed:
+        raise CalibrationError(
+            f"{sequences.numel()} calibration tokens are too few for rank {max(ranks.values())}: at least {needed} are "
+            "needed, and some ten thousand are better. Give longer text or a smaller rank."
+        )

@@ -1,0 +1,207 @@
+"""bitsandbytes: NF4 and FP4 in blocks, LLM.int8() by rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import glowq_kernels
+
+from ...errors import BackendError, RepackedWeightError
+from ..base import Backend, FusedProduct, Scheme, StoredModule
+from ..derived import Derived
+from ..registry import register
+
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of bnb_4bit_quant_storage, where it is not a byte
+
+
+def _config_4bit(quant_type: str, double: bool) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+@register
+class BitsAndBytes4Bit(Backend):
+    """`bitsandbytes.nn.Linear4bit`."""
+
+    name = "bitsandbytes-4bit"
+    package = "bitsandbytes"
+    extra = "bitsandbytes"
+    tested = ">=0.48,<0.51"
+    methods = ("bitsandbytes",)
+    zero_scales = True  # a block of zeros has absmax zero
+    presets: ClassVar = {
+        "nf4": partial(_config_4bit, "nf4", False),
+        "nf4-double": partial(_config_4bit, "nf4", True),
+        "fp4": partial(_config_4bit, "fp4", False),
+        "fp4-double": partial(_config_4bit, "fp4", True),
+    }
+
+    def matches(self, module: nn.Module) -> bool:
+        bnb = sys.modules.get("bitsandbytes")
+        return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
+
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        # On AVX512-BF16 CPUs the first forward without gradients repacks the weight in place; from then on
+        # dequantize_4bit and save_pretrained silently produce another weight.
+        module.support_avx512bf16_for_cpu = False
+
+    def release(self, module: Any) -> bool:
+        from bitsandbytes.functional import has_avx512bf16
+
+        if not module.weight.is_cpu:
+            return False  # no kernel of a GPU rewrites the weight
+        module.support_avx512bf16_for_cpu = has_avx512bf16()
+        return bool(module.support_avx512bf16_for_cpu)
+
+    def fused_product(self, module: Any) -> FusedProduct | None:
+        library = sys.modules["bitsandbytes"].nn.Linear4bit
+        return _Product() if type(module).forward is library.forward else None
+
+    def weight(self, module: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(module.weight.data, self._state(module))
+
+    def codes(self, module: Any) -> list[Tensor]:
+        self._state(module)
+        return [module.weight.data.view(torch.uint8)]
+
+    def scales(self, module: Any) -> list[Tensor]:
+        state = self._state(module)
+        return [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
+
+    def scheme(self, module: Any) -> Scheme:
+        state = self._state(module)
+        return Scheme(state.quant_type, 4, state.blocksize, ("double quantization",) if state.nested else ())
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        marks = [name for name in module.shapes if name.startswith("weight.quant_state.bitsandbytes__")]
+        if not marks:
+            return None
+        values = 2 * prod(module.shapes["weight"]) * _BYTES.get(module.dtypes["weight"], 1)
+        blocks = prod(module.shapes["weight.absmax"])
+        # The last block may be a part of one; bitsandbytes' block sizes are powers of two.
+        size = 1 << (-(-values // blocks) - 1).bit_length()
+        nested = "weight.nested_absmax" in module.shapes
+        return Scheme(marks[0].rpartition("__")[2], 4, size, ("double quantization",) if nested else ())
+
+    @staticmethod
+    def _state(module: Any) -> Any:
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            raise BackendError("a Linear4bit holds a weight that was never quantized; load it with from_pretrained.")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RepackedWeightError(
+                "a Linear4bit's weight was repacked in place by bitsandbytes' CPU kernel during an earlier forward, "
+                "and can no longer be read back exactly. Load the model again and call glowq before its first forward."
+            )
+        return state
+
+
+class _Product:
+    """See `Backend.fused_product`. Undoes double quantization once: that is four bytes a block of values."""
+
+    def __init__(self) -> None:
+        self._absmax = Derived()
+
+    def __call__(self, module: Any, x: Tensor) -> Callable[..., Tensor] | None:
+        weight, state = module.weight.data, getattr(module.weight, "quant_state", None)
+        if state is None or getattr(state, "packing_format_for_cpu", False) or weight.device != x.device:
+            return None
+        # Where rows end inside a block, bitsandbytes itself reads some weights wrongly on the CPU.
+        if len(state.shape) != 2 or x.shape[-1] != state.shape[1] or state.shape[1] % state.blocksize:
+            return None
+        if x.numel() and not module.compute_type_is_set:  # as its own first forward does
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        dtype, bias = module.compute_dtype or x.dtype, module.bias
+        return partial(
+            glowq_kernels.nf4_linear,
+            x.to(dtype),
+            weight if weight.dtype is torch.uint8 else weight.view(torch.uint8),
+            self._scales(state),
+            state.code,
+            blocksize=state.blocksize,
+            out_features=state.shape[0],
+            bias=None if bias is None else bias.to(dtype),
+        )
+
+    def _scales(self, state: Any) -> Tensor:
+        """One scale a block, float32, shape (blocks,)."""
+        if not state.nested:
+            return state.absmax
+        nested = state.state2
+        tensors = (state.absmax, nested.absmax, nested.code, state.offset)
+        return self._absmax.of(partial(_single, state), *tensors, key=nested.blocksize)
+
+
+def _single(state: Any) -> Tensor:
+    """The scales of double quantization as they are without it, shape (blocks,), float32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+def _config_8bit() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+@register
+class BitsAndBytes8Bit(Backend):
+    """`bitsandbytes.nn.Linear8bitLt` with int8 weights."""
+
+    name = "bitsandbytes-8bit"
+    package = "bitsandbytes"
+    extra = "bitsandbytes"
+    tested = ">=0.48,<0.51"
+    methods = ("bitsandbytes",)
+    zero_scales = True
+    presets: ClassVar = {"int8": _config_8bit}
+
+    def matches(self, module: nn.Module) -> bool:
+        bnb = sys.modules.get("bitsandbytes")
+        return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt)
+
+    def weight(self, module: Any) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(module.weight.data, self._scales(module))
+
+    def codes(self, module: Any) -> list[Tensor]:
+        self._scales(module)
+        return [module.weight.data]
+
+    def scales(self, module: Any) -> list[Tensor]:
+        return [self._scales(module)]
+
+    def scheme(self, module: Any) -> Scheme:
+        return Scheme("int8", 8, None)
+
+    def rounds_inputs(self, module: Any) -> bool:
+        return True
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        return Scheme("int8", 8, None) if {"SCB", "weight"} <= module.shapes.keys() else None
+
+    @staticmethod
+    def _scales(module: Any) -> Tensor:
+        # The scales move from the weight to the module's state at its first forward.
+        scales = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
+        if scales is None:
+            raise BackendError("a Linear8bitLt holds a weight that was never quantized; load it with from_pretrained.")
+        return scales

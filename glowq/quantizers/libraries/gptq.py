@@ -1,0 +1,202 @@
+"""GPTQ: gptqmodel's packed linear modules, which optimum's and AutoGPTQ's checkpoints load into as well."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import glowq_kernels
+
+from ...errors import BackendError, RepackedWeightError
+from ..base import Backend, FusedProduct, Scheme, StoredModule
+from ..derived import Derived
+from ..registry import register
+from ._gptqmodel import keep_readable, let_rewrite
+
+GROUP_SIZE = 128
+
+# Whose forward is a product with the weight that `weight` returns, and nothing else.
+_PLAIN = ("TorchLinear", "TritonV2Linear", "TorchFusedLinear", "TorchAtenLinear")
+
+
+def _config(bits: int) -> Any:
+    from transformers import GPTQConfig
+
+    # At 2 bits a symmetric mapping would waste one of four levels.
+    return GPTQConfig(bits=bits, group_size=GROUP_SIZE, sym=bits > 2, backend="torch")
+
+
+@register
+class GPTQ(Backend):
+    """`gptqmodel` modules that keep GPTQ's layout: 2, 3, 4 and 8 bits, symmetric or not, with or without act-order."""
+
+    name = "gptq"
+    package = "gptqmodel"
+    extra = "gptq"
+    tested = ">=7.6,<7.7"
+    methods = ("gptq",)
+    presets: ClassVar = {f"gptq-{bits}": partial(_config, bits) for bits in (2, 3, 4, 8)}
+    # The zero points of AutoGPTQ's format are converted in memory; saved from there, they would be read as its own.
+    saves = "files"
+
+    def matches(self, module: nn.Module) -> bool:
+        library = sys.modules.get("gptqmodel.nn_modules.qlinear")
+        # A quantized embedding is a PackableQuantLinear too, and indexes with what a linear multiplies by.
+        return library is not None and isinstance(module, library.GPTQQuantLinear) and not _is_embedding(module)
+
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        keep_readable(module)
+        order, groups = module.g_idx, module.scales.shape[0]
+        if int(order.min()) < 0 or int(order.max()) >= groups:
+            raise BackendError(
+                f"g_idx names groups {int(order.min())} to {int(order.max())}, but there are {groups}: the checkpoint "
+                "is damaged. Download or quantize the model again."
+            )
+
+    def release(self, module: Any) -> bool:
+        return let_rewrite(module)
+
+    def fused_product(self, module: Any) -> FusedProduct | None:
+        plain = type(module).forward.__qualname__ in [f"{name}.forward" for name in _PLAIN]
+        return _Product() if plain and module.bits == 4 and module.pack_dtype is torch.int32 else None
+
+    def weight(self, module: Any) -> Tensor:
+        self._check(module)
+        return type(module).dequantize_weight(module).T  # the instance's own attribute is a compiled one
+
+    def codes(self, module: Any) -> list[Tensor]:
+        self._check(module)
+        return [module.qweight, module.qzeros, module.g_idx]
+
+    def scales(self, module: Any) -> list[Tensor]:
+        self._check(module)
+        return [module.scales]
+
+    def scheme(self, module: Any) -> Scheme:
+        self._check(module)
+        # From the tensors: optimum hands the module's own flags over in another order than gptqmodel takes them.
+        rows, groups = module.g_idx.numel(), module.scales.shape[0]
+        size = -(-rows // groups)
+        natural = torch.arange(rows, device=module.g_idx.device) // size
+        details = ["symmetric" if _is_symmetric(module) else "asymmetric"]
+        if not torch.equal(module.g_idx.long(), natural):
+            details.append("act-order")
+        return Scheme(f"gptq int{module.bits}", module.bits, None if groups == 1 else size, tuple(details))
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        if not {"qweight", "scales"} <= module.shapes.keys():
+            return None
+        rows, groups = module.shapes["qweight"][0], module.shapes["scales"][0]
+        inputs = module.shapes["g_idx"][0] if "g_idx" in module.shapes else 32 * rows // config["bits"]
+        bits = 32 * rows // inputs
+        if module.dtypes["qweight"] != "I32" or "qzeros" not in module.shapes or 32 * rows != bits * inputs:
+            raise BackendError("its tensors do not have the shapes of GPTQ's layout, the only one that glowq reads")
+        details = ["symmetric" if config.get("sym", True) else "asymmetric"]
+        if config.get("desc_act", False) and groups > 1:
+            details.append("act-order")
+        return Scheme(f"gptq int{bits}", bits, None if groups == 1 else -(-inputs // groups), tuple(details))
+
+    def packed_bytes(self, module: Any) -> int:
+        zeros = 0 if _is_symmetric(module) else module.scales.numel() * module.bits // 8
+        return super().packed_bytes(module) + zeros
+
+    def calibrated(self, config: Any) -> bool:
+        return getattr(config, "dataset", None) is None
+
+    def with_calibration(self, config: Any, sequences: Tensor) -> Any:
+        if not self.calibrated(config):
+            return config
+        config = copy.copy(config)
+        config.dataset = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in sequences]
+        return config
+
+    def stored_config(self, config: Any) -> Any:
+        config = copy.copy(config)
+        config.dataset = config.tokenizer = None
+        return config
+
+    @staticmethod
+    def _check(module: Any) -> None:
+        library = sys.modules["gptqmodel.nn_modules.qlinear"]
+        if not isinstance(module, library.PackableQuantLinear):
+            raise BackendError(
+                f"gptqmodel's {type(module).__name__} keeps its weight in the order of its own kernel, which cannot be "
+                "read back exactly. Load the model with GPTQConfig(bits=..., backend='torch')."
+            )
+        if getattr(module, "linear_mode", None) == "inference" or module.qweight.dtype != module.pack_dtype:
+            raise RepackedWeightError(
+                f"gptqmodel's {type(module).__name__} rewrote its weight at an earlier forward; it can no longer be "
+                "read back exactly. Load the model again and call glowq before its first forward, or load it with "
+                "GPTQConfig(bits=..., backend='torch')."
+            )
+
+
+class _Product:
+    """See `Backend.fused_product`. Finds out once whether the groups are consecutive.
+
+    The weight is not rounded to the dtype of its scales, as gptqmodel's kernels round it.
+    """
+
+    def __init__(self) -> None:
+        self._groups = Derived()
+
+    def __call__(self, module: Any, x: Tensor) -> Callable[..., Tensor] | None:
+        qweight, scales, g_idx = module.qweight, module.scales, module.g_idx
+        if getattr(module, "linear_mode", None) == "inference" or qweight.dtype is not torch.int32:
+            return None  # rewritten
+        if module.adapter or module.online_full_had or module.online_partial_had:
+            return None  # more than a product
+        if qweight.device != x.device or not x.shape[-1] == module.in_features == len(g_idx):
+            return None
+        shape = len(scales), x.device
+        groups = self._groups.of(partial(_groups, g_idx, *shape), g_idx, key=shape)
+        if groups is None:
+            return None
+        size, order = groups
+        # Zero points are held as they are: AutoGPTQ's, less one, are converted when they are loaded.
+        return partial(
+            glowq_kernels.gptq_linear,
+            x,
+            qweight,
+            module.qzeros,
+            scales,
+            group_size=size,
+            g_idx=order,
+            bias=getattr(module, "bias", None),
+        )
+
+
+def _groups(g_idx: Tensor, count: int, device: torch.device) -> tuple[int, Tensor | None] | None:
+    """Group size and `g_idx` as `gptq_linear` takes them on `device`; None where an entry names none of the groups."""
+    index = g_idx.long()
+    if int(index.min()) < 0 or int(index.max()) >= count:
+        return None
+    if count == 1:
+        return -1, None
+    size = max(1, int((index == 0).sum()))
+    consecutive = torch.equal(index, torch.arange(len(index), device=index.device) // size)
+    if consecutive and -(-len(index) // size) == count:
+        return size, None
+    return -(-len(index) // count), g_idx.to(device, torch.int32)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    torch_kernel = sys.modules.get("gptqmodel.nn_modules.qlinear.torch")
+    return torch_kernel is not None and isinstance(module, torch_kernel.TorchQuantEmbeddings)
+
+
+def _is_symmetric(module: Any) -> bool:
+    """Whether every zero point is the middle code: the packed words are then those of one repeated value."""
+    bits = module.bits
+    count = 32 // bits if bits != 3 else 32
+    stream = sum((1 << (bits - 1)) << (bits * index) for index in range(count))
+    words = [(stream >> (32 * index)) & 0xFFFFFFFF for index in range(count * bits // 32)]
+    period = torch.tensor([word - (1 << 32) if word >= 1 << 31 else word for word in words], dtype=torch.int32)
+    zeros = module.qzeros.to("cpu", torch.int32)
+    return bool((zeros.reshape(-1, len(words)) == period).all())

@@ -1,0 +1,196 @@
+"""HQQ (`HQQLinear`), quantized by its own library: transformers 5 does not quantize and loads random weights.
+
+Two ways in: `GlowQConfig(base="hqq-4")` quantizes full-precision weights while loading; a model that HQQ saved is
+loaded by HQQ itself, for it is a pickle, and corrected in memory.
+
+HQQ searches zero points in float16 on a GPU and in float32 on a CPU: what was quantized while loading on the one is
+another base on the other, which the fingerprint tells.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+
+from ...errors import BackendError
+from ..base import Backend, Scheme, StoredModule
+from ..registry import register
+
+__all__ = ["HQQ", "LOAD", "HQQHfQuantizer"]
+
+GROUP_SIZE = 64  # HQQ's own default
+LOAD = (
+    "load the model with hqq.models.hf.base.AutoHQQHFModel.from_quantized(folder), then call "
+    "glowq.load_correction(model, ...) or glowq.correct(model, ...); or quantize the full-precision model with "
+    "GlowQConfig(base='hqq-4')"
+)
+
+
+def _config(bits: int) -> Any:
+    from transformers import HqqConfig
+
+    return HqqConfig(nbits=bits, group_size=GROUP_SIZE)
+
+
+@register
+class HQQ(Backend):
+    """`hqq.core.quantize.HQQLinear`, with scales and zero points as floats or, in older files, quantized themselves."""
+
+    name = "hqq"
+    package = "hqq"
+    extra = "hqq"
+    tested = ">=0.2.8,<0.3"
+    methods = ("hqq",)
+    saves = "never"
+    presets: ClassVar = {f"hqq-{bits}": partial(_config, bits) for bits in (2, 3, 4, 8)}
+
+    def matches(self, module: nn.Module) -> bool:
+        hqq = sys.modules.get("hqq.core.quantize")
+        return hqq is not None and isinstance(module, hqq.HQQLinear)
+
+    def weight(self, module: Any) -> Tensor:
+        self._meta(module)
+        weight: Tensor = module.dequantize()
+        return weight
+
+    def codes(self, module: Any) -> list[Tensor]:
+        meta = self._meta(module)
+        stored = module.W_q.data
+        # `view_as_float` keeps the packed integers under a float dtype, where a NaN is no NaN.
+        codes = stored.view(meta["unpack_view_dtype"]) if stored.is_floating_point() else stored
+        return [codes, *(tensor for tensor in _tensors(meta) if not tensor.is_floating_point())]
+
+    def scales(self, module: Any) -> list[Tensor]:
+        meta = self._meta(module)
+        if meta["quant_scale"]:
+            return [meta["meta_scale"]["scale"]]
+        return [meta["scale"] if "scale" in meta else meta["zero_scale"][1]]
+
+    def scheme(self, module: Any) -> Scheme:
+        meta = self._meta(module)
+        details = [] if meta["axis"] == 1 else ["groups across rows"]
+        details += [f"quantized {part}s" for part in ("scale", "zero") if meta[f"quant_{part}"]]
+        group = None if meta["axis"] == 1 and meta["group_size"] == meta["shape"][1] else meta["group_size"]
+        return Scheme(f"hqq{meta['nbits']:g}", meta["nbits"], group, tuple(details))
+
+    def packed_bytes(self, module: Any) -> int:
+        out_features, in_features = self.features(module)
+        meta = self._meta(module)
+        extra = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(meta))
+        return int(out_features * in_features * meta["nbits"]) // 8 + extra
+
+    def quantizers(self) -> dict[str, type]:
+        from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+
+        # Transformers' own one cannot quantize, and loads random weights; once it has learnt to, it is left alone.
+        return {} if "get_quantize_ops" in vars(HqqHfQuantizer) else {"hqq": HQQHfQuantizer}
+
+    def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
+        if "W_q" not in module.shapes:
+            return None
+        raise BackendError(f"transformers loads no HQQ weights: {LOAD}")
+
+    @staticmethod
+    def _meta(module: Any) -> Mapping[str, Any]:
+        if not module.ready:
+            raise BackendError("an HQQLinear holds no quantized weight; quantize or load it with hqq first.")
+        return module.meta
+
+
+def _tensors(meta: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Scales and zero points, and those of their own quantization."""
+    for _, value in sorted(meta.items()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value)
+
+
+class HQQHfQuantizer(HfQuantizer):
+    """Loads full-precision weights plainly, then lets HQQ quantize one linear layer after another where it lies.
+
+    Raises:
+        BackendError: the checkpoint is quantized already.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized:
+            raise BackendError(
+                f"transformers gives models that HQQ quantized random weights; refused. Instead, {LOAD}."
+            )
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to offload.
+
+        Raises:
+            BackendError: `device_map` names the disk, or the CPU beside another device.
+        """
+        places = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise BackendError(
+                "HQQ's layers cannot be offloaded, for accelerate does not find their scales; give a device_map "
+                "without 'disk', and without 'cpu' beside another device."
+            )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _quantize(model, self.quantization_config)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Never: nothing in transformers loads it again."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """HQQ's layers pass gradients on to their inputs."""
+        return True
+
+
+def _quantize(model: nn.Module, config: Any) -> None:
+    """Put an HQQLinear in the place of every linear layer that HQQ's own AutoHQQHFModel would quantize.
+
+    Args:
+        config: `HqqConfig`; its `quant_config` is one for all layers, or by tag ("self_attn.q_proj").
+
+    Raises:
+        BackendError: no layer is left to quantize, or a layer does not fit the groups.
+    """
+    from transformers.integrations.hqq import name_to_linear_tag
+
+    def settings_of(name: str) -> Any:
+        if not {name, name.rpartition(".")[2], name_to_linear_tag(name)}.isdisjoint(config.skip_modules or ()):
+            return None
+        settings = config.quant_config
+        return settings if "weight_quant_params" in settings else settings.get(name_to_linear_tag(name))
+
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = {name: settings for name in linears if (settings := settings_of(name)) is not None}
+    if not chosen:
+        raise BackendError(
+            f"{type(model).__name__} holds no linear layer that the HqqConfig names; its layers are "
+            f"{', '.join(sorted({name_to_linear_tag(name) for name in linears})) or 'of other kinds'}."
+        )
+    for name, settings in chosen.items():
+        model.set_submodule(name, _quantized(name, linears[name], settings))
+
+
+def _quantized(name: str, linear: nn.Linear, settings: Mapping[str, Any]) -> nn.Module:
+    from hqq.core.quantize import HQQLinear
+
+    group = settings["weight_quant_params"]["group_size"]
+    if group is not None and linear.weight.numel() % group:
+        raise BackendError(
+            f"{name} has shape {tuple(linear.weight.shape)}, which HQQ cannot cut into groups of {group}; give a "
+            "group_size that divides it, or name the layer in skip_modules."
+        )
+    with torch.no_grad():
+        return HQQLinear(linear, settings, compute_dtype=linear.weight.dtype, device=str(linear.weight.device))

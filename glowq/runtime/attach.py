@@ -1,0 +1,158 @@
+"""Attach a correction to a model: the right factor once per forward, one left factor a member.
+
+Each group gets one container, a sibling of its members, and each member a forward hook. The members themselves are
+untouched: their names, parameters and classes stay, so that PEFT, accelerate, deepcopy and checkpoints see the model
+that they know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+
+import torch
+import torch._dynamo.config as compiler
+from torch import nn
+
+from ..errors import ConfigError
+from ..factors.factors import GroupFactors
+from ..factors.group import Group
+from ..factors.int8 import Packed, filled, pack, unpack
+from .container import SharedCorrection
+from .hook import MemberHook
+from .operators import INT8_MULTIPLE
+
+__all__ = ["applied", "attach", "attached", "attached_factors", "detach", "factor_dtype", "hold_as_floats", "set_aside"]
+
+CONTAINER = "glowq_"
+
+# A correction is hooks. A compiled graph that does not look at hooks runs on as it is when one is attached or detached,
+# and serves every other model of the same class, corrected or not.
+compiler.skip_nnmodule_hook_guards = False
+
+
+def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None = None) -> SharedCorrection:
+    """Add one group's correction to `model`.
+
+    Args:
+        model: holds every member under its name.
+        factors: shapes as in `GroupFactors`.
+        dtype: stored dtype of the factors; None keeps theirs. Of int8 factors it is what their scales are held in.
+
+    Raises:
+        ConfigError: the group is attached already.
+    """
+    group = factors.group
+    parent = model.get_submodule(group.parent)
+    name = _container_name(group)
+    if hasattr(parent, name):
+        raise ConfigError(f"group {group.name!r} carries a correction already; call glowq.detach(model) first.")
+    device = torch.device(_execution_device(model.get_submodule(group.members[0])))
+    if factors.int8:
+        packed = pack(factors.right, factors.lefts)
+        if device.type == "cpu":
+            packed = filled(packed, INT8_MULTIPLE)
+        scale = packed.scale.to(factors.right.dtype)
+        container = SharedCorrection(group, packed.right, packed.lefts, scale, rank=factors.rank)
+    else:
+        container = SharedCorrection(group, factors.right, factors.lefts)
+    container.to(device=device, dtype=dtype)
+    container.train(parent.training)
+    parent.add_module(name, container)
+    for index, member in enumerate(group.members):
+        handle = model.get_submodule(member).register_forward_hook(MemberHook(container, index))
+        container._handles.append(handle)
+    return container
+
+
+def attached(model: nn.Module) -> dict[str, SharedCorrection]:
+    """Group name -> container of every correction attached to `model`, in module order."""
+    return {module.group.name: module for module in model.modules() if isinstance(module, SharedCorrection)}
+
+
+def detach(model: nn.Module) -> None:
+    """Remove every correction: afterwards `model` computes what it computed before, bit for bit."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SharedCorrection):
+                for handle in child._handles:
+                    handle.remove()
+                delattr(parent, name)
+
+
+def attached_factors(model: nn.Module) -> list[GroupFactors]:
+    """The factors of every correction attached to `model`, in module order; gains and totals are not kept there."""
+    return [_factors_of(container, factor_dtype(model)) for container in attached(model).values()]
+
+
+def _factors_of(container: SharedCorrection, dtype: torch.dtype) -> GroupFactors:
+    first, *others = container._factors
+    right, scale = first.factor.detach(), first.scale
+    lefts = {member: left.factor.detach() for member, left in zip(container.group.members, others, strict=True)}
+    if scale is not None:
+        held = container.rank
+        lefts = {member: left[:, :held].contiguous() for member, left in lefts.items()}
+        right, lefts = unpack(Packed(right[:held], scale[:held], lefts), dtype)
+    gains = torch.zeros(container.rank, dtype=torch.float64)
+    return GroupFactors(container.group, right, lefts, gains, 0.0, container.int8)
+
+
+def hold_as_floats(model: nn.Module) -> None:
+    """Let attached int8 factors be floats of the same values, for programs that know no others."""
+    switches = {name: container.enabled for name, container in attached(model).items()}
+    if not any(container.int8 for container in attached(model).values()):
+        return
+    factors = attached_factors(model)
+    detach(model)
+    for entry in factors:
+        attach(model, replace(entry, int8=False)).enabled = switches[entry.group.name]
+
+
+@contextmanager
+def applied(model: nn.Module, factors: Sequence[GroupFactors]) -> Iterator[nn.Module]:
+    """Inside this context `model` carries these factors; afterwards none."""
+    try:
+        for entry in factors:
+            attach(model, entry)
+        yield model
+    finally:
+        detach(model)
+
+
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Inside this context the module tree is the base's: some bases store a list of every tensor of the model."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, SharedCorrection)
+    ]
+    try:
+        for parent, name, _ in found:
+            del parent._modules[name]
+        yield
+    finally:
+        for parent, name, child in found:
+            parent._modules[name] = child
+
+
+def factor_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's factors, in memory and on disk: its own."""
+    dtype = getattr(model, "dtype", torch.float32)
+    return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.bfloat16
+
+
+def _container_name(group: Group) -> str:
+    local = group.members[0].removeprefix(f"{group.parent}.") if group.parent else group.members[0]
+    return CONTAINER + local.replace(".", "_")
+
+
+def _execution_device(module: nn.Module) -> torch.device | str:
+    """Where accelerate runs the module if it is offloaded, else where its weight is."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device("cuda", device) if isinstance(device, int) else device
+    return next(chain(module.parameters(), module.buffers())).device  # GPTQ keeps its weight in buffers

@@ -1,0 +1,65 @@
+"""glowq: one right factor a group, errors counted in loss (two-sided) or in output units (one-sided)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..low_rank import Factors, factorize
+from ..moments import Moments
+from .base import Method, check_measured, register
+
+__all__ = ["solve"]
+
+_DAMPING = 0.03  # of the mean diagonal: an output direction that the gradients hardly show must still cost something
+
+
+def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
+    """Minimise trace((E - AB)^T G (E - AB) S) over a whole group: the loss that its error costs, to second order.
+
+    Args:
+        error: stacked weight error E of the group, shape (O, d).
+        moments: holds `second` (d, d), or `energy` (O, O) where that is smaller; and G in `output`, see `OutputMoment`.
+            Without it G is the identity, and the gains are output errors.
+        rank: rank kept, 1 <= rank <= min(O, d).
+        seed: of the iteration's start.
+
+    Raises:
+        CalibrationError: the moments lack what is minimised.
+
+    Source: GlowQ (arXiv 2603.25385) sec. 3 for the shared factor; method.md, two-sided weighting.
+    """
+    check_measured(moments, "second")
+    return factorize(
+        error,
+        moments.second,
+        rank,
+        energy=moments.energy,
+        output_moment=moments.output,
+        damping=_DAMPING,
+        seed=seed,
+    )
+
+
+register(
+    Method(
+        name="glowq",
+        shared=True,
+        statistic="second",
+        solve=solve,
+        summary="one right factor per group, optimal for the loss that the group's error costs",
+        source="arXiv 2603.25385",
+        two_sided=True,
+        allocation="gain",
+    )
+)
+
+register(
+    Method(
+        name="glowq-one-sided",
+        shared=True,
+        statistic="second",
+        solve=solve,
+        summary="one right factor per group, optimal for the group's mean squared output error",
+        source="arXiv 2603.25385",
+    )
+)

@@ -1,0 +1,76 @@
+"""The second moment of wide gradients, streamed as a diagonal plus a low-rank part instead of a matrix.
+
+The low-rank part is the Nystrom approximation Y (Omega^T Y)^+ Y^T of a random sketch Y = G Omega. It never exceeds G,
+so what is missing from the diagonal is never negative and is added back: every diagonal entry is exact.
+
+Source: Tropp et al. (arXiv 1706.05736) algorithm 3, with its shift nu, at the full rank of the sketch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+__all__ = ["LowRankMoment", "Moments", "OutputMoment"]
+
+
+@dataclass(frozen=True)
+class LowRankMoment:
+    """A second moment G = diag(D) + U U^T that is never written out.
+
+    Attributes:
+        diagonal: D, shape (O,), never negative, any float dtype.
+        factor: U, shape (O, k), any float dtype.
+    """
+
+    diagonal: Tensor
+    factor: Tensor
+
+    def full_diagonal(self) -> Tensor:
+        """The diagonal of G, shape (O,), float64."""
+        return self.diagonal.double() + self.factor.double().square().sum(1)
+
+    def rows(self, start: int, stop: int) -> LowRankMoment:
+        """The moment of the outputs start..stop alone: the same block of G."""
+        return LowRankMoment(self.diagonal[start:stop], self.factor[start:stop])
+
+
+OutputMoment = Tensor | LowRankMoment
+"""Second moment G of the loss gradient at a group's stacked outputs: a matrix (O, O), its diagonal (O,), or that plus a
+low-rank part."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration measured of one group's input x (width d); what the method does not need is None.
+
+    Attributes:
+        tokens: number of tokens counted, padding excluded.
+        second: second moment S = E[x x^T], shape (d, d), float64; None where `energy` was streamed instead.
+        energy: output error E S E^T of the stacked members, shape (O, O), float64; None where `second` was streamed.
+        mean_square: tr(S) / d, the mean of E[x_i^2] over the channels, shape (), float64; with `second` or `energy`.
+        magnitude: LQER's mean |x_i| (per sequence, then the largest over sequences), shape (d,), float64.
+        output: second moment G of the loss gradient at the stacked outputs, shape (O, O), or its diagonal, shape (O,),
+            or that plus a low-rank part, float32, see `glowq.calibration.output_gradients`.
+    """
+
+    tokens: int
+    second: Tensor | None = None
+    energy: Tensor | None = None
+    mean_square: Tensor | None = None
+    magnitude: Tensor | None = None
+    output: OutputMoment | None = None
+
+    def rows(self, start: int, stop: int) -> Moments:
+        """The same input seen by the stacked output rows start..stop alone (one member of the group)."""
+        if self.energy is None and self.output is None:
+            return self
+        energy = None if self.energy is None else self.energy[start:stop, start:stop]
+        return replace(self, energy=energy, output=_rows(self.output, start, stop))
+
+
+def _rows(output: OutputMoment | None, start: int, stop: int) -> OutputMoment | None:
+    if isinstance(output, LowRankMoment):
+        return output.rows(start, stop)
+    return None if output is None else output[(slice(start, stop),) * output.ndim]

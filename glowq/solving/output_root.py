@@ -1,0 +1,92 @@
+"""The square root of an output moment, in the form in which the moment is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .moments import LowRankMoment, OutputMoment
+
+__all__ = ["OutputRoot"]
+
+
+@dataclass(frozen=True)
+class OutputRoot:
+    """L with L L^T = G + damping x the mean diagonal of G; without any tensor, the identity.
+
+    Attributes:
+        triangle: L itself, lower triangular, shape (O, O), where G is a matrix; elsewhere L is
+            diag(scale) (I + Q diag(s) Q^T).
+        scale: shape (O,).
+        frame: Q, orthonormal columns, shape (O, k), where G has a low-rank part.
+        stretch: s, shape (k,).
+        shrink: diag(s) of the inverse, (I + Q diag(s) Q^T)^-1 = I + Q diag(shrink) Q^T, shape (k,).
+    """
+
+    triangle: Tensor | None = None
+    scale: Tensor | None = None
+    frame: Tensor | None = None
+    stretch: Tensor | None = None
+    shrink: Tensor | None = None
+
+    @staticmethod
+    def of(moment: OutputMoment, unit: float, damping: float) -> OutputRoot:
+        """The root of `unit` x G, damped, in float64.
+
+        Args:
+            moment: G, shape (O, O), its diagonal, shape (O,), or that plus a low-rank part; not zero.
+            unit: factor that brings G near 1.
+            damping: share of G's mean diagonal added to its diagonal, > 0.
+        """
+        if isinstance(moment, LowRankMoment):
+            scale = (moment.diagonal.double() * unit + damping * unit * moment.full_diagonal().mean()).sqrt()
+            return _low_rank(scale, moment.factor.double() * unit**0.5)
+        scaled = moment.double() * unit
+        if scaled.ndim == 1:
+            return OutputRoot(scale=(scaled + damping * scaled.mean()).sqrt())
+        extra = damping * scaled.diagonal().mean()
+        return OutputRoot(torch.linalg.cholesky(scaled + extra.expand(scaled.shape[0]).diag()))
+
+    def to(self, dtype: torch.dtype) -> OutputRoot:
+        """The same root in another dtype."""
+        given = {name: value.to(dtype) for name, value in vars(self).items() if value is not None}
+        return replace(self, **given)
+
+    def apply(self, block: Tensor) -> Tensor:
+        """L X, shape (O, b), for X (O, b) of the root's dtype."""
+        if self.triangle is not None:
+            return self.triangle @ block
+        return self._scaled(self._stretched(block, self.stretch))
+
+    def apply_transposed(self, block: Tensor) -> Tensor:
+        """L^T X, shape (O, b), for X (O, b) of the root's dtype."""
+        if self.triangle is not None:
+            return self.triangle.T @ block
+        return self._stretched(self._scaled(block), self.stretch)
+
+    def solve_transposed(self, block: Tensor) -> Tensor:
+        """L^-T X, shape (O, b), for X (O, b) of the root's dtype."""
+        if self.triangle is not None:
+            solved: Tensor = torch.linalg.solve_triangular(self.triangle.T, block, upper=True)
+            return solved
+        stretched = self._stretched(block, self.shrink)
+        return stretched if self.scale is None else stretched / self.scale[:, None]
+
+    def _scaled(self, block: Tensor) -> Tensor:
+        return block if self.scale is None else self.scale[:, None] * block
+
+    def _stretched(self, block: Tensor, stretch: Tensor | None) -> Tensor:
+        if self.frame is None or stretch is None:
+            return block
+        return block + self.frame @ (stretch[:, None] * (self.frame.T @ block))
+
+
+def _low_rank(scale: Tensor, factor: Tensor) -> OutputRoot:
+    """With W = diag(scale)^-1 U = Q diag(w) R^T, I + W W^T is the square of I + Q diag(sqrt(1 + w^2) - 1) Q^T."""
+    frame, spread, _ = torch.linalg.svd(factor / scale[:, None], full_matrices=False)
+    squares = spread.square()
+    grown = (1 + squares).sqrt()
+    stretch = squares / (grown + 1)  # sqrt(1 + w^2) - 1 without the cancellation
+    return OutputRoot(scale=scale, frame=frame, stretch=stretch, shrink=-stretch / grown)

@@ -1,0 +1,180 @@
+"""What the Hub, or the way to it, answers instead of files: as an error of ours that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import GlowQError, HubError, ModelNotFoundError, OutputError
+from .files import refuse_only_pickles
+
+__all__ = ["asking_hub", "local_snapshot"]
+
+
+def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
+    """The local folder of a model: the folder itself, or the Hub repository's safetensors, JSON and tokenizer files.
+
+    Args:
+        name: folder or Hub name.
+        **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
+
+    Raises:
+        ModelNotFoundError: neither a folder nor a repository of that name and revision, or the Hub may not be asked and
+            the cache does not hold it.
+        HubError: it is gated, the token is not valid, or the Hub cannot be reached.
+        PickleRefusedError: it offers its weights only as pickles, which are not downloaded.
+        OutputError: the disk is full.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    pass
+
+    patterns = [
+        "*.json",
+        "model*.safetensors",
+        "glowq.safetensors",
+        "adapter_model.safetensors",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+    ]
+    with asking_hub(os.fspath(name), hub_kwargs):
+        folder = Path(snapshot_download(os.fspath(name), allow_patterns=patterns, **hub_kwargs))
+        asked = not (constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only"))
+        if asked and not any(folder.glob("*.safetensors")):
+            api = HfApi(token=hub_kwargs.get("token"))
+            refuse_only_pickles(os.fspath(name), api.list_repo_files(os.fspath(name), revision=folder.name))
+    return folder
+
+
+# Of httpx, or of what came after it: that depends on huggingface_hub's version.
+_TransportError: Any = HfHubHTTPError.__bases__[0]
+
+
+@contextmanager
+def asking_hub(name: str, options: Mapping[str, Any] | None = None, *, writing: bool = False) -> Iterator[None]:
+    """Turn what huggingface_hub raises about the repository `name` into an error of ours, on one line.
+
+    Args:
+        name: of the repository, as it was given.
+        options: what huggingface_hub was called with; "revision" and "local_files_only" are looked at.
+        writing: whether it is pushed to rather than read.
+
+    Raises:
+        ModelNotFoundError: no such repository or revision, or no network and nothing in the cache.
+        HubError: the Hub refuses, cannot be reached, or the connection was lost.
+        OutputError: the disk is full.
+    """
+    try:
+        yield
+    except GlowQError:
+        raise
+    except (OSError, ValueError, RuntimeError, _TransportError) as error:
+        raise _translated(error, name, options or {}, writing) from error
+
+
+def _translated(error: BaseException, name: str, options: Mapping[str, Any], writing: bool) -> GlowQError:
+    causes = list(_causes(error))
+    kinds = tuple(map(type, causes))
+
+    def met(*wanted: type[BaseException]) -> bool:
+        return any(issubclass(kind, wanted) for kind in kinds)
+
+    if writing and isinstance(error, RuntimeError):  # a file on its way to the storage
+        return _interrupted(causes, name)
+    status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    revision, where = options.get("revision"), constants.ENDPOINT
+    if met(HFValidationError):
+        form = "expected name or organization/name, of letters, digits, '-', '_' and '.'"
+        if writing:
+            return HubError(f"{name!r} is no name that a Hub repository can have: {form}.")
+        return ModelNotFoundError(f"{name!r} is neither a folder nor a Hub repository's name ({form}).")
+    if met(GatedRepoError):
+        return HubError(
+            f"{name} is gated: ask for access at {where}/{name}, then `hf auth login` with a token of that account."
+        )
+    if met(RevisionNotFoundError):
+        return ModelNotFoundError(
+            f"{name} has no branch, tag or commit {revision!r}; {where}/{name}/commits lists them."
+        )
+    if met(LocalTokenNotFoundError) or (status == 401 and (writing or not met(RepositoryNotFoundError))):
+        return HubError(f"{where} knows no token of yours, or one that has expired: `hf auth login`, or give --token.")
+    if met(RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"{name!r} is neither a folder nor a Hub repository that you may read: check the name, or `hf auth login` "
+            "for a private one."
+        )
+    if status == 403 and writing:
+        return HubError(
+            f"{where} does not let you write {name}: it belongs to somebody else, or your token may only read. "
+            "Take a name of your own, a token that may write, or --create-pr."
+        )
+    if status == 403:
+        return HubError(f"{where} does not let you read {name}: `hf auth login` with a token that may.")
+    return _unreachable(error, causes, name, options, writing)
+
+
+def _unreachable(
+    error: BaseException, causes: list[BaseException], name: str, options: Mapping[str, Any], writing: bool
+) -> GlowQError:
+    """No answer at all, or none that says anything about the repository."""
+    where, at = constants.ENDPOINT, f" at {options['revision']}" if options.get("revision") else ""
+    offline = any(isinstance(cause, OfflineModeIsEnabled) for cause in causes)
+    if offline and writing:
+        return HubError("HF_HUB_OFFLINE is set, so that nothing can be pushed; unset it.")
+    if offline or options.get("local_files_only"):
+        how = "HF_HUB_OFFLINE is set" if offline else "local_files_only was asked for"
+        return ModelNotFoundError(
+            f"{name!r} is neither a folder nor a Hub repository that is in the cache{at} with all its files, and "
+            f"{how}: load it once with the network."
+        )
+    transport = next((cause for cause in causes if _is_transport(cause)), None)
+    if transport is not None and writing:
+        return _interrupted([transport], name)
+    if transport is not None:
+        return HubError(f"{name!r} is not in the cache{at}, and {where} cannot be reached ({_said(transport)}).")
+    if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
+        return OutputError(f"{name} cannot be downloaded: the disk is full; HF_HOME names another place for the cache.")
+    if any(isinstance(cause, LocalEntryNotFoundError | HfHubHTTPError) for cause in causes):
+        return HubError(f"{where} could not answer for {name!r}{at}: {_said(causes[-1])}. Try again later.")
+    return HubError(f"{name}: {_said(error)}")
+
+
+def _interrupted(causes: list[BaseException], name: str) -> HubError:
+    return HubError(
+        f"the connection to {constants.ENDPOINT} was refused or lost ({_said(causes[-1])}); nothing, or all of it, is "
+        f"in {name}. Run the same command again: what was uploaded whole is not sent again."
+    )
+
+
+def _is_transport(error: BaseException) -> bool:
+    return isinstance(error, _TransportError | ConnectionError) and not hasattr(error, "response")
+
+
+def _said(error: BaseException) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

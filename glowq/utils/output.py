@@ -1,0 +1,128 @@
+"""Output folders: written whole or not at all, over an earlier result of the same kind and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from ..errors import GlowQError, OutputError
+from .files import read_json
+
+__all__ = ["EXPORT_MANIFEST", "Kind", "check_output", "is_result_file", "write_directory"]
+
+_RESULT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "glowq.safetensors",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+    "budgets.png",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+_COMPARISON_FILES = ("compare.json", "table.md", "bytes.png", "heatmap.png")
+_TIMING_FILES = ("bench.json", "table.md", "bench.png")
+EXPORT_MANIFEST = "glowq_export.json"  # names every file beside it
+
+
+class Kind(Enum):
+    """What a folder of results holds; each replaces its own kind only."""
+
+    MODEL = "model"
+    COMPARISON = "comparison"
+    EXPORT = "export"
+    TIMING = "timing"
+
+
+def write_directory(target: Path, write: Callable[[Path], None], *, kind: Kind = Kind.MODEL) -> None:
+    """Let `write` fill a temporary folder beside `target`, then rename it: all of it, or nothing.
+
+    Args:
+        target: final folder; must not exist, be empty, or hold an earlier result of glowq and nothing else.
+        write: fills the folder it is given.
+        kind: what it is filled with.
+
+    Raises:
+        OutputError: other files are in the way, the parent cannot be written, or the disk is full.
+    """
+    check_output(target, kind=kind)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+            fresh.mkdir()
+            write(fresh)
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+    except OSError as error:
+        if isinstance(error, GlowQError):
+            raise
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise OutputError(f"cannot write {target}: {reason}. Nothing was left behind.") from error
+
+
+def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
+    """Refuse early, before hours of work, what `write_directory` would refuse at the end.
+
+    Raises:
+        OutputError: see `write_directory`.
+    """
+    if target.is_file():
+        raise OutputError(f"{target} is a file; expected a folder to write to.")
+    if target.is_dir():
+        names = {path.relative_to(target).as_posix(): path.is_dir() for path in _leaves(target)}
+        own, is_earlier = _results(target, kind)
+        foreign = [name for name, is_folder in names.items() if is_folder or not own(name)]
+        if foreign or (names and not is_earlier):
+            what = f"holds {foreign[0]!r}" if foreign else "holds no earlier result of glowq"
+            raise OutputError(f"{target} is not empty and {what}; choose another folder, so that nothing is lost.")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent} is not writable; choose another folder.")
+
+
+def is_result_file(name: str) -> bool:
+    """Whether a correction or a corrected model, as glowq saves them, may hold a file of this name at its top level."""
+    return _is_named(name, _RESULT_FILES)
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)  # whose * would match a /
+
+
+def _leaves(folder: Path) -> Iterator[Path]:
+    """What would be lost with `folder`: every file in it, every link, and every folder that holds nothing."""
+    for entry in sorted(folder.iterdir()):
+        inner = [*_leaves(entry)] if entry.is_dir() and not entry.is_symlink() else []
+        yield from inner or [entry]
+
+
+def _results(folder: Path, kind: Kind) -> tuple[Callable[[str], bool], bool]:
+    """Tells the files that a result of this kind consists of, by their paths in it; and whether `folder` holds one."""
+    if kind is Kind.COMPARISON:
+        return partial(_is_named, patterns=_COMPARISON_FILES), (folder / "compare.json").is_file()
+    if kind is Kind.TIMING:
+        return partial(_is_named, patterns=_TIMING_FILES), (folder / "bench.json").is_file()
+    if kind is Kind.EXPORT:
+        manifest = folder / EXPORT_MANIFEST
+        is_earlier = manifest.is_file()
+        named = {EXPORT_MANIFEST, *(read_json(manifest).get("files", {}) if is_earlier else ())}
+        return named.__contains__, is_earlier
+    config = folder / "config.json"
+    stored = read_json(config).get("quantization_config") if config.is_file() else None
+    return is_result_file, isinstance(stored, dict) and stored.get("quant_method") == "glowq"

@@ -1,0 +1,198 @@
+"""What one group's correction does to a model's answers, against whole forwards of transformers' own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertModel, AutoTokenizer, BertConfig, BertModel
+
+from glowq.calibration.group_gains import calibrated, measure_groups
+from glowq.data.tokens import token_sequences
+from glowq.factors.factors import GroupFactors
+from glowq.models.tracing import find_groups
+from glowq.runtime.attach import attach, detach
+from support.tiny import TEXTS, correct, load, quantized
+from support.tiny import tiny_llama as saved_llama
+
+Factory = Callable[..., Any]
+ENCODER: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(1, 64, (6, 16), generator=torch.Generator().manual_seed(3))
+
+
+def log_chances(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits.double().log_softmax(-1)
+
+
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    return (first.exp() * (first - second)).sum(-1).flatten()
+
+
+def alone(model: nn.Module, entry: GroupFactors, run: Callable[[], Tensor]) -> Tensor:
+    attach(model, entry)
+    try:
+        return run()
+    finally:
+        detach(model)
+
+
+@pytest.fixture
+def pair(tiny_llama: Factory) -> tuple[nn.Module, nn.Module]:
+    """A model, and one with noise on every linear weight, which takes the quantized one's place."""
+    reference, model = tiny_llama(num_hidden_layers=3), tiny_llama(num_hidden_layers=3)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight += 0.02 * torch.randn_like(module.weight)
+    return reference, model
+
+
+def test_changes_and_benefits_are_those_of_whole_forwards(
+    pair: tuple[nn.Module, nn.Module], ids: Tensor, random_factors: Factory
+) -> None:
+    reference, model = pair
+    factors = [random_factors(group, scale=0.2) for group in find_groups(model, {"input_ids": ids})]
+    found = measure_groups(model, reference, factors, ids)
+    wanted, plain = log_chances(reference, ids), log_chances(model, ids)
+    for entry in factors:
+        given = alone(model, entry, lambda: log_chances(model, ids))
+        benefit = kl(wanted, plain) - kl(wanted, given)
+        measured = found[entry.group.name]
+        assert measured.unit == "nats"
+        assert measured.change == pytest.approx(float(kl(plain, given).mean()), rel=1e-3)
+        assert measured.benefit.value == pytest.approx(float(benefit.mean()), rel=1e-3, abs=1e-7)
+        spread = 1.96 * float(benefit.std()) / math.sqrt(len(benefit))
+        assert measured.benefit.high - measured.benefit.value == pytest.approx(spread, rel=1e-3)
+    assert torch.equal(log_chances(model, ids), plain)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_small_change_is_told_from_rounding(pair: tuple[nn.Module, nn.Module], random_factors: Factory) -> None:
+    """bfloat16 answers differ by some 1e-4 nats after any change at all."""
+    reference, model = pair
+    # Rounding differs from processor to processor, and from token to token: enough of them that its mean does not.
+    ids = torch.randint(1, 64, (48, 16), generator=torch.Generator().manual_seed(3))
+    tiny = [random_factors(group, scale=0.012) for group in find_groups(model, {"input_ids": ids})]
+    exact = {
+        entry.group.name: float(
+            kl(log_chances(model, ids), alone(model, entry, lambda: log_chances(model, ids))).mean()
+        )
+        for entry in tiny
+    }
+    assert max(exact.values()) < 1e-4
+    half = [
+        replace(
+            entry, right=entry.right.bfloat16(), lefts={name: left.bfloat16() for name, left in entry.lefts.items()}
+        )
+        for entry in tiny
+    ]
+    largest = max(exact, key=lambda name: exact[name])
+    model, reference = model.bfloat16(), reference.bfloat16()
+    rounded = measure_groups(model, reference, half, ids)[largest].change
+    assert rounded == pytest.approx(exact[largest], rel=0.5)
+    entry = next(entry for entry in half if entry.group.name == largest)
+    plain = log_chances(model, ids)
+    assert float(kl(plain, alone(model, entry, lambda: log_chances(model, ids))).mean()) > 5 * exact[largest]
+
+
+def test_blocks_before_the_group_are_not_run_again(
+    pair: tuple[nn.Module, nn.Module], ids: Tensor, random_factors: Factory
+) -> None:
+    reference, model = pair
+    factors = [random_factors(group) for group in find_groups(model, {"input_ids": ids})]
+    ran: list[str] = []
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj", "lm_head"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    measure_groups(model, reference, factors, ids)
+    forwards = [part.split() for part in " ".join(ran).split("lm_head")][:-1]
+    assert {tuple(name[13] for name in forward) for forward in forwards} == {("0", "1", "2"), ("1", "2"), ("2",), ()}
+
+
+def states(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        output = model(input_ids=ids)
+    tokens, pooled = output.last_hidden_state.double(), output.pooler_output.double()
+    return [nn.functional.normalize(state, dim=-1) for state in (tokens, pooled, tokens.mean(1))]
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share their weights: its block runs again
+def test_an_encoder_is_measured_by_its_states(kind: str, ids: Tensor, random_factors: Factory) -> None:
+    torch.manual_seed(0)
+    model: Any = BertModel(BertConfig(**ENCODER)) if kind == "bert" else AlbertModel(AlbertConfig(**ENCODER))
+    model.eval()
+    factors = [random_factors(group, scale=0.2) for group in find_groups(model, {"input_ids": ids})]
+    found = measure_groups(model, model, factors, ids)
+    plain = states(model, ids)
+    for entry in factors:
+        attach(model, entry)
+        given = states(model, ids)
+        detach(model)
+        tokens, pooled, means = ((ours - theirs).square().sum(-1) for ours, theirs in zip(plain, given, strict=True))
+        expected = float((tokens.mean(1) + pooled + means).mean())
+        measured = found[entry.group.name]
+        assert measured.unit == "squared distance"
+        assert measured.change == pytest.approx(expected, rel=1e-3)
+        assert measured.benefit.value == pytest.approx(-expected, rel=1e-3)  # the reference is the model itself
+        assert measured.harms
+
+
+def test_gains_take_the_unit_of_what_was_measured(tmp_path: Path) -> None:
+    source = saved_llama(tmp_path / "source", dtype=torch.float32)
+    model = quantized(source, "torchao-int2", dtype=torch.float32)
+    correction = correct(model, source, rank=16)
+    assert correction.config.provenance["gains"] == "nats"
+    assert correction.config.provenance["measured_tokens"] == 128
+    sequences = token_sequences(TEXTS, AutoTokenizer.from_pretrained(source), length=128, limit=512, seed=1)
+    detach(model)
+    measured = measure_groups(model, load(source), correction.factors, sequences)
+    changed = calibrated(correction.factors, measured)
+    for before, after in zip(correction.factors, changed, strict=True):
+        assert float(after.gains.sum()) == pytest.approx(measured[before.group.name].change, rel=1e-9)
+        assert after.total / before.total == pytest.approx(float(after.gains.sum() / before.gains.sum()), rel=1e-9)
+        # Half of its gains were measured on other tokens; both are nats, and of one size.
+        assert 0.4 < float(after.gains.sum() / before.gains.sum()) < 2.5
+
+
+def test_a_group_that_only_does_harm_is_not_bought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved_llama(tmp_path / "source")
+    whole = correct(quantized(source, "torchao-int2"), source, rank=None, budget="5%")
+    victim = max(whole.factors, key=lambda entry: float(entry.gains.sum())).group
+
+    from glowq.pipeline.block_solver import BlockSolver
+
+    solve = BlockSolver.solve
+
+    def turned(entry: GroupFactors) -> GroupFactors:
+        return replace(entry, lefts={name: -left for name, left in entry.lefts.items()})
+
+    def backwards(self: Any, stops: Any, sequences: Tensor) -> list[GroupFactors]:
+        """The victim's correction points away from its error."""
+        return [turned(entry) if entry.group == victim else entry for entry in solve(self, stops, sequences)]
+
+    monkeypatch.setattr(BlockSolver, "solve", backwards)
+    guarded = correct(quantized(source, "torchao-int2"), source, rank=None, budget="5%")
+    assert victim.name in whole.ranks
+    assert victim.name not in guarded.ranks
+    refused = guarded.config.provenance["not_restored"]
+    assert victim.name not in whole.config.provenance["not_restored"]
+    assert refused[victim.name]["high"] < 0
+    assert guarded.factor_bytes <= 0.05 * guarded.base_bytes

@@ -1,0 +1,91 @@
+"""The benchmarks behind README's figures run, at small sizes, and print what they are read for."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.bases import small_model
+
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs one with --json, as its command does, and returns what it printed."""
+
+    def call(name: str, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--json"])
+        monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_the_solver_against_the_published_recipe(run: Any) -> None:
+    sizes = ["--d", "64", "--outputs", "96", "--rank", "4", "--tokens", "256", "--repeats", "1"]
+    found = run("solver.py", *sizes)
+    assert set(found["seconds"]) == {"published", "glowq"}
+    assert -1e-6 < found["excess_residual"]["glowq"] < 1e-3
+    assert found["excess_residual"]["glowq"] < found["excess_residual"]["published"]
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_correction(run: Any) -> None:
+    sizes = ["--calibration-tokens", "1024", "--rank", "2", "--repeats", "1", "--distill", "1"]
+    found = run("cost.py", "--base", "torchao-int4", *sizes)
+    assert (found["base"], found["tokens"], found["distill"]) == ("torchao-int4", 1024, 1)
+    assert found["ratio"] == pytest.approx(found["correction_seconds"] / found["forward_seconds"])
+
+
+@pytest.mark.slow
+def test_every_base_at_equal_bytes(run: Any) -> None:
+    sizes = ["--budgets", "262144", "--calibration-tokens", "2048", "--tokens", "2048"]
+    rows = run("backends.py", "--bases", "torchao-int2", *sizes)["rows"]
+    assert [(row["base"], row["method"], row["rank"]) for row in rows] == [
+        ("torchao-int2", "glowq-published", 4),
+        ("torchao-int2", "glowq", None),
+    ]
+    for row in rows:
+        gap = row["quantized"] - row["reference"]
+        assert row["recovered"] == pytest.approx((row["quantized"] - row["corrected"]) / gap)
+
+
+@pytest.mark.slow
+def test_every_form(run: Any) -> None:
+    sizes = ["--rank", "2", "--calibration-tokens", "1024", "--repeats", "1"]
+    rows = run("forms.py", "--model", str(small_model()), *sizes)["rows"]
+    size = {row["form"]: row["bytes"] for row in rows}
+    assert list(size) == ["full precision", "quantized", "correction", "full", "peft", "merged", "onnx"]
+    assert size["correction"] < size["peft"] < size["quantized"] < size["full"] < size["merged"]
+    assert all(row["load_seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_onnx_runtime_with_shared_and_with_per_module_factors(run: Any) -> None:
+    sizes = ["--hidden", "256", "--intermediate", "128", "--blocks", "1", "--rank", "4"]
+    rows = run("onnx_runtime.py", *sizes, "--decodes", "2", "--prefills", "1", "--prompt", "8")["rows"]
+    nodes = [(row["groups"], row["right_factor"], row["right_factor_nodes"]) for row in rows]
+    assert nodes == [
+        ("", "base", 0),
+        *(("q, k, v", "shared", 1), ("q, k, v", "per module", 3)),
+        *(("every group", "shared", 4), ("every group", "per module", 7)),
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["--exact", "--dtype", "float32"]], ids=["fast", "exact"])
+def test_what_a_correction_adds_to_a_forward(run: Any, options: list[str]) -> None:
+    sizes = ["--base", "nf4", "--hidden", "256", "--intermediate", "128", "--blocks", "1", "--rank", "4"]
+    rows = run("runtime.py", *sizes, "--new-tokens", "2", "--repeats", "1", "--prompt", "8", *options)["rows"]
+    assert [(row["groups"], row["model"]) for row in rows] == [
+        (groups, model) for groups in ("q, k, v", "every group") for model in ("base", "shared", "per module")
+    ]
+    _, shared, single = rows[:3]
+    assert single["factor_bytes"] / shared["factor_bytes"] == (3 * 256 + 384) / (256 + 384)
+    assert all(row["decode"][1] > 0 for row in rows)

@@ -1,0 +1,127 @@
+"""The full-precision reference: read one weight at a time, and refused by name where it cannot be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from glowq.errors import (
+    ModelNotFoundError,
+    NonFiniteError,
+    PickleRefusedError,
+    ReferenceMismatchError,
+    UnsupportedModuleError,
+)
+from glowq.models.reference import Reference
+from support.bases import Base, rows
+
+Factory = Callable[..., Any]
+NAME = "model.layers.0.self_attn.k_proj"
+
+
+def tensors_on_meta(model: nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_folder_is_read_one_weight_at_a_time(bundled: Path) -> None:
+    with safe_open(bundled / "model.safetensors", "pt") as file, Reference(bundled, LlamaForCausalLM) as reference:
+        assert tensors_on_meta(reference.model)
+        for name, shape in {NAME: (128, 256), "model.layers.7.mlp.down_proj": (256, 768)}.items():
+            weight = reference.weight(name, shape)
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, file.get_tensor(f"{name}.weight").float())
+            assert tensors_on_meta(reference.model)
+        tied = reference.weight("lm_head", (4096, 256))
+        assert torch.equal(tied, file.get_tensor("model.embed_tokens.weight").float())
+
+
+def test_a_sharded_folder_reads_the_same(tiny_llama: Factory, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    with Reference(str(tmp_path), LlamaForCausalLM) as reference:
+        assert torch.equal(reference.weight(NAME, (16, 32)), model.get_submodule(NAME).weight)
+
+
+def test_the_reference_can_be_run_and_then_put_away(tiny_llama: Factory, tiny_ids: Any, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    reference = Reference(tmp_path, LlamaForCausalLM)
+    with pytest.raises(RuntimeError, match="inside its `with` block"):
+        _ = reference.model
+    with reference, torch.no_grad():
+        torch.testing.assert_close(reference.model(tiny_ids).logits, model(tiny_ids).logits)
+    with pytest.raises(RuntimeError, match="inside its `with` block"):
+        _ = reference.model
+
+
+def test_a_model_in_memory_is_taken_as_it_is_and_never_written(tiny_llama: Factory) -> None:
+    model = tiny_llama()
+    with Reference(model, LlamaForCausalLM) as reference:
+        assert reference.model is model
+        weight = reference.weight(NAME, (16, 32))
+        assert torch.equal(weight, model.get_submodule(NAME).weight)
+        assert not weight.requires_grad
+        weight.zero_()
+        assert model.get_submodule(NAME).weight.any()
+        half = reference.weight("lm_head", (64, 32))
+    assert half.dtype == torch.float32
+
+
+def test_conv1d_weights_are_turned_round() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16))
+    weight = Reference(model, GPT2LMHeadModel).weight("transformer.h.0.attn.c_attn", (96, 32))
+    assert torch.equal(weight, model.transformer.h[0].attn.c_attn.weight.T)
+
+
+def test_another_models_modules_are_refused(tiny_llama: Factory) -> None:
+    reference = Reference(tiny_llama(), LlamaForCausalLM)
+    with pytest.raises(ReferenceMismatchError, match=r"no module 'model\.layers\.9\.mlp\.up_proj'.* another model"):
+        reference.weight("model.layers.9.mlp.up_proj", (48, 32))
+    with pytest.raises(ReferenceMismatchError, match=r"k_proj has shape \(16, 32\) in the reference and \(32, 32\)"):
+        reference.weight(NAME, (32, 32))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_is_refused_by_name(tiny_llama: Factory, value: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_submodule(NAME).weight[3, 5] = value
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.self_attn\.k_proj of the reference holds NaN or Inf"):
+        Reference(model, LlamaForCausalLM).weight(NAME, (16, 32))
+
+
+def test_a_module_without_a_weight_is_refused(tiny_llama: Factory) -> None:
+    with pytest.raises(UnsupportedModuleError, match="LlamaAttention without a plain float weight"):
+        Reference(tiny_llama(), LlamaForCausalLM).weight("model.layers.0.self_attn", (16, 32))
+
+
+@pytest.mark.parametrize("base", rows("nf4", "int8", "torchao-int8", "torchao-int4"))
+def test_a_quantized_model_is_no_reference(base: Base, tmp_path: Path) -> None:
+    model = base.load()
+    with pytest.raises(UnsupportedModuleError, match="must be the full-precision model, not a quantized one"):
+        Reference(model, LlamaForCausalLM).weight(NAME, (128, 256))
+    model.save_pretrained(tmp_path)
+    with (
+        pytest.raises(UnsupportedModuleError, match="is quantized; the reference must be the full-precision model"),
+        Reference(tmp_path, LlamaForCausalLM),
+    ):
+        pytest.fail("opened")
+
+
+def test_folders_that_hold_no_model_are_refused(tiny_llama: Factory, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError), Reference(tmp_path / "nowhere", LlamaForCausalLM):
+        pytest.fail("opened")
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="is missing"), Reference(tmp_path, LlamaForCausalLM):
+        pytest.fail("opened")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(PickleRefusedError), Reference(tmp_path, LlamaForCausalLM):
+        pytest.fail("opened")

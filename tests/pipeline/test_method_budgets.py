@@ -1,0 +1,118 @@
+"""What GlowQ-S buys: whole groups at a fixed rank, in the order of their score, worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+
+from glowq import Correction, GlowQConfig
+from glowq.artifact.factor_files import describe_groups
+from glowq.factors.factors import GroupFactors
+from glowq.factors.group import Group
+from glowq.pipeline.method_budgets import BUY, Entry, Terms, fixed_rank_within
+from glowq.solving.methods.base import Method, get_method
+
+# In values of two bytes, a rank of these takes 320, 120 and 160 bytes; they allow 80, 20 and 32 ranks.
+GROUPS = [
+    Group("a", ("a",), 80, (80,), ""),
+    Group("b+c", ("b", "c"), 20, (20, 20), ""),
+    Group("d", ("d",), 32, (48,), ""),
+]
+GAINS = {"a": [16.0, 1.0], "b+c": [4.0, 4.0], "d": [1.0, 0.25]}  # singular values 4 and 1, 2 and 2, 1 and 0.5
+RATIOS = {"a": 0.1, "b+c": 0.3, "d": 0.2}
+
+
+def buy(
+    method: str,
+    *budgets: int,
+    gains: Mapping[str, Sequence[float]] = GAINS,
+    ratios: Mapping[str, float] = RATIOS,
+) -> tuple[list[Entry], list[int]]:
+    """(what a method buys with each budget, the ranks that were solved for)."""
+    asked = []
+
+    def solve(method: Method, rank: int) -> Correction:
+        asked.append(rank)
+        factors = []
+        for group in GROUPS:
+            most = min(rank, group.in_features, sum(group.out_features))
+            parts = zip(group.members, group.out_features, strict=True)
+            lefts = {name: torch.zeros(width, most, dtype=torch.bfloat16) for name, width in parts}
+            found = torch.tensor([*gains[group.name], *[0.0] * 64][:most], dtype=torch.float64)
+            right = torch.zeros(most, group.in_features, dtype=torch.bfloat16)
+            factors.append(GroupFactors(group, right, lefts, found, 30.0))
+        base_model = {"name": "org/model", "revision": None, "fingerprint": ""}
+        config = GlowQConfig(format="correction", base_model=base_model, groups=describe_groups(factors))
+        return Correction(factors, config, {}, 10**6)
+
+    terms = Terms(GROUPS, {f"{budget}B": budget for budget in budgets}, 2, solve, lambda: ratios)
+    return BUY["groups"](get_method(method), terms)[0], asked
+
+
+def names(entry: Entry) -> list[str]:
+    return [factors.group.name for factors in entry.factors]
+
+
+@pytest.mark.parametrize(
+    ("available", "rank"),
+    [(10**6, 64), (14000, 64), (13999, 32), (8880, 32), (8879, 16), (4800, 16), (600, 2), (599, 1), (1, 1)],
+)
+def test_the_rank_is_halved_until_the_budget_pays_for_half_of_all_groups(available: int, rank: int) -> None:
+    # All groups take 28000 bytes at 64 ranks, 17760 at 32, 9600 at 16, 1200 at 2.
+    assert fixed_rank_within(GROUPS, available, 2) == rank
+
+
+def test_the_rank_is_one_that_some_group_allows() -> None:
+    assert fixed_rank_within(GROUPS[1:2], 10**6, 2) == 16
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "bought", "size"),
+    [
+        ("glowq-s", 640, ["a"], 640),  # scores 5, 4 and 1.5: "b+c" has more for its bytes, which is not asked
+        ("glowq-s", 900, ["a", "b+c"], 880),
+        ("glowq-s-ratio", 640, ["b+c", "d"], 560),
+        ("glowq-s-ratio", 1199, ["b+c", "d"], 560),
+    ],
+)
+def test_the_highest_scores_first(method: str, budget: int, bought: list[str], size: int) -> None:
+    (entry,), asked = buy(method, budget)
+    assert asked == [2]
+    assert (names(entry), entry.factor_bytes, entry.rank, entry.reason) == (bought, size, 2, None)
+    assert [factors.rank for factors in entry.factors] == [2] * len(bought)
+    assert (entry.method, entry.allocation, entry.budget_bytes) == (method, "groups", budget)
+
+
+def test_until_the_next_does_not_fit() -> None:
+    (entry,), _ = buy("glowq-s-ratio", 900, ratios={"a": 0.3, "d": 0.2, "b+c": 0.1})
+    assert names(entry) == ["a"]  # "d" would make 960 bytes; "b+c" would fit, but comes after it
+
+
+def test_one_solve_serves_every_budget_and_scores_are_of_its_own_rank() -> None:
+    gains = {"a": [9.0, 0.0], "b+c": [4.0, 4.0], "d": [1.0, 0.0]}  # at one rank 3, 2 and 1; at two 3, 4 and 1
+    (small, large), asked = buy("glowq-s", 400, 650, gains=gains)
+    assert asked == [2]
+    assert (names(small), small.rank, small.factor_bytes) == (["a"], 1, 320)
+    assert (names(large), large.rank, large.factor_bytes) == (["b+c"], 2, 240)
+
+
+def test_a_group_that_allows_less_has_what_it_allows() -> None:
+    (entry,), _ = buy("glowq-s", 10**6)
+    assert entry.rank == 64
+    assert {factors.group.name: factors.rank for factors in entry.factors} == {"a": 64, "b+c": 20, "d": 32}
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason", "solves"),
+    [
+        (620, "rank 2 of the group of the highest score takes 640 bytes, more than the budget", [2]),
+        (130, "rank 1 of the group of the highest score takes 320 bytes, more than the budget", [1]),
+        (119, "one rank of the cheapest group takes 120 bytes, more than the budget", []),
+    ],
+)
+def test_a_budget_that_buys_nothing_says_why(budget: int, reason: str, solves: list[int]) -> None:
+    (entry,), asked = buy("glowq-s", budget)
+    assert (entry.factors, entry.rank, entry.reason) == ((), None, reason)
+    assert asked == solves

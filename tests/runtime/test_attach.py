@@ -1,0 +1,234 @@
+"""A correction's life on a model: copies, files, removal, and the libraries that wrap the model around it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glowq.errors import ConfigError
+from glowq.factors.factors import GroupFactors
+from glowq.factors.group import Group
+from glowq.quantizers.model import prepare_model
+from glowq.runtime.attach import attach, attached, detach
+from glowq.runtime.container import SharedCorrection
+from glowq.runtime.switching import disabled
+from support.bases import Base, rows
+
+Factory = Callable[..., Any]
+
+
+def container(model: nn.Module) -> SharedCorrection:
+    (only,) = attached(model).values()
+    return only
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_is_equal_and_independent(trio: nn.Module, duplicate: Callable[[Any], Any]) -> None:
+    x = torch.randn(3, 8)
+    trio.q(x)  # a slot half used must not travel
+    twin = duplicate(trio)
+    assert container(twin)._slot == [None]
+    corrected = trio(x)
+    assert torch.equal(twin(x), corrected)
+    with torch.no_grad():
+        container(twin).right.factor.zero_()
+    assert torch.equal(trio(x), corrected)
+    with disabled(trio):
+        plain = trio(x)
+    assert torch.equal(twin(x), plain)
+    detach(twin)
+    assert torch.equal(twin(x), plain)
+    assert not torch.equal(trio(x), plain)
+
+
+def test_disabled_nests_and_survives_exceptions(trio: nn.Module) -> None:
+    x = torch.randn(3, 8)
+    corrected = trio(x)
+    with disabled(trio) as inside:
+        assert inside is trio
+        plain = trio(x)
+        with disabled(trio):
+            assert torch.equal(trio(x), plain)
+        assert torch.equal(trio(x), plain)
+    assert torch.equal(trio(x), corrected)
+    assert not torch.allclose(plain, corrected)
+    with pytest.raises(KeyError), disabled(trio):
+        raise KeyError
+    assert torch.equal(trio(x), corrected)
+
+
+def test_detach_leaves_nothing(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> None:
+    model = tiny_llama()
+    before, keys = model(tiny_ids).logits, list(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    correct_randomly(model, tiny_ids)
+    assert [key for key in model.state_dict() if ".glowq_" not in f".{key}"] == keys
+    assert not any(key.endswith("weight") for key in set(model.state_dict()) - set(keys))
+    detach(model)
+    assert torch.equal(model(tiny_ids).logits, before)
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_modules()] == names
+    assert [name for name, _ in model.named_parameters()] == parameters
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    detach(model)
+
+
+def test_a_group_is_attached_once(trio: nn.Module, random_factors: Factory) -> None:
+    with pytest.raises(ConfigError, match=r"'q\+k\+v' carries a correction already; call glowq.detach"):
+        attach(trio, random_factors(container(trio).group))
+    group = container(trio).group
+    detach(trio)
+    attach(trio, random_factors(group))
+    assert container(trio).group == group
+
+
+def test_sizes_of_factors(random_factors: Factory) -> None:
+    factors: GroupFactors = random_factors(Group("q+k", ("q", "k"), 8, (6, 4), ""), rank=3, dtype=torch.bfloat16)
+    assert factors.rank == 3
+    assert factors.factor_bytes == 2 * 3 * (8 + 6 + 4)
+
+
+@pytest.fixture
+def corrected(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> Any:
+    model = tiny_llama()
+    correct_randomly(model, tiny_ids)
+    return model
+
+
+def lora(**changes: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    settings = {"r": 2, "lora_alpha": 4, "init_lora_weights": False, "target_modules": ["q_proj", "down_proj"]}
+    return peft.LoraConfig(**(settings | changes))
+
+
+def test_lora_rides_on_top(corrected: Any, tiny_ids: Tensor, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    before = corrected(tiny_ids).logits
+    bare = copy.deepcopy(corrected)
+    tuned = peft.get_peft_model(corrected, lora()).eval()
+    adapted = tuned(tiny_ids).logits
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(tiny_ids).logits, before)
+    tuned.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(bare, tmp_path).eval()
+    assert torch.equal(again(tiny_ids).logits, adapted)
+    assert not any("glowq_" in key for key in peft.get_peft_model_state_dict(tuned))
+    assert torch.equal(tuned.unload()(tiny_ids).logits, before)
+
+
+def test_lora_wraps_no_factor_and_trains_alone(corrected: Any, tiny_ids: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(corrected, lora(target_modules="all-linear"))
+    wrapped = [name for name, module in tuned.named_modules() if hasattr(module, "lora_A")]
+    assert len(wrapped) == 2 * 7
+    assert not any("glowq_" in name for name in wrapped)
+    tuned(tiny_ids, labels=tiny_ids).loss.backward()
+    trained = [name for name, parameter in tuned.named_parameters() if parameter.grad is not None]
+    assert len(trained) == 2 * len(wrapped)
+    assert all("lora_" in name for name in trained)
+
+
+def test_merged_lora_equals_unmerged(corrected: Any, tiny_ids: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(corrected, lora()).eval()
+    adapted = tuned(tiny_ids).logits
+    torch.testing.assert_close(tuned.merge_and_unload()(tiny_ids).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+def offloaded(model: nn.Module, where: str, folder: Path) -> nn.Module:
+    from accelerate import cpu_offload, disk_offload
+
+    if where == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_corrected_model_can_be_offloaded(corrected: Any, tiny_ids: Tensor, where: str, tmp_path: Path) -> None:
+    with torch.no_grad():
+        before = corrected(tiny_ids).logits
+        offloaded(corrected, where, tmp_path)
+        part = next(iter(attached(corrected).values()))
+        assert part.right.factor.is_meta
+        assert part.lefts[0].factor.is_meta
+        assert torch.equal(corrected(tiny_ids).logits, before)
+        assert part.right.factor.is_meta
+
+
+def test_a_corrected_model_can_be_dispatched_over_devices(corrected: Any, tiny_ids: Tensor, tmp_path: Path) -> None:
+    from accelerate import dispatch_model
+
+    with torch.no_grad():
+        before = corrected(tiny_ids).logits
+        device_map = {name: "cpu" for name, _ in corrected.named_children()} | {"model.layers.1": "disk"}
+        del device_map["model"]
+        device_map |= {f"model.{name}": "cpu" for name, _ in corrected.model.named_children() if name != "layers"}
+        device_map |= {"model.layers.0": "cpu"}
+        dispatch_model(corrected, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+        assert next(corrected.model.layers[1].parameters()).is_meta
+        assert torch.equal(corrected(tiny_ids).logits, before)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_offloaded_model_can_be_corrected(
+    corrected: Any, tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory, where: str, tmp_path: Path
+) -> None:
+    model = offloaded(tiny_llama(), where, tmp_path)
+    with torch.no_grad():
+        plain = model(tiny_ids).logits
+        correct_randomly(model, tiny_ids)
+        assert torch.equal(model(tiny_ids).logits, corrected(tiny_ids).logits)
+        assert not any(parameter.is_meta for parameter in next(iter(attached(model).values())).parameters())
+        detach(model)
+        assert torch.equal(model(tiny_ids).logits, plain)
+
+
+@pytest.mark.parametrize("base", rows("nf4-double", "int8", "torchao-int4"))
+def test_a_quantized_model_is_corrected_by_the_same_amount(
+    base: Base, token_ids: Tensor, random_factors: Factory, tmp_path: Path
+) -> None:
+    model = base.load()
+    prepare_model(model)
+    name = "model.layers.1.self_attn"
+    members = tuple(f"{name}.{part}_proj" for part in "qkv")
+    entry = random_factors(Group(f"{name}.q_proj+k_proj+v_proj", members, 256, (256, 128, 128), ""))
+    keys = list(model.state_dict())
+    x = torch.randn(2, 5, 256)
+    with torch.no_grad():
+        plain = [model.get_submodule(member)(x) for member in members]
+        logits = model(token_ids[:1, :8]).logits
+        attach(model, entry)
+        for member, before in zip(members, plain, strict=True):
+            added = (x.double() @ entry.right.double().T @ entry.lefts[member].double().T).float()
+            torch.testing.assert_close(model.get_submodule(member)(x), before + added, rtol=1e-5, atol=1e-4)
+        assert [key for key in model.state_dict() if "glowq_" not in key] == keys
+        assert not torch.equal(model(token_ids[:1, :8]).logits, logits)
+        detach(model)
+        assert torch.equal(model(token_ids[:1, :8]).logits, logits)
+
+
+def test_factors_in_shared_memory_stay_there(trio: nn.Module) -> None:
+    trio.share_memory()
+    assert all(parameter.is_shared() for parameter in container(trio).parameters())
+    x = torch.randn(3, 8)
+    before = trio(x)
+    assert all(parameter.is_shared() for parameter in container(trio).parameters())
+    torch.testing.assert_close(copy.deepcopy(trio)(x), before)

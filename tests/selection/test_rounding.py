@@ -1,0 +1,259 @@
+"""Corrections in int8: what rounding costs and when it is refused, their files, the commands, and the exporters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import glowq
+from glowq.cli.app import app
+from glowq.errors import CalibrationError, ConfigError, CorrectionError, RoundingError
+from glowq.factors.int8 import pack, unpack
+from glowq.integrations.export.registry import export
+from glowq.runtime.attach import attached, attached_factors
+from support import tiny
+
+
+@pytest.fixture(scope="module")
+def corrected(source: Path) -> tuple[Any, glowq.Correction]:
+    return tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def saved(corrected: tuple[Any, glowq.Correction], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an int8 correction; never written to."""
+    folder = tmp_path_factory.mktemp("int8") / "correction"
+    corrected[1].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an unrounded correction with measured gains; never written to."""
+    folder = tmp_path_factory.mktemp("whole") / "correction"
+    tiny.corrected(source, "nf4", rank=16)[1].save_pretrained(folder)
+    return folder
+
+
+class TestCorrecting:
+    def test_a_budget_buys_ranks_at_a_byte_a_value(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        correction = corrected[1]
+        assert 0.3 < correction.overhead <= 0.4
+        assert all(entry.int8 for entry in correction.factors)
+        assert f"{correction.factor_bytes} bytes of int8" in repr(correction)
+        for entry in correction.factors:
+            assert entry.factor_bytes == entry.rank * (entry.group.in_features + sum(entry.group.out_features) + 4)
+        unrounded = tiny.corrected(source, "nf4", rank=None, budget="40%")[1]
+        assert sum(correction.ranks.values()) > 1.7 * sum(unrounded.ranks.values())
+
+    def test_what_rounding_costs_was_measured(self, corrected: tuple[Any, glowq.Correction]) -> None:
+        figures = corrected[1].config.provenance["int8"]
+        assert set(figures) == {"tokens", "quantized", "int8", "same_ranks", "same_bytes"}
+        gained = figures["quantized"] - figures["same_ranks"]
+        assert figures["int8"] <= figures["same_bytes"] + 0.01 * gained
+        assert abs(figures["int8"] - figures["same_ranks"]) < 0.05 * gained
+
+    def test_what_is_read_back_has_the_models_dtype(self, source: Path, corrected: tuple[Any, Any]) -> None:
+        """Also where the scales are held in float32, as on a GPU."""
+        model, correction = corrected
+        first = next(iter(attached(model).values()))
+        first.right.scale = first.right.scale.float()
+        try:
+            entry = attached_factors(model)[0]
+        finally:
+            first.right.scale = first.right.scale.bfloat16()
+        assert {entry.right.dtype, *(left.dtype for left in entry.lefts.values())} == {torch.bfloat16}
+        assert torch.equal(entry.right, correction.factors[0].right)
+
+    @pytest.mark.parametrize("options", [{"method": "qera"}, {"distill": 2}, {"rank": 4, "budget": None}])
+    def test_every_way_of_correcting(self, source: Path, options: dict[str, Any]) -> None:
+        request = {"rank": 4} if "method" in options else {"rank": None, "budget": "40%"}
+        model, correction = tiny.corrected(source, "nf4", **{**request, **options}, factor_dtype="int8")
+        assert all(container.int8 for container in attached(model).values())
+        for entry in correction.factors:
+            assert torch.equal(unpack(pack(entry.right, entry.lefts), entry.right.dtype)[0], entry.right)
+
+    def test_while_loading(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        config = glowq.GlowQConfig(base="nf4", calibration=tiny.TEXTS, rank=4, factor_dtype="int8", **tiny.CALIBRATION)
+        model = tiny.load(source, quantization_config=config)
+        assert {container.int8 for container in attached(model).values()} == {True}
+
+    def test_one_sequence_is_none_to_measure_on(self, source: Path) -> None:
+        ids = torch.randint(0, 4096, (1, 64))
+        with pytest.raises(CalibrationError, match=r"int8 .*: needed 2 sequences to hold one out, found 1"):
+            tiny.corrected(source, "nf4", calibration=ids, factor_dtype="int8")
+
+    def test_what_loses_more_than_it_wins_is_refused(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A grid of one step, in the place of one of 127, keeps hardly anything of a factor."""
+        monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
+        monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
+        monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *offers: None)
+        message = r"int8 factors leave \d.*nothing was calibrated on\), and unrounded ones in the same bytes \d"
+        with pytest.raises(RoundingError, match=message):
+            tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")
+
+
+def test_what_is_predicted_to_lose_more_than_it_wins_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
+    monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
+    correction = glowq.Correction.from_pretrained(whole)
+    message = r"predicted to keep [\d.]+% of what these factors gain, and unrounded ones cut to the same [\d,]+ bytes"
+    with pytest.raises(RoundingError, match=message):
+        correction.to_int8()
+
+
+class TestFiles:
+    def test_a_byte_a_value_on_disk(self, saved: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        tensors = load_file(saved / "glowq.safetensors")
+        kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in tensors.items()}
+        assert kinds == {"right": torch.int8, "left": torch.int8, "right_scale": torch.float32}
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        assert stored == corrected[1].factor_bytes
+
+    def test_loading_changes_no_logit(
+        self, saved: Path, corrected: tuple[Any, glowq.Correction], source: Path, tmp_path: Path
+    ) -> None:
+        model, _ = corrected
+        expected = tiny.logits(model)
+        assert tiny.gap(tiny.load(saved), expected) == 0.0
+        attached_later = tiny.quantized(source, "nf4")
+        glowq.load_correction(attached_later, saved)
+        assert tiny.gap(attached_later, expected) == 0.0
+        model.save_pretrained(tmp_path / "full")
+        full = tiny.load(tmp_path / "full")
+        assert {container.int8 for container in attached(full).values()} == {True}
+        assert tiny.gap(full, expected) == 0.0
+
+    def test_a_part_of_it(self, saved: Path, source: Path) -> None:
+        model = tiny.quantized(source, "nf4")
+        part = glowq.load_correction(model, saved, budget="10%")
+        assert part.overhead <= 0.1
+        cut = glowq.Correction.from_pretrained(saved).cut(budget="10%")
+        assert cut.ranks == part.ranks
+        for ours, theirs in zip(cut.factors, part.factors, strict=True):
+            assert torch.equal(ours.right, theirs.right)
+            assert all(torch.equal(ours.lefts[member], left) for member, left in theirs.lefts.items())
+
+    def test_the_same_command_gives_the_same_bytes(self, saved: Path, source: Path, tmp_path: Path) -> None:
+        again = tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")[1]
+        again.save_pretrained(tmp_path / "again")
+        for name in ("glowq.safetensors", "config.json", "README.md"):
+            assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"] * 1.5}), "no power of two"),
+            (lambda t, g: t.update({f"{g}.right_scale": -t[f"{g}.right_scale"]}), "no power of two"),
+            (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"].half()}), "is not float32"),
+            (
+                lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"][:-1]}),
+                "expected a float or int8 tensor",
+            ),
+            (lambda t, g: t.pop(f"{g}.right_scale"), "right_scale' is missing"),
+            (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].float()}), "mixes int8 factors with others"),
+            (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].short()}), "expected a float or int8 tensor"),
+        ],
+    )
+    def test_damaged_files(self, saved: Path, tmp_path: Path, damage: Any, message: str) -> None:
+        for file in saved.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / "glowq.safetensors")
+        damage(tensors, next(name for name in tensors if name.endswith(".right")).removesuffix(".right"))
+        save_file(tensors, tmp_path / "glowq.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CorrectionError, match=message):
+            tiny.load(tmp_path)
+
+
+def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout) if result.exit_code == 0 else {}
+
+
+class TestCommands:
+    def test_select_rounds_a_saved_correction(self, whole: Path, tmp_path: Path) -> None:
+        status, plain = run("select", whole, "--budget", "20%", "--output", tmp_path / "plain")
+        assert status == 0
+        status, found = run("select", whole, "--budget", "20%", "--factor-dtype", "int8", "--output", tmp_path / "int8")
+        assert status == 0
+        assert found["factor_dtype"] == "int8"
+        assert plain["factor_bytes"] < found["factor_bytes"] + 2000 <= 2000 + 0.2 * found["base_bytes"]
+        assert found["predicted"] > plain["predicted"]
+        assert {entry.int8 for entry in glowq.Correction.from_pretrained(tmp_path / "int8").factors} == {True}
+        assert "(int8)" in (tmp_path / "int8" / "README.md").read_text()
+        tiny.load(tmp_path / "int8")
+
+    @pytest.mark.parametrize("name", ["select", "9%"])
+    def test_an_output_with_the_name_of_another_word(
+        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        arguments = ["select", str(whole), "--budget", "9%", "--factor-dtype", "int8", "--output", name]
+        monkeypatch.setattr("sys.argv", ["glowq", *arguments])
+        assert run(*arguments)[0] == 0
+        stored = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["provenance"]
+        assert stored["command"].endswith("--budget 9% --factor-dtype int8 --output OUT2")
+        assert "glowq select " in stored["command"]
+
+    def test_a_budget_above_the_whole(self, whole: Path, tmp_path: Path) -> None:
+        arguments = ["select", whole, "--budget", "90%", "--factor-dtype", "int8", "--output", tmp_path / "x"]
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 1
+        assert " bytes, but " in done.stderr
+        assert " in int8 (" in done.stderr
+
+    def test_inspect_counts_every_byte(self, saved: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+        status, found = run("inspect", saved)
+        assert status == 0
+        assert found["factor_bytes"] == corrected[1].factor_bytes
+
+    def test_verify(self, saved: Path) -> None:
+        assert run("verify", saved)[0] == 0
+
+    def test_a_dtype_that_is_none_is_wrong_usage(self, whole: Path, tmp_path: Path) -> None:
+        assert run("select", whole, "--budget", "20%", "--factor-dtype", "int4", "--output", tmp_path / "x")[0] == 2
+
+
+class TestExports:
+    """Programs that know only floats get the same values."""
+
+    def test_merged_and_peft(self, saved: Path, corrected: tuple[Any, glowq.Correction], tmp_path: Path) -> None:
+        for to in ("merged", "peft"):
+            export(str(saved), to, tmp_path / to)
+        adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in adapter.values()} == {torch.bfloat16}
+        entry = corrected[1].factors[0]
+        (found,) = (value for name, value in adapter.items() if f"{entry.group.members[0]}.lora_A" in name)
+        assert torch.equal(found, entry.right)
+
+    @pytest.mark.slow
+    def test_onnx(self, saved: Path, tmp_path: Path) -> None:
+        facts = export(str(saved), "onnx", tmp_path / "onnx")
+        assert facts["check"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: glowq.GlowQConfig(base="nf4", factor_dtype="int4"),
+            ConfigError,
+            "must be one of auto, int8, found 'int4'",
+        ),
+        (
+            lambda: glowq.GlowQConfig(base="nf4", correction="folder", factor_dtype="int8"),
+            ConfigError,
+            r"round a saved one with Correction\.to_int8",
+        ),
+    ],
+)
+def test_bad_requests(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

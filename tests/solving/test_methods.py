@@ -1,0 +1,141 @@
+"""Each method minimises what its paper minimises, and is shared or alone as it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from glowq.errors import CalibrationError, ConfigError
+from glowq.solving.methods.base import Method, get_method, method_names, register
+from glowq.solving.moments import Moments
+
+PUBLISHED = ["glowq-published", "glowq-s", "glowq-s-ratio"]
+NAMES = ["aser", "eora", "glowq", *PUBLISHED, "lqer", "qera", "svd", "zeroquant"]
+SECOND = ["aser", "eora", "glowq", *PUBLISHED, "qera"]
+RANK = 4
+
+
+def measured(outputs: int = 20, inputs: int = 32) -> tuple[Tensor, Moments]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, inputs, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x[:, 3] *= 10
+    error = torch.rand(outputs, inputs, generator=generator) - 0.5
+    second = x.T @ x / len(x)
+    return error, Moments(len(x), second, None, second.diagonal().mean(), x.abs().mean(0))
+
+
+def streamed(error: Tensor, moments: Moments) -> Moments:
+    assert moments.second is not None
+    return replace(moments, second=None, energy=error.double() @ moments.second @ error.double().T)
+
+
+def weight_of(name: str, moments: Moments) -> Tensor:
+    """The dense S that the method's paper minimises under."""
+    assert moments.second is not None
+    identity = torch.eye(len(moments.magnitude), dtype=torch.float64)
+    if name in {"svd", "zeroquant"}:
+        return identity
+    if name == "lqer":
+        return moments.magnitude.square().diag()
+    if name in PUBLISHED:
+        return 0.95 * moments.second + 0.05 * moments.second.trace() / len(identity) * identity
+    return moments.second
+
+
+def left_over(error: Tensor, correction: Tensor, weight: Tensor) -> float:
+    rest = error.double() - correction
+    return float((rest @ weight * rest).sum())
+
+
+def test_the_methods_are_known() -> None:
+    assert set(NAMES) <= set(method_names())
+    assert method_names() == sorted(method_names())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_method_reaches_the_optimum_of_its_own_weight(name: str) -> None:
+    error, moments = measured()
+    weight = weight_of(name, moments)
+    factors = get_method(name).solve(error, moments, RANK, 0)
+    values = torch.linalg.eigvalsh(error.double() @ weight @ error.double().T).flip(0)
+    correction = factors.left.double() @ factors.right.double()
+    assert left_over(error, correction, weight) == pytest.approx(float(values[RANK:].sum()), rel=1e-6)
+    torch.testing.assert_close(factors.gains, values[:RANK], rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_streamed_energy_serves_as_well_as_the_moment(name: str) -> None:
+    error, moments = measured()
+    method = get_method(name)
+    full = method.solve(error, moments, RANK, 0)
+    energy = method.solve(error, streamed(error, moments), RANK, 0)
+    torch.testing.assert_close(energy.gains, full.gains, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(energy.left @ energy.right, full.left @ full.right, rtol=0.0, atol=1e-4)
+
+
+def test_solving_leaves_the_moments_as_they_were() -> None:
+    error, moments = measured()
+    assert moments.second is not None
+    before = moments.second.clone()
+    for name in NAMES:
+        get_method(name).solve(error, moments, RANK, 0)
+    assert torch.equal(moments.second, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_method_says_of_itself(name: str) -> None:
+    method = get_method(name)
+    assert method.name == name
+    assert method.shared == (name in {"glowq", *PUBLISHED, "svd"})
+    assert method.statistic == {"svd": "none", "zeroquant": "none", "lqer": "magnitude"}.get(name, "second")
+    assert method.allocation == {"glowq": "gain", "glowq-s": "groups", "glowq-s-ratio": "groups"}.get(name, "uniform")
+    assert (method.score is not None) == (method.allocation == "groups")
+    assert method.summary
+    assert method.source
+
+
+def test_the_published_scores() -> None:
+    gains, scores = torch.tensor([9.0, 4.0, 0.0], dtype=torch.float64), {}
+    for name in ("glowq-s", "glowq-s-ratio"):
+        score = get_method(name).score
+        assert score is not None
+        scores[name] = score(gains, 0.125)
+    assert scores == {"glowq-s": 3.0 + 2.0, "glowq-s-ratio": 0.125}
+
+
+@pytest.mark.parametrize("name", ["svd", "zeroquant"])
+def test_weight_only_methods_need_no_calibration(name: str) -> None:
+    error, moments = measured()
+    unmeasured = replace(moments, tokens=0, second=None)
+    solve = get_method(name).solve
+    assert torch.equal(solve(error, unmeasured, RANK, 0).left, solve(error, moments, RANK, 0).left)
+
+
+@pytest.mark.parametrize("name", [*SECOND, "lqer"])
+def test_without_calibration_the_others_refuse(name: str) -> None:
+    error, moments = measured()
+    method = get_method(name)
+    message = f"the {method.statistic} statistic of the inputs is needed; found 0 tokens counted"
+    with pytest.raises(CalibrationError, match=message):
+        method.solve(error, replace(moments, tokens=0), RANK, 0)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_without_a_second_moment_they_do_not_fall_back_to_plain_svd(name: str) -> None:
+    error, moments = measured()
+    with pytest.raises(CalibrationError, match="found 500 tokens counted and no second moment"):
+        get_method(name).solve(error, replace(moments, second=None), RANK, 0)
+
+
+def test_unknown_and_repeated_names_are_refused() -> None:
+    message = r"^method must be one of aser, eora, glowq, .*zeroquant; found 'qlora'\. Did you mean 'qera'\?$"
+    with pytest.raises(ConfigError, match=message):
+        get_method("qlora")
+    svd = get_method("svd")
+    again = Method("svd", True, "none", svd.solve, svd.summary, svd.source)
+    with pytest.raises(ConfigError, match="method 'svd' is registered twice"):
+        register(again)

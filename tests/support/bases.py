@@ -1,0 +1,232 @@
+"""The test matrix: one row per base quantizer, with the library's own way to read its weight back."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from support import writers
+
+MODEL = Path(__file__).parents[2] / "examples" / "stdlib-llama"
+BLOCKS = 2
+SCRATCH = "GLOWQ_TEST_SCRATCH"  # names the folder that the processes of a test run share
+
+
+@dataclass(frozen=True)
+class Base:
+    """One kind of quantized model: a `--base` name, or a checkpoint that a library wrote.
+
+    Attributes:
+        name: as `--base` takes it, or of the checkpoint's writer and settings.
+        package: import name of the library.
+        extra: pip extra that installs it.
+        bits: nominal bits a weight.
+        kernel_error: largest relative error of the library's kernel (bfloat16 or float16 inside) on float32 inputs.
+        dequantize: the library's own read-back of one module.
+        write: quantizes the model in the first folder with the library alone and saves it into the second, as its
+            users do; None for a `--base` name, which quantizes while loading.
+        read: the library's own way to the model, where from_pretrained has none: (folder, dtype) -> model. The folder
+            is what `write` saved, or the full-precision model of a `--base` name.
+    """
+
+    name: str
+    package: str
+    extra: str
+    bits: int
+    kernel_error: float
+    dequantize: Callable[[nn.Module], Tensor]
+    write: Callable[[Path, Path], None] | None = None
+    read: Callable[[Path, torch.dtype], nn.Module] | None = None
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
+
+    @property
+    def is_preset(self) -> bool:
+        return self.write is None
+
+    def load(self, dtype: torch.dtype = torch.float32, folder: str | Path | None = None, **options: Any) -> Any:
+        """A model quantized by this base, untouched by glowq: `folder`, or two blocks of the bundled model."""
+        from transformers import AutoModelForCausalLM
+
+        source = small_model() if folder is None else Path(folder)
+        if self.read is not None:
+            return self.read(source if self.is_preset else self.checkpoint(source), dtype)
+        if self.is_preset:
+            if self.package == "gptqmodel" and not options:
+                return copy.deepcopy(_quantized(self, source, dtype))
+            options["quantization_config"] = self.config(source)
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint(source), dtype=dtype, **options)
+
+    def config(self, source: Path) -> Any:
+        """The transformers quantization config of a preset, with text to quantize with where it needs any."""
+        from transformers import AutoTokenizer
+
+        from glowq.quantizers.registry import base_config, with_calibration
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        ids = tokenizer("".join(writers.TEXTS), return_tensors="pt").input_ids
+        return with_calibration(base_config(self.name), ids[0, : ids.shape[1] // 128 * 128].reshape(-1, 128))
+
+    def checkpoint(self, source: Path) -> Path:
+        """The folder that `write` saved `source` to: written once a test run."""
+        assert self.write is not None
+        return _written(self, source)
+
+
+@cache
+def _scratch() -> Path:
+    """A folder that all processes of a test run share."""
+    if SCRATCH in os.environ:
+        return Path(os.environ[SCRATCH])
+    folder = Path(tempfile.mkdtemp(prefix="glowq-bases-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _once(name: str, fill: Callable[[Path], Any]) -> Path:
+    """The folder of this name in the scratch, filled by the first process that asks for it."""
+    folder = _scratch() / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = _scratch() / f"{name}.part"
+            made.mkdir()
+            fill(made)
+            made.rename(folder)
+    return folder
+
+
+@cache
+def _written(base: Base, source: Path) -> Path:
+    assert base.write is not None
+    name = f"{base.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:12]}"
+    return _once(name, partial(base.write, source))
+
+
+@cache
+def _quantized(base: Base, source: Path, dtype: torch.dtype) -> Any:
+    """What GPTQ takes seconds to quantize, once a process: never run and never changed."""
+    return base.load(dtype, source, device_map="cpu")
+
+
+@cache
+def small_model() -> Path:
+    """The first two blocks of the bundled model, trained weights and tokenizer, as a model of its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def fill(folder: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=BLOCKS, dtype="auto").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+
+    return _once("small", fill)
+
+
+def _four_bit(module: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+def _eight_bit(module: Any) -> Tensor:
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(module.weight, module.state)
+
+
+def _dequantize(module: Any) -> Tensor:
+    return module.weight.dequantize()
+
+
+def _hqq(module: Any) -> Tensor:
+    return module.dequantize()
+
+
+def _gptq(module: Any) -> Tensor:
+    return module.dequantize_weight().T
+
+
+def _awq(module: Any) -> Tensor:
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    packed = (module.qweight, module.qzeros, module.scales.float())
+    return dequantize_gemm(*packed, bits=module.bits, group_size=module.group_size).T
+
+
+def _compressed_tensors(module: Any) -> Tensor:
+    """The library replaces the packed tensors by `.weight` when the model first runs."""
+    from compressed_tensors.compressors import decompress_module
+
+    if not hasattr(module, "weight"):
+        module = copy.deepcopy(module)
+        decompress_module(module)
+    return module.weight.data
+
+
+_ACT_ORDER = partial(writers.gptqmodel, bits=4, group_size=32, desc_act=True)
+_WHOLE_ROWS = partial(writers.gptqmodel, bits=8, group_size=-1, desc_act=False, act_group_aware=False, sym=False)
+_THREE_BITS = partial(writers.optimum, bits=3, group_size=64, desc_act=True, sym=False)
+_GROUPS = partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=128)
+_ASYMMETRIC = partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64, symmetric=False)
+_CHANNELS = partial(writers.compressed_tensors, num_bits=8, strategy="channel")
+_QUANTO = {"int2": 2, "int4": 4, "int8": 8, "float8": 8}
+_HQQ = {bits: partial(writers.quantize_with_hqq, nbits=bits, group_size=64) for bits in (2, 3, 4, 8)}
+_HQQ_AXIS_0 = partial(writers.hqq, nbits=4, group_size=64, axis=0)
+
+BASES = [
+    Base("nf4", "bitsandbytes", "bitsandbytes", 4, 5e-3, _four_bit),
+    Base("nf4-double", "bitsandbytes", "bitsandbytes", 4, 5e-3, _four_bit),
+    Base("fp4", "bitsandbytes", "bitsandbytes", 4, 5e-3, _four_bit),
+    Base("fp4-double", "bitsandbytes", "bitsandbytes", 4, 5e-3, _four_bit),
+    Base("int8", "bitsandbytes", "bitsandbytes", 8, 5e-3, _eight_bit),
+    Base("torchao-int8", "torchao", "torchao", 8, 1e-6, _dequantize),
+    Base("torchao-int4", "torchao", "torchao", 4, 1e-6, _dequantize),
+    Base("torchao-int3", "torchao", "torchao", 3, 1e-6, _dequantize),
+    Base("torchao-int2", "torchao", "torchao", 2, 1e-6, _dequantize),
+    *(Base(f"gptq-{bits}", "gptqmodel", "gptq", bits, 5e-3, _gptq) for bits in (2, 3, 4, 8)),
+    Base("gptqmodel-int4-act-order", "gptqmodel", "gptq", 4, 5e-3, _gptq, write=_ACT_ORDER),
+    Base("gptqmodel-int8-rows", "gptqmodel", "gptq", 8, 5e-3, _gptq, write=_WHOLE_ROWS),
+    Base("optimum-int3-act-order", "gptqmodel", "gptq", 3, 5e-3, _gptq, write=_THREE_BITS),
+    Base("auto-gptq-int4", "gptqmodel", "gptq", 4, 5e-3, _gptq, write=writers.auto_gptq),
+    Base("awq-int4", "gptqmodel", "awq", 4, 5e-3, _awq, write=writers.awq),
+    *(Base(f"quanto-{kind}", "optimum.quanto", "quanto", bits, 1e-6, _dequantize) for kind, bits in _QUANTO.items()),
+    *(Base(f"hqq-{bits}", "hqq", "hqq", bits, 1e-6, _hqq, read=quantize) for bits, quantize in _HQQ.items()),
+    Base("hqq-saved-int4-axis-0", "hqq", "hqq", 4, 1e-6, _hqq, write=_HQQ_AXIS_0, read=writers.load_with_hqq),
+    Base("w4a16", "compressed_tensors", "compressed-tensors", 4, 1e-6, _compressed_tensors, write=_GROUPS),
+    Base("w4a16-asym", "compressed_tensors", "compressed-tensors", 4, 1e-6, _compressed_tensors, write=_ASYMMETRIC),
+    Base("w8a16-channels", "compressed_tensors", "compressed-tensors", 8, 1e-6, _compressed_tensors, write=_CHANNELS),
+]
+
+
+def repacks() -> bool:
+    """Whether bitsandbytes has a kernel for this CPU that rewrites 4-bit weights."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
+def rows(*names: str) -> list[Any]:
+    """The named rows (all of them without names) as pytest parameters; one whose library is absent is skipped."""
+    chosen = [base for base in BASES if not names or base.name in names]
+    return [
+        pytest.param(base, id=base.name, marks=pytest.mark.skipif(not base.installed, reason=f"needs {base.package}"))
+        for base in chosen
+    ]

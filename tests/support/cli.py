@@ -1,0 +1,44 @@
+"""The commands as tests run them: in this process, or in one of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from typer.testing import CliRunner
+
+from glowq.cli.app import app
+from support.tiny import EXAMPLE
+
+MODEL = str(EXAMPLE)
+
+
+def call(*arguments):
+    """A command in this process."""
+    typed = [str(argument) for argument in arguments]
+    with patch.object(sys, "argv", ["glowq", *typed]):
+        return CliRunner().invoke(app, typed, prog_name="glowq")
+
+
+def result_of(*arguments):
+    """What a command with --json printed, its whole stdout."""
+    done = call(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def fresh(folder, *arguments):
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "glowq", *map(str, arguments)]
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=300)
+
+
+def encoder(path, model):
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(MODEL, name), path)
+    return path

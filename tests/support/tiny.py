@@ -1,0 +1,105 @@
+"""A tiny Llama with the bundled tokenizer, and the calls that every test of correcting, saving and loading makes."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import glowq
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "stdlib-llama"
+BASES = ["nf4", "nf4-double", "fp4", "fp4-double", "int8"]
+BASES += ["torchao-int8", "torchao-int4", "torchao-int3", "torchao-int2"]
+TEXTS = [
+    "def area(width, height):\n    return width * height\n" * 40,
+    "import os\n\nclass Reader:\n    pass\n" * 60,
+] * 4
+CALIBRATION: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128}
+VOCABULARY: dict[str, Any] = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SHAPE: dict[str, Any] = {
+    **VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A seed of torch's global generator that the test's caller does not see."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+    """A random full-precision Llama of two layers, saved with the bundled tokenizer."""
+    with seeded(seed):
+        LlamaForCausalLM(LlamaConfig(**{**SHAPE, **config})).to(dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EXAMPLE).save_pretrained(folder)
+    return folder
+
+
+def library_texts(folder: Path) -> None:
+    """train.txt and test.txt: modules of the standard library, none in both."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for target, names in (("train", ("csv.py", "shutil.py")), ("test", ("textwrap.py", "bisect.py", "argparse.py"))):
+        (folder / f"{target}.txt").write_text("".join((library / name).read_text("utf-8") for name in names))
+
+
+def biased_llama(folder: Path) -> Path:
+    """`tiny_llama` in float32, with a random bias in every linear layer of its blocks."""
+    model = load(tiny_llama(folder, attention_bias=True, mlp_bias=True, dtype=torch.float32))
+    with torch.no_grad(), seeded(0):
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def quantized(folder: Path | str, base: str, **kwargs: Any) -> Any:
+    """The model quantized by its library alone, without glowq's quantizer."""
+    config = glowq.GlowQConfig(base=base).base
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs)
+
+
+def correct(model: nn.Module, folder: Path, **options: Any) -> glowq.Correction:
+    """Correct a quantized model in place, with the tokenizer and the full-precision weights of a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = {"reference": folder, "calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CALIBRATION}
+    return glowq.correct(model, **{**settings, **options})
+
+
+def corrected(folder: Path, base: str, **options: Any) -> tuple[Any, glowq.Correction]:
+    """A quantized model, corrected in place, and its correction."""
+    model = quantized(folder, base)
+    return model, correct(model, folder, **options)
+
+
+def load(folder: Path | str, **kwargs: Any) -> Any:
+    """Plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    """Logits of two fixed sequences, shape (2, 24, vocabulary)."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def gap(model: nn.Module, expected: Tensor) -> float:
+    """Largest absolute difference between a model's logits and the expected ones."""
+    return float((logits(model) - expected).abs().max())
