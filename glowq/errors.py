@@ -18,6 +18,7 @@ __all__ = [
     "GlowQError",
     "HubError",
     "ModelNotFoundError",
+    "NewerFormatWarning",
     "NoGradientWarning",
     "NonFiniteError",
     "OutputError",
@@ -135,6 +136,10 @@ class HubError(GlowQError, OSError):
 
 class UntestedVersionWarning(UserWarning):
     """A library's version lies outside the range that glowq is tested with; said once for each library."""
+
+
+class NewerFormatWarning(UserWarning):
+    """A file holds fields that a newer minor version of its format added, and that this glowq leaves out."""
 
 
 class NoGradientWarning(UserWarning):

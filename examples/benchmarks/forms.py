@@ -26,6 +26,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowq
+from glowq.artifact.request import CorrectionRequest
 from glowq.integrations.export.registry import export
 from glowq.integrations.transformers.checkpoint import correct_checkpoint
 from glowq.quantizers.registry import base_config
@@ -80,9 +81,10 @@ def write_forms(arguments: argparse.Namespace, folder: Path) -> dict[str, Callab
     """Form -> what loads it; the folder of each is `folder/<form>`."""
     config, tokenizer = base_config(arguments.base), AutoTokenizer.from_pretrained(arguments.model)
     options = {"calibration": arguments.calibration, "calibration_tokens": arguments.calibration_tokens}
+    request = CorrectionRequest(rank=arguments.rank, **options)
     for form in ("correction", "full"):
         output = folder / form
-        correct_checkpoint(arguments.model, output, base=arguments.base, rank=arguments.rank, format=form, **options)
+        correct_checkpoint(arguments.model, output, request=request, base=arguments.base, format=form)
     model = AutoModelForCausalLM.from_pretrained(folder / "full")
     glowq.detach(model)
     model.save_pretrained(folder / "quantized")

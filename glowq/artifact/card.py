@@ -14,6 +14,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from ..errors import GlowQError
 from ..evaluation.figures import has_gap, shown, shown_share, undone
 from ..evaluation.plots import can_plot, draw_budgets
+from ..factors.units import GainUnit
 from ..selection.allocation import Offer
 from ..selection.curve import CurvePoint, budget_curve
 from ..utils.files import read_json
@@ -27,12 +28,6 @@ PICTURE = "budgets.png"
 _TAGS = ["glowq", "quantized", "low-rank-correction"]
 _LICENSE = ("license", "license_name", "license_link")
 _PERPLEXITIES = {"reference": "full precision", "quantized": "quantized", "corrected": "corrected"}
-_UNITS = {  # of the gains, as provenance names them
-    "nats": "KL divergence from full precision",
-    "squared distance": "squared distance of the states from full precision's",
-    "second order of the loss": "loss, to second order",
-    "squared output": "squared error of the modules' outputs",
-}
 
 
 def card_files(
@@ -60,13 +55,13 @@ def card_files(
     base_model: dict[str, Any] = config.base_model or {}
     name = str(base_model.get("name", ""))
     title = f"{Path(name).name}, corrected by glowq"
-    unit = _UNITS.get(str(provenance.get("gains")), "what quantization cost")
-    curve = [] if provenance.get("distilled_steps") else budget_curve(offers, config.total, base_bytes)
+    unit = (provenance.gains or GainUnit.UNMEASURED).description
+    curve = [] if provenance.distilled_steps else budget_curve(offers, config.total, base_bytes)
     drawn = len(curve) > 1 and (can_plot() if picture is None else picture)
     factor_bytes = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
     ranks = sorted({len(offer.gains) for offer in offers})
     card = ModelCard.from_template(
-        _metadata(name, title, provenance.get("held_out"), license or {}),
+        _metadata(name, title, provenance.held_out, license or {}),
         template_path=str(_templates() / "correction.md"),
         full=config.format == "full",
         title=title,
@@ -80,16 +75,16 @@ def card_files(
         ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         factor_bytes=f"{factor_bytes:,}",
         overhead=f"{factor_bytes / base_bytes:.2%}" if base_bytes else "an unknown share",
-        calibration_tokens=_count(provenance.get("calibration_tokens")),
-        held_out=_held_out(provenance.get("held_out")),
-        selected=provenance.get("selected"),
-        distilled=provenance.get("distilled_steps"),
-        int8=provenance.get("factor_dtype") == "int8",
-        rounding=_rounding(provenance.get("int8")),
+        calibration_tokens=_count(provenance.calibration_tokens),
+        held_out=_held_out(provenance.held_out),
+        selected=provenance.selected,
+        distilled=provenance.distilled_steps,
+        int8=provenance.factor_dtype == "int8",
+        rounding=_rounding(provenance.int8),
         curve=_rows(curve),
         picture=PICTURE if drawn else None,
         unit=unit,
-        command=provenance.get("command"),
+        command=provenance.command,
         repository=repository,
     )
     files = {CARD: str(card.content).encode()}

@@ -27,6 +27,7 @@ from ..utils.output import write_directory
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
 from .factor_files import describe_groups, factor_tensors
+from .provenance import Selected
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
 
 __all__ = ["Correction"]
@@ -168,7 +169,7 @@ class Correction:
             RoundingError: rounding is predicted to lose more than the bytes that it saves can win.
         """
         found = self._with([rounded(entry) for entry in self.factors])
-        found.config.provenance["factor_dtype"] = "int8"
+        found.config.record(factor_dtype="int8")
         check_rounding(self.offers, found.offers)
         return found
 
@@ -309,7 +310,7 @@ class Correction:
 def _config_of_part(config: GlowQConfig, factors: Sequence[GroupFactors], of_factor_bytes: int) -> GlowQConfig:
     part = config.with_groups(describe_groups(factors))
     is_part = sum(entry.factor_bytes for entry in factors) < of_factor_bytes
-    if is_part and "held_out" in part.provenance:
-        figures = part.provenance.pop("held_out")
-        part.provenance["selected"] = {"of_factor_bytes": of_factor_bytes, "of_held_out": figures}
+    if is_part and part.provenance.held_out is not None:
+        selected: Selected = {"of_factor_bytes": of_factor_bytes, "of_held_out": part.provenance.held_out}
+        part.record(held_out=None, selected=selected)
     return part

@@ -1,113 +1,120 @@
-"""Where a correction comes from: what config.json stores of its base, its calibration and its making."""
+"""`Provenance`: what is known of the making of a correction, typed, as config.json stores it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
 
-from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
-
-from .._version import __version__
 from ..errors import ConfigError
-from ..factors.factors import GroupFactors
-from ..quantizers.registry import is_calibrated, stored_base
-from .config import GlowQConfig
-from .correction import Correction
-from .factor_files import describe_groups
-from .fingerprint import fingerprint
+from ..factors.units import GainUnit
+from ..utils.checks import check_amount, check_int
 
-__all__ = ["correction_of", "stored_config"]
+__all__ = ["Benefit", "HeldOut", "Provenance", "RoundingCost", "Selected"]
 
 
-def _pre_quantized(model: nn.Module) -> bool:
-    """Whether the model was loaded from quantized weights rather than quantized while loading."""
-    return bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True))
+class HeldOut(TypedDict, total=False):
+    """Perplexities on text that was held out of the calibration text, and the share of their gap that came back."""
+
+    reference: float | None
+    quantized: float | None
+    corrected: float | None
+    recovered: float | None
+    recovered_ci95: list[float | None] | None
+    tokens: int
 
 
-def stored_config(
-    model: nn.Module,
-    reference: Any,
-    base_bytes: int,
-    method: str,
-    sequences: Tensor,
-    seed: int,
-) -> GlowQConfig:
-    """What config.json will say of a correction, before its groups are known.
+class RoundingCost(TypedDict, total=False):
+    """Mean divergence from the reference with int8 factors and unrounded, see `glowq.evaluation.rounding_cost`."""
 
-    Args:
-        model: the quantized model.
-        reference: the full-precision model; its name stands for the base's where the model knows none.
-        base_bytes: bytes of the quantized weights.
-        method: name of the solver method.
-        sequences: the calibration text's token ids, shape (n, length).
-        seed: of the calibration and the solver.
+    tokens: int
+    quantized: float
+    int8: float
+    same_ranks: float
+    same_bytes: float
+
+
+class Selected(TypedDict, total=False):
+    """Of what a correction is a part: the bytes and the held-out figures of the whole, and the budget it was cut to."""
+
+    of_factor_bytes: int
+    of_held_out: HeldOut | None
+    budget: str | int | None
+
+
+class Benefit(TypedDict, total=False):
+    """Measured benefit of a group with its 95% interval, in the unit of the gains."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Facts of the making of a correction; None where a fact is unknown or does not apply.
+
+    Attributes:
+        glowq: version that made it.
+        calibration_tokens: tokens that it was calibrated on.
+        sequence_length: tokens a calibration sequence.
+        gains: the unit of all gains and of `total`.
+        measured_tokens: tokens that each group's benefit was measured on.
+        not_restored: group name -> measured benefit of the groups that a budget left out because they only did harm.
+        total: predicted loss of the whole quantized model in the unit of the gains.
+        distilled_steps: steps of gradient descent on the chosen factors.
+        factor_dtype: "int8" where the factors were rounded to it.
+        int8: what that costs, measured.
+        held_out: figures on held-out text.
+        selected: what it was cut from.
+        command: the exact command lines, one a line.
+        adapter_base: base of the adapter that it was imported from.
 
     Raises:
-        ConfigError: neither the model nor the reference says where the base can be loaded from again.
+        ConfigError: a value is of another kind; the message names the field.
     """
-    base = getattr(getattr(model, "config", None), "quantization_config", None)
-    name, revision = _base_identity(model, reference)
-    return GlowQConfig(
-        base=stored_base(base.base if isinstance(base, GlowQConfig) else base),
-        method=method,
-        seed=seed,
-        format="correction",
-        base_model={"name": name, "revision": revision, "fingerprint": fingerprint(model)},
-        groups={},
-        base_bytes=base_bytes,
-        provenance={
-            "glowq": __version__,
-            "calibration_tokens": int(sequences.numel()),
-            "sequence_length": int(sequences.shape[1]),
-        },
-    )
 
+    glowq: str | None = None
+    calibration_tokens: int | None = None
+    sequence_length: int | None = None
+    gains: GainUnit | None = None
+    measured_tokens: int | None = None
+    not_restored: Mapping[str, Benefit] | None = None
+    total: float | None = None
+    distilled_steps: int | None = None
+    factor_dtype: str | None = None
+    int8: RoundingCost | None = None
+    held_out: HeldOut | None = None
+    selected: Selected | None = None
+    command: str | None = None
+    adapter_base: str | None = None
 
-def _base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
-    """Where the base can be loaded from again: the quantized model's own folder or Hub name, and the cached commit."""
-    config: Any = getattr(model, "config", None)
-    earlier = getattr(config, "quantization_config", None)
-    if isinstance(earlier, GlowQConfig) and earlier.base_model is not None:
-        # Loaded with a correction that was detached: its folder is no base.
-        return earlier.base_model["name"], earlier.base_model["revision"]
-    name = getattr(config, "_name_or_path", "") or (reference if isinstance(reference, str) else "")
-    if not name:
-        raise ConfigError("the model does not know where it was loaded from; load it with from_pretrained.")
-    if Path(name).is_file():
-        name = str(Path(name).parent)  # HQQ's own loader names the config.json
-    if Path(name).is_dir():
-        return str(Path(name).resolve()), None
-    cached = try_to_load_from_cache(str(name), "config.json")
-    return str(name), Path(cached).parent.name if isinstance(cached, str) else None
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "sequence_length", "measured_tokens", "distilled_steps"):
+            check_int(f"provenance.{name}", getattr(self, name), 0, optional=True)
+        for name in ("glowq", "factor_dtype", "command", "adapter_base"):
+            self._check_kind(name, str, "a text")
+        for name in ("not_restored", "int8", "held_out", "selected"):
+            self._check_kind(name, Mapping, "a JSON object")
+        if self.total is not None:
+            check_amount("provenance.total", self.total)
+        if self.gains is not None:
+            if self.gains not in list(GainUnit):
+                units = ", ".join(repr(unit.value) for unit in GainUnit)
+                raise ConfigError(f"provenance.gains in config.json must be one of {units}, found {self.gains!r}.")
+            object.__setattr__(self, "gains", GainUnit(self.gains))  # of the text that a file holds
 
+    def _check_kind(self, name: str, kind: type, what: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"provenance.{name} in config.json must be {what}, found {type(value).__name__}.")
 
-def _model_config(model: nn.Module) -> dict[str, Any]:
-    """The model's own fields of config.json: its class, and neither its quantization nor the folder it came from."""
-    config: Any = getattr(model, "config", None)
-    stored = dict(config.to_dict())
-    stored.pop("quantization_config", None)
-    stored.pop("_name_or_path", None)
-    stored["architectures"] = [type(model).__name__]
-    return stored
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all fields."""
+        return [field.name for field in fields(cls)]
 
-
-def correction_of(
-    model: nn.Module, factors: list[GroupFactors], config: GlowQConfig, base_bytes: int, tokenizer: Any
-) -> Correction:
-    """The correction of `model` with these factors, with what its folder needs of the model to load as one.
-
-    Args:
-        config: what `stored_config` returned.
-        base_bytes: bytes of the quantized weights.
-        tokenizer: saved with the correction; or None.
-    """
-    return Correction(
-        factors=factors,
-        config=config.with_groups(describe_groups(factors)),
-        model_config=_model_config(model),
-        base_bytes=base_bytes,
-        tokenizer=tokenizer,
-        generation_config=getattr(model, "generation_config", None),
-        base_is_stored=_pre_quantized(model) or not is_calibrated(config.base),
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json stores: the facts that are known."""
+        known = {name: getattr(self, name) for name in self.names() if getattr(self, name) is not None}
+        return {name: value.value if isinstance(value, GainUnit) else value for name, value in known.items()}

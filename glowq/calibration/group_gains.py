@@ -22,6 +22,7 @@ from ..data.tokens import batches
 from ..evaluation.bootstrap import Interval
 from ..evaluation.divergence import answer, divergences
 from ..factors.factors import GroupFactors
+from ..factors.units import GainUnit
 from ..models.forward import evaluating, replaced_forward, to_model
 from ..runtime.attach import attach, detach
 from ..utils.logging import progress
@@ -40,12 +41,12 @@ class Measured:
     Attributes:
         change: divergence of the answers from those without it, per token, in nats or squared distance.
         benefit: how much nearer they come to the reference's, in the same unit, with its 95% interval.
-        unit: "nats", or "squared distance" of an encoder's states.
+        unit: NATS, or SQUARED_DISTANCE of an encoder's states.
     """
 
     change: float
     benefit: Interval
-    unit: str
+    unit: GainUnit
 
     @property
     def harms(self) -> bool:
@@ -72,7 +73,7 @@ def measure_groups(
         SensitivityError: the models give out neither logits nor final states.
     """
     samples: dict[str, _Samples] = {entry.group.name: _Samples([], [], []) for entry in factors}
-    unit = ""
+    unit = GainUnit.NATS
     size = max(1, _BATCH_TOKENS // sequences.shape[1])
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -85,7 +86,7 @@ def measure_groups(
             inputs = to_model(batch, model)
             prefix = _Prefix(model, [entry.group.block for entry in factors])
             plain = answer(prefix.record(inputs))
-            unit = "nats" if len(plain) == 1 else "squared distance"
+            unit = GainUnit.NATS if len(plain) == 1 else GainUnit.SQUARED_DISTANCE
             wanted = [part.to(plain[0].device) for part in wanted]
             before = divergences(wanted, plain)
             for entry in factors:
@@ -115,7 +116,7 @@ class _Samples:
     loud: list[tuple[float, float]]
     benefits: list[Tensor]
 
-    def summary(self, unit: str) -> Measured:
+    def summary(self, unit: GainUnit) -> Measured:
         change = math.fsum(self.changes)
         if self.loud:
             louder = math.fsum(found for found, _ in self.loud) - change

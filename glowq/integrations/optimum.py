@@ -13,6 +13,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from ..artifact.request import CorrectionRequest
 from ..errors import ConfigError
 from ..models.loading import load_config
 from .transformers.checkpoint import correct_checkpoint
@@ -54,7 +55,8 @@ def main_export(
         model_name_or_path: folder or Hub name.
         output: folder to write; must be new, empty, or an earlier result.
         task: "text-generation" or "feature-extraction", as optimum calls them; "auto" takes the class in config.json.
-        **options: of `glowq.integrations.transformers.checkpoint.correct_checkpoint`; `calibration` is required.
+        **options: of `glowq.integrations.transformers.checkpoint.correct_checkpoint`, and the fields of
+            `CorrectionRequest`; `calibration` is required.
 
     Returns:
         See `correct_checkpoint`.
@@ -64,6 +66,8 @@ def main_export(
         GlowQError: see `correct_checkpoint`.
     """
     register()
+    asked = {name: options.pop(name) for name in CorrectionRequest.names() if name in options}
+    options["request"] = CorrectionRequest.of(options.get("request"), asked)
     if task == "auto":
         return correct_checkpoint(model_name_or_path, output, **options)
     model_type = load_config(model_name_or_path, options.get("gguf_file")).model_type

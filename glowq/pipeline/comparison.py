@@ -14,6 +14,7 @@ from ..artifact.correction import Correction
 from ..errors import RoundingError, UnsupportedModuleError
 from ..evaluation.scores import Score, score_models
 from ..factors.factors import GroupFactors
+from ..factors.units import GainUnit
 from ..models.forward import to_model
 from ..models.reference import Reference
 from ..models.tracing import Trace, trace_groups
@@ -123,7 +124,8 @@ def compare_methods(
         found, whole = BUY[method.allocation](method, terms)
         entries += found
         if method.allocation == "gain" and benefit is None and whole is not None:
-            benefit = benefit_map(whole, trace.groups, terms.largest)
+            unit = whole.config.provenance.gains or GainUnit.SQUARED_OUTPUT
+            benefit = benefit_map(whole.factors, trace.groups, unit, terms.largest)
             entries += _in_int8(method, terms) if int8 else []
     return Comparison(entries, base_bytes, benefit)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..artifact.build import correction_of, stored_config
 from ..artifact.correction import Correction
-from ..artifact.provenance import correction_of, stored_config
+from ..artifact.request import CorrectionRequest
 from ..calibration.distillation import distill as distill_factors
 from ..calibration.group_gains import calibrated, measure_groups
 from ..calibration.output_gradients import output_moments
@@ -28,7 +29,7 @@ from ..errors import (
 )
 from ..evaluation.rounding_cost import rounding_cost
 from ..factors.factors import GroupFactors
-from ..factors.int8 import check_factor_dtype
+from ..factors.units import GainUnit
 from ..models.forward import to_model
 from ..models.reference import REVISION_TOLERANCE, Reference
 from ..models.tracing import Trace, trace_groups
@@ -41,7 +42,6 @@ from ..selection.budget import RankRequest
 from ..selection.ranks import candidate_ranks, uniform_ranks
 from ..solving.methods.base import Method, get_method
 from ..solving.moments import OutputMoment
-from ..utils.checks import check_int
 from .block_solver import BlockSolver, stops_of
 from .block_store import Resume
 
@@ -59,20 +59,11 @@ def correct(
     model: nn.Module,
     *,
     reference: Any,
-    calibration: Any = None,
     tokenizer: Any = None,
-    rank: int | None = None,
-    budget: str | int | None = None,
-    rank_step: int = 1,
-    max_rank: int | None = None,
-    method: str = "glowq",
-    calibration_tokens: int = 32768,
-    sequence_length: int = 512,
-    distill: int = 0,
-    factor_dtype: str = "auto",
-    seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
     dense: bool = False,
+    request: CorrectionRequest | None = None,
+    **options: Any,
 ) -> Correction:
     """Give a quantized model its accuracy back, and return what was added as a `Correction`.
 
@@ -82,25 +73,13 @@ def correct(
     Args:
         model: quantized transformers model.
         reference: the full-precision model that it was made from: a Hub name, a folder, or a model in memory.
-        calibration: text (list of str, file, folder or datasets name), or token ids as a tensor of shape (n, length).
         tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
-        rank: rank of every group (lowered where a group allows less); 32 if neither it nor `budget` is given.
-        budget: instead of `rank`: the ranks that gain most within these bytes, a share of the quantized weights
-            ("1%") or a size ("200MB"); or the share of the predicted loss that the fewest bytes are to recover
-            ("recover 80%").
-        rank_step: a budget buys ranks in multiples of this, or all that a group's shape allows.
-        max_rank: most ranks that a budget buys any group.
-        method: see `glowq.solving.methods.base`.
-        calibration_tokens: how many tokens of the text are used, picked from all over it.
-        sequence_length: tokens a sequence; lowered to what the model allows.
-        distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
-            to the reference's; 60 are good. The factors stay as many, and are no longer each group's own optimum.
-        factor_dtype: "auto", the model's own, or "int8", half the bytes, so that a budget buys twice the ranks. What
-            rounding costs is measured on text that nothing was calibrated on.
-        seed: of that choice and of the solver.
         resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
             dequantized on load, or fake-quantized ones. Every linear layer but the head is taken.
+        request: what the correction is to be; or its fields one by one, see `CorrectionRequest`:
+        **options: rank, budget, rank_step, max_rank, method, calibration, calibration_tokens, sequence_length, distill,
+            factor_dtype, seed.
 
     Returns:
         The correction, attached to `model`, its factors in the model's dtype on the CPU.
@@ -113,21 +92,14 @@ def correct(
         CalibrationError: no text, or fewer tokens than needed; a budget takes 2 sequences, to choose by one of them,
             and so do int8 factors, to be measured on one.
         RankError: rank below 1, or larger than every group allows.
-        ConfigError: the budget cannot be parsed, is too small for any rank, or is a target out of reach of the ranks
-            that a tenth of the quantized weights' bytes would have been spent on.
+        ConfigError: an option is unknown or wrong; the budget is too small for any rank, or is a target out of reach of
+            the ranks that a tenth of the quantized weights' bytes would have been spent on.
         RoundingError: int8 factors would lose more than the bytes that they save can win.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
-    solver = get_method(method)
-    request = RankRequest(rank, budget, rank_step, max_rank)
-    check_int("distill", distill, 0)
-    check_factor_dtype(factor_dtype)
-    int8 = factor_dtype == "int8"
-    if budget is not None and solver.allocation == "groups":
-        raise ConfigError(
-            f"method {method!r} spends a budget on whole groups, which only `glowq compare` does; give a rank, or "
-            "method='glowq'."
-        )
+    request = CorrectionRequest.of(request, options)
+    solver, ranks_asked, seed = get_method(request.method), request.ranks, request.seed
+    int8 = request.factor_dtype == "int8"
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     refuse_misloaded(model)
@@ -137,15 +109,15 @@ def correct(
     if not backends:
         raise UnsupportedModuleError(_nothing_quantized(model))
     check_scales(model)
-    sequences = calibration_sequences(model, calibration, tokenizer, calibration_tokens, sequence_length, seed)
+    sequences = calibration_sequences(model, request, tokenizer)
     trace = _trace(model, sequences)
     base_bytes = packed_bytes(model)
-    itemsize = 1 if int8 else dtype_of_factors(model).itemsize
-    if budget is None:
-        ranks = uniform_ranks(trace.groups, rank)
+    if request.budget is None:
+        ranks = uniform_ranks(trace.groups, request.rank)
     else:
-        ranks = candidate_ranks(trace.groups, request, base_bytes, itemsize, shared=solver.shared)
-    train, held = _parted(sequences, solver, request, int8, seed)
+        itemsize = 1 if int8 else dtype_of_factors(model).itemsize
+        ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, itemsize, shared=solver.shared)
+    train, held = _parted(sequences, solver, ranks_asked, int8, seed)
     _check_token_count(train, ranks)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed)
     try:
@@ -154,21 +126,23 @@ def correct(
             source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
             store = Resume.open(resume, config, reference, ranks, sequences)
             outputs = _output_moments(model, source.model, trace, train, seed) if solver.two_sided else {}
-            config.provenance["gains"] = "second order of the loss" if outputs else "squared output"
+            config.record(gains=GainUnit.SECOND_ORDER if outputs else GainUnit.SQUARED_OUTPUT)
             run = BlockSolver(model, source, backends, solver, ranks, seed, store, outputs)
             factors = run.solve(stops_of(trace, ranks), train)
             detach(model)
             if held is not None and solver.allocation == "gain":
-                factors, facts = _measured(model, source.model, factors, held, request)
-                config.provenance.update(facts)
+                factors, facts = _measured(model, source.model, factors, held, ranks_asked)
+                config.record(**facts)
             # What the groups that are not restored cost must still be known when they are gone.
-            config.provenance["total"] = math.fsum(entry.total for entry in factors)
+            config.record(total=math.fsum(entry.total for entry in factors))
             whole = correction_of(model, factors, config, base_bytes, tokenizer)
-            correction = whole if budget is None else whole.kept(whole.choose(request, factor_dtype))
-            if distill:
-                options = {"steps": distill, "seed": seed}
-                correction.factors = distill_factors(model, source.model, correction.factors, train, **options)
-                correction.config.provenance["distilled_steps"] = distill
+            correction = whole
+            if request.budget is not None:
+                correction = whole.kept(whole.choose(ranks_asked, request.factor_dtype))
+            if request.distill:
+                steps = {"steps": request.distill, "seed": seed}
+                correction.factors = distill_factors(model, source.model, correction.factors, train, **steps)
+                correction.config.record(distilled_steps=request.distill)
             if int8:
                 assert held is not None
                 correction = _rounded(model, source.model, whole, correction, held)
@@ -201,7 +175,7 @@ def _rounded(
     steps = allocate(by_benefit(whole.offers), found.factor_bytes)
     same_bytes = whole.kept({step.name: step.rank for step in steps})
     cost = rounding_cost(model, reference, found.factors, correction.factors, same_bytes.factors, sequences)
-    found.config.provenance["int8"] = cost
+    found.config.record(int8=cost)
     return found
 
 
@@ -260,15 +234,14 @@ def _nothing_quantized(model: nn.Module) -> str:
     )
 
 
-def calibration_sequences(
-    model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, length: int, seed: int
-) -> Tensor:
-    """The token ids that a correction is made of, int64, shape (n, length); see `correct` for the arguments.
+def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenizer: Any) -> Tensor:
+    """The token ids that a correction is made of, int64, shape (n, length); see `CorrectionRequest`.
 
     Raises:
         CalibrationError: no text, no tokenizer, or fewer tokens than one sequence.
         TokenizerMismatchError: ids that the model does not know.
     """
+    calibration, length = request.calibration, request.sequence_length
     config = getattr(model, "config", None)
     text_config = config.get_text_config() if config is not None else None
     vocab_size = getattr(text_config, "vocab_size", None)
@@ -290,7 +263,12 @@ def calibration_sequences(
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
     return token_sequences(
-        read_texts(calibration), tokenizer, length=min(length, limit), limit=tokens, seed=seed, vocab_size=vocab_size
+        read_texts(calibration),
+        tokenizer,
+        length=min(length, limit),
+        limit=request.calibration_tokens,
+        seed=request.seed,
+        vocab_size=vocab_size,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..artifact.correction import Correction
+from ..factors.factors import GroupFactors
 from ..factors.group import Group
+from ..factors.units import GainUnit
 
 __all__ = ["Benefit", "benefit_map"]
 
@@ -31,18 +32,19 @@ class Benefit:
     budget: str
 
 
-def benefit_map(correction: Correction, groups: Sequence[Group], budget: str) -> Benefit:
-    """Predicted benefit of every group of `correction`, by layer and by kind of group.
+def benefit_map(factors: Sequence[GroupFactors], groups: Sequence[Group], unit: GainUnit, budget: str) -> Benefit:
+    """Predicted benefit of every group of a correction, by layer and by kind of group.
 
     Args:
-        correction: its gains are summed over the ranks that it holds.
+        factors: the correction's; their gains are summed over the ranks that they hold.
         groups: every group of the model, restored or not, in the order of the forward.
+        unit: of the gains.
         budget: that the correction was cut to.
     """
-    gains = {entry.group.name: float(entry.gains.sum()) for entry in correction.factors}
+    gains = {entry.group.name: float(entry.gains.sum()) for entry in factors}
     places = {group.name: (group.block, group.name.removeprefix(f"{group.block}.")) for group in groups}
     found = {place: gains.get(name, 0.0) for name, place in places.items()}
     layers = list(dict.fromkeys(layer for layer, _ in found))
     kinds = list(dict.fromkeys(kind for _, kind in found))
     values = [[found.get((layer, kind)) for kind in kinds] for layer in layers]
-    return Benefit(layers, kinds, values, str(correction.config.provenance.get("gains", "squared output")), budget)
+    return Benefit(layers, kinds, values, unit.value, budget)

@@ -24,7 +24,7 @@ PERPLEXITIES = [("full precision", 10.0), ("quantized", 12.0), ("corrected", 10.
 def correction(rank_8: Path) -> glowq.Correction:
     """A correction with the figures that `glowq correct` would have measured."""
     found = glowq.Correction.from_pretrained(rank_8)
-    found.config.provenance.update(held_out={**FIGURES, "tokens": 4096}, command="glowq correct model --base nf4")
+    found.config.record(held_out={**FIGURES, "tokens": 4096}, command="glowq correct model --base nf4")
     return found
 
 
@@ -45,11 +45,11 @@ class TestMetadata:
 
     @pytest.mark.parametrize("changes", [{"recovered_ci95": None}, {"quantized": 10.001}, {"recovered": None}], ids=str)
     def test_a_share_that_says_nothing_is_left_out(self, correction: glowq.Correction, changes: dict[str, Any]) -> None:
-        correction.config.provenance["held_out"].update(changes)
+        correction.config.provenance.held_out.update(changes)
         assert {result.metric_type for result in card_of(correction).data.eval_results or []} == {"perplexity"}
 
     def test_nothing_measured(self, correction: glowq.Correction) -> None:
-        correction.config.provenance["held_out"] = None
+        correction.config.record(held_out=None)
         data = card_of(correction).data.to_dict()
         assert not {"model-index", "model_name", "pipeline_tag"} & set(data)
         assert "What it recovers was not evaluated" in correction.model_card()
@@ -131,7 +131,7 @@ class TestPicture:
     def test_nothing_is_predicted_of_what_was_distilled_or_never_measured(
         self, correction: glowq.Correction, change: dict[str, Any]
     ) -> None:
-        correction.config.provenance.update(change)
+        correction.config.record(**change)
         files = card_files(correction.config, correction.offers)
         assert set(files) == {CARD}
         assert b"Predicted for fewer bytes" not in files[CARD]

@@ -43,7 +43,7 @@ def test_nearer_to_the_reference_on_text_that_was_not_seen_at_the_same_bytes(sou
         model = quantized(source, "torchao-int3")
         options: dict[str, Any] = {"reference": source, "calibration": train, "budget": "1%", "distill": steps}
         correction = glowq.correct(model, **options)
-        assert correction.config.provenance.get("distilled_steps") == (steps or None)
+        assert correction.config.provenance.distilled_steps == (steps or None)
         scores[name] = score_models({"reference": reference, name: model}, held)[name].kl, correction
     (before, plain), (after, distilled) = scores["plain"], scores["distilled"]
     assert (distilled.ranks, distilled.factor_bytes) == (plain.ranks, plain.factor_bytes)

@@ -159,8 +159,8 @@ def test_gains_take_the_unit_of_what_was_measured(tmp_path: Path) -> None:
     source = saved_llama(tmp_path / "source", dtype=torch.float32)
     model = quantized(source, "torchao-int2", dtype=torch.float32)
     correction = correct(model, source, rank=16)
-    assert correction.config.provenance["gains"] == "nats"
-    assert correction.config.provenance["measured_tokens"] == 128
+    assert correction.config.provenance.gains == "nats"
+    assert correction.config.provenance.measured_tokens == 128
     sequences = token_sequences(TEXTS, AutoTokenizer.from_pretrained(source), length=128, limit=512, seed=1)
     detach(model)
     measured = measure_groups(model, load(source), correction.factors, sequences)
@@ -192,7 +192,7 @@ def test_a_group_that_only_does_harm_is_not_bought(tmp_path: Path, monkeypatch: 
     guarded = correct(quantized(source, "torchao-int2"), source, rank=None, budget="5%")
     assert victim.name in whole.ranks
     assert victim.name not in guarded.ranks
-    refused = guarded.config.provenance["not_restored"]
-    assert victim.name not in whole.config.provenance["not_restored"]
+    refused = guarded.config.provenance.not_restored
+    assert victim.name not in whole.config.provenance.not_restored
     assert refused[victim.name]["high"] < 0
     assert guarded.factor_bytes <= 0.05 * guarded.base_bytes

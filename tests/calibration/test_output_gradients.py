@@ -237,5 +237,5 @@ def test_without_gradients_errors_are_counted_in_output_units_and_it_is_said(
     monkeypatch.setattr("glowq.pipeline.correct.output_moments", refuse)
     with pytest.warns(NoGradientWarning, match=r"down_proj: no gradient .* counted in output units"):
         found = glowq.correct(quantized(source, "nf4"), **options)
-    assert found.config.provenance["gains"] == "nats"  # measured, all the same
+    assert found.config.provenance.gains == "nats"  # measured, all the same
     assert all(torch.equal(tensor, expected.tensors()[name]) for name, tensor in found.tensors().items())

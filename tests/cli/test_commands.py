@@ -17,6 +17,7 @@ from glowq.cli.app import app
 from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.pipeline.block_store import Resume
+from glowq.quantizers.model import prepare_model
 from glowq.runtime.attach import attached
 from support.cli import call, encoder, fresh, result_of
 
@@ -65,7 +66,7 @@ def quantized(folder):
     """The model quantized by transformers alone, saved; its tokenizer is left out."""
     config = glowq.GlowQConfig(base="nf4").base
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto", quantization_config=config)
-    glowq.backends.prepare_model(model)
+    prepare_model(model)
     model.save_pretrained(folder / "nf4")
     return folder / "nf4"
 

@@ -12,6 +12,7 @@ import pytest
 
 import glowq
 from glowq.cli.reports.comparison_files import markdown, write_comparison
+from glowq.utils.output import check_output
 from support import writers
 from support.bases import small_model
 from support.cli import call, result_of
@@ -201,7 +202,7 @@ class TestFiles:
 
     def test_a_comparison_is_not_replaced_by_a_correction(self, compared: tuple[dict[str, Any], Path]) -> None:
         with pytest.raises(glowq.GlowQError, match=r"is not empty and holds 'bytes\.png'"):
-            glowq.files.check_output(compared[1])
+            check_output(compared[1])
 
     def test_for_people(self, command: list[Any]) -> None:
         done = call(*command, "--methods", "glowq", "--budgets", "0.00001%,5%")

@@ -27,7 +27,7 @@ def whole(folder: Path) -> Path:
     """A correction of rank 8, with the figures that `glowq correct` would have measured."""
     _, correction = corrected(tiny_llama(folder / "model"), "nf4", rank=8)
     figures = {"reference": 9.0, "quantized": 9.5, "corrected": 9.2, "recovered": 0.6, "tokens": 512}
-    correction.config.provenance.update(command="glowq correct model --output OUT", held_out=figures)
+    correction.config.record(command="glowq correct model --output OUT", held_out=figures)
     correction.save_pretrained(folder / "whole")
     return folder / "whole"
 

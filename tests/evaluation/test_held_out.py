@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_nothing_measured_shows_nothing() -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> glowq.Correction:
     """A correction of rank 8, with the figures that `glowq correct` would have measured."""
     _, correction = corrected(tiny_llama(tmp_path_factory.mktemp("source") / "llama"), "nf4", rank=8)
-    correction.config.provenance["held_out"] = figures(12.0, recovered=0.6)
+    correction.config.record(held_out=figures(12.0, recovered=0.6))
     return correction
 
 
@@ -58,12 +59,12 @@ class TestCut:
         assert "| 10.0000 | 12.0000 | 9.9000 | 60.0% [-500.0%, 8000.0%] |" in measured.model_card()
         measured.save_pretrained(tmp_path)
         for part in (measured.cut(**cut), glowq.Correction.from_pretrained(tmp_path, **cut)):
-            assert "held_out" not in part.config.provenance
+            assert part.config.provenance.held_out is None
             selected = {"of_factor_bytes": measured.factor_bytes, "of_held_out": figures(12.0, recovered=0.6)}
-            assert part.config.provenance["selected"] == selected
+            assert part.config.provenance.selected == selected
             assert "Measured" not in part.model_card()
-            assert part.cut(rank=1).config.provenance["selected"] == selected
-        assert "held_out" in measured.config.provenance
+            assert part.cut(rank=1).config.provenance.selected == selected
+        assert measured.config.provenance.held_out is not None
 
     def test_all_of_it_keeps_them(self, measured: glowq.Correction, tmp_path: Path) -> None:
         measured.save_pretrained(tmp_path)
@@ -72,8 +73,8 @@ class TestCut:
 
     def test_what_was_never_measured_is_not_selected_from(self, measured: glowq.Correction) -> None:
         plain = measured.cut(rank=4)
-        del plain.config.provenance["selected"]
-        assert "selected" not in plain.cut(rank=2).config.provenance
+        plain.config.record(selected=None)
+        assert plain.cut(rank=2).config.provenance.selected is None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,8 @@ class TestCut:
 def test_a_card_shows_no_share_of_hardly_any_gap(
     measured: glowq.Correction, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], shown: str
 ) -> None:
-    monkeypatch.setitem(measured.config.provenance, "held_out", {**figures(None), **changes})
+    changed = replace(measured.config.provenance, held_out={**figures(None), **changes})
+    monkeypatch.setattr(measured.config, "provenance", changed)
     assert shown in measured.model_card()
 
 

@@ -21,6 +21,7 @@ from glowq.pipeline.method_budgets import Entry, uniform_rank_within
 from glowq.quantizers.model import prepare_model, read_weight
 from glowq.runtime.attach import attach, attached
 from glowq.solving.methods.base import get_method
+from support.moments import measured as moments_of
 from support.tiny import logits, quantized
 
 METHODS = ["svd", "zeroquant", "lqer", "qera", "eora", "aser", "glowq-published", "glowq-s", "glowq-s-ratio", "glowq"]
@@ -180,8 +181,6 @@ def test_uniform_rank_is_the_largest_within_the_bytes(shared: bool) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_nested(name: str) -> None:
     """What lets one solve serve every budget."""
-    from test_methods import measured as moments_of
-
     error, moments = moments_of()
     solve = get_method(name).solve
     small, large = solve(error, moments, 3, 0), solve(error, moments, 9, 0)

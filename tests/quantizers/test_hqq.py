@@ -17,6 +17,7 @@ from glowq.errors import BackendError, ConfigError
 from glowq.quantizers.base import Scheme
 from glowq.quantizers.model import quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
+from glowq.runtime.attach import attached_factors
 from support import writers
 from support.tiny import CALIBRATION, TEXTS, biased_llama, correct, gap, load, logits
 
@@ -114,7 +115,7 @@ def test_one_piece_is_refused_with_what_to_do_instead(source: Path, tmp_path: Pa
 
 def test_groups_detach_and_dequantize(source: Path) -> None:
     model = load(source, quantization_config=request())
-    members = [entry.group.members for entry in glowq.runtime.attached_factors(model)]
+    members = [entry.group.members for entry in attached_factors(model)]
     assert [len(group) for group in members] == [3, 1, 2, 1] * 2
     expected = logits(model)
     glowq.detach(model)

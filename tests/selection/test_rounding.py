@@ -54,7 +54,7 @@ class TestCorrecting:
         assert sum(correction.ranks.values()) > 1.7 * sum(unrounded.ranks.values())
 
     def test_what_rounding_costs_was_measured(self, corrected: tuple[Any, glowq.Correction]) -> None:
-        figures = corrected[1].config.provenance["int8"]
+        figures = corrected[1].config.provenance.int8
         assert set(figures) == {"tokens", "quantized", "int8", "same_ranks", "same_bytes"}
         gained = figures["quantized"] - figures["same_ranks"]
         assert figures["int8"] <= figures["same_bytes"] + 0.01 * gained

@@ -11,21 +11,12 @@ from torch import Tensor
 from glowq.errors import CalibrationError, ConfigError
 from glowq.solving.methods.base import Method, get_method, method_names, register
 from glowq.solving.moments import Moments
+from support.moments import measured
 
 PUBLISHED = ["glowq-published", "glowq-s", "glowq-s-ratio"]
 NAMES = ["aser", "eora", "glowq", *PUBLISHED, "lqer", "qera", "svd", "zeroquant"]
 SECOND = ["aser", "eora", "glowq", *PUBLISHED, "qera"]
 RANK = 4
-
-
-def measured(outputs: int = 20, inputs: int = 32) -> tuple[Tensor, Moments]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, inputs, generator=generator, dtype=torch.float64)
-    x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
-    x[:, 3] *= 10
-    error = torch.rand(outputs, inputs, generator=generator) - 0.5
-    second = x.T @ x / len(x)
-    return error, Moments(len(x), second, None, second.diagonal().mean(), x.abs().mean(0))
 
 
 def streamed(error: Tensor, moments: Moments) -> Moments:

@@ -23,7 +23,7 @@ def build(folder: Path) -> None:
     tiny_llama(folder / "another", seed=1)
     model, correction = corrected(folder / "source", "nf4", rank=8)
     for config in (correction.config, model.config.quantization_config):
-        config.provenance.update(held_out={**FIGURES, "tokens": 4096}, command="glowq correct model")
+        config.record(held_out={**FIGURES, "tokens": 4096}, command="glowq correct model")
     correction.save_pretrained(folder / "correction")
     model.save_pretrained(folder / "full")
     save_file({"logits": logits(model)}, folder / "logits.safetensors")

@@ -74,25 +74,28 @@ def correct(
     rank_request(rank, budget, rank_step, max_rank)
 
     def run(command: str) -> dict[str, Any]:
+        from ...artifact.request import CorrectionRequest
         from ...integrations.transformers.checkpoint import correct_checkpoint
 
         return correct_checkpoint(
             model,
             output,
-            calibration=calibration,
+            request=CorrectionRequest(
+                rank=rank,
+                budget=budget,
+                rank_step=rank_step,
+                max_rank=max_rank,
+                method=method,
+                calibration=calibration,
+                calibration_tokens=calibration_tokens,
+                sequence_length=sequence_length,
+                distill=distill,
+                factor_dtype=factor_dtype,
+                seed=seed,
+            ),
             base=base,
             reference=reference,
-            rank=rank,
-            budget=budget,
-            rank_step=rank_step,
-            max_rank=max_rank,
-            method=method,
             format=format,
-            calibration_tokens=calibration_tokens,
-            sequence_length=sequence_length,
-            distill=distill,
-            factor_dtype=factor_dtype,
-            seed=seed,
             gguf_file=gguf_file,
             resume=resume,
             command=command,

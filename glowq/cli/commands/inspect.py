@@ -199,7 +199,7 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
         "overhead": factor_bytes / config.base_bytes if config.base_bytes else None,
         "method": config.method,
         "seed": config.seed,
-        "provenance": config.provenance,
+        "provenance": config.provenance.to_dict(),
         "curve": [asdict(point) for point in budget_curve(offers, config.total, config.base_bytes or 0)],
         "groups": groups,
     }

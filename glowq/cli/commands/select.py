@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import OutputError
+from ...factors.units import GainUnit
 from ..options import BUDGET, FactorDtypeOption, JsonOption, MaxRankOption, RankStepOption, rank_request
 from ..output import command_line, grid, session
 
@@ -57,8 +58,8 @@ def select(
         provenance = cut.config.provenance
         command = command_line(output, "OUT2")
         of_whole = {"of_factor_bytes": whole.factors.factor_bytes, "of_held_out": None}
-        provenance["selected"] = {**of_whole, **provenance.get("selected", {}), "budget": budget}
-        provenance["command"] = "\n".join(filter(None, (provenance.get("command"), command)))
+        selected = {**of_whole, **(provenance.selected or {}), "budget": budget}
+        cut.config.record(selected=selected, command="\n".join(filter(None, (provenance.command, command))))
         cut.save_pretrained(target)
         if note is not None:
             print(f"glowq: note: {note}", file=sys.stderr)
@@ -86,12 +87,12 @@ def select(
 
 def _note(config: GlowQConfig, name: str) -> str | None:
     """What to know about the measurements that ranks are chosen by; None where they hold."""
-    if config.provenance.get("distilled_steps"):
+    if config.provenance.distilled_steps:
         return (
             f"{name} was distilled at the ranks that it has: what a part of it recovers was neither measured nor "
             "predicted. Correct with the smaller budget and --distill instead."
         )
-    if config.provenance.get("gains") != "squared output":
+    if config.provenance.gains is not GainUnit.SQUARED_OUTPUT:
         return None
     return (
         f"the gains in {name} are output errors, which compare less well across groups than loss does; `glowq correct "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from glowq.integrations.optimum import register
+from glowq.integrations.optimum import GlowQExporterConfig, main_export, register
+
+__all__ = ["GlowQExporterConfig", "main_export"]
 
 register()

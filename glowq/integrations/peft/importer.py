@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..._version import __version__
+from ...artifact.build import correction_of, stored_config
 from ...artifact.correction import Correction
 from ...artifact.fingerprint import fingerprint
-from ...artifact.provenance import correction_of, stored_config
+from ...artifact.provenance import Provenance
 from ...errors import ConfigError, CorrectionError, FingerprintError, NonFiniteError, UnsupportedModuleError
 from ...factors.factors import GroupFactors
 from ...factors.group import Group, group_name
+from ...factors.units import GainUnit
 from ...models.forward import example_inputs
 from ...models.tracing import Trace, trace_groups
 from ...quantizers.libraries.dense import adopt_dense
@@ -91,7 +93,7 @@ def import_adapter(
         raise ConfigError(f"the adapter {read.name} adds nothing: every lora_B or lora_A is zero. Was it ever made?")
     base_bytes = packed_bytes(model)
     config = stored_config(model, None, base_bytes, "imported", torch.empty(0, 0), 0)
-    config.provenance = {"glowq": __version__, "gains": "unmeasured", "adapter_base": read.base_model}
+    config.provenance = Provenance(glowq=__version__, gains=GainUnit.UNMEASURED, adapter_base=read.base_model)
     return correction_of(model, factors, config, base_bytes, tokenizer)
 
 

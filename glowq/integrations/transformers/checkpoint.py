@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...artifact.correction import Correction
+from ...artifact.request import CorrectionRequest
 from ...errors import OutputError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ...quantizers.registry import base_config, with_calibration
-from ...solving.methods.base import get_method
 from ...utils.output import check_output, write_directory
 from .quantizer import correct
 
@@ -23,20 +24,10 @@ def correct_checkpoint(
     model: str,
     output: str | os.PathLike[str],
     *,
-    calibration: str,
+    request: CorrectionRequest,
     base: str = "none",
     reference: str | None = None,
-    rank: int | None = None,
-    budget: str | int | None = None,
-    rank_step: int = 1,
-    max_rank: int | None = None,
-    method: str = "glowq",
     format: str | None = None,
-    calibration_tokens: int = 32768,
-    sequence_length: int = 512,
-    distill: int = 0,
-    factor_dtype: str = "auto",
-    seed: int = 0,
     gguf_file: str | None = None,
     auto_class: Any = None,
     resume: bool = False,
@@ -47,7 +38,7 @@ def correct_checkpoint(
     Args:
         model: folder or Hub name.
         output: folder to write; must be new, empty, or an earlier result.
-        calibration: text: a file, a folder, or a datasets name; an eighth of it is held out and measured on.
+        request: what the correction is to be. An eighth of its calibration text is held out and measured on.
         base: the quantizer, see `glowq.quantizers.registry.base_names`; "none" where the model is quantized already,
             "dense" where its float weights hold quantized values.
         reference: the full-precision model; `model` unless that is quantized already.
@@ -57,8 +48,6 @@ def correct_checkpoint(
         auto_class: transformers class to load the model with; None takes what its config names.
         resume: keep finished blocks in `<output>.resume` until the whole is done, and go on from what is there.
         command: the exact command line, for the model card.
-        rank, budget, rank_step, max_rank, method, calibration_tokens, sequence_length, distill, factor_dtype, seed: see
-            `glowq.correct`.
 
     Returns:
         "output", "groups", "ranks", "factor_bytes", "base_bytes", "overhead", "predicted" (in the unit "gains"),
@@ -73,12 +62,13 @@ def correct_checkpoint(
     check_output(target)
     if resume:
         _check_kept(kept)
-    get_method(method)
     quantization = None if base in ("none", "dense") else base_config(base)
     config = load_config(model, gguf_file)
     source = reference_name(model, config, base, reference)
     tokenizer = load_tokenizer(model, source)
-    train, held = parted_sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
+    train, held = parted_sequences(
+        config, tokenizer, request.calibration, request.calibration_tokens, request.sequence_length, request.seed
+    )
     score = reference_score(source, held) if scores_text(config, auto_class) else None
     if quantization is not None:
         quantization = with_calibration(quantization, train)
@@ -86,22 +76,14 @@ def correct_checkpoint(
     correction = correct(
         corrected,
         reference=source,
-        calibration=train,
         tokenizer=tokenizer,
-        rank=rank,
-        budget=budget,
-        rank_step=rank_step,
-        max_rank=max_rank,
-        method=method,
-        distill=distill,
-        factor_dtype=factor_dtype,
-        seed=seed,
         resume=kept if resume else None,
         dense=base == "dense",
+        request=replace(request, calibration=train),
     )
-    held_out = None if score is None else held_out_figures(score, corrected, held, seed)
+    held_out = None if score is None else held_out_figures(score, corrected, held, request.seed)
     for stored in (correction.config, corrected.config.quantization_config):
-        stored.provenance.update(command=command, held_out=held_out)
+        stored.record(command=command, held_out=held_out)
     _save(correction, corrected, target, format or ("correction" if correction.base_is_stored else "full"))
     if resume:
         shutil.rmtree(kept)
@@ -113,12 +95,12 @@ def correct_checkpoint(
         "base_bytes": correction.base_bytes,
         "overhead": correction.overhead,
         "predicted": correction.predicted,
-        "gains": correction.config.provenance["gains"],
+        "gains": correction.config.provenance.gains,
         "calibration_tokens": train.numel(),
-        "factor_dtype": factor_dtype,
-        "int8": correction.config.provenance.get("int8"),
+        "factor_dtype": request.factor_dtype,
+        "int8": correction.config.provenance.int8,
         "held_out": held_out,
-        "seed": seed,
+        "seed": request.seed,
     }
 
 

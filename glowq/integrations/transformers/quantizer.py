@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, cast
@@ -24,6 +25,7 @@ from ...artifact.config import GlowQConfig
 from ...artifact.correction import Correction
 from ...artifact.factor_files import FACTOR_KEYS, factor_tensors, read_factors
 from ...artifact.fingerprint import verify_fingerprint
+from ...artifact.request import CorrectionRequest
 from ...errors import ConfigError
 from ...factors.factors import GroupFactors
 from ...pipeline import correct as pipeline
@@ -70,15 +72,16 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
                 "GlowQConfig needs a base quantizer: base='nf4', or a transformers quantization config. For a model "
                 "that is quantized already, load it first, then call glowq.correct or glowq.load_correction."
             )
-        if not config.is_stored and config.calibration is None and config.correction is None:
+        calibration = None if config.request is None else config.request.calibration
+        if not config.is_stored and calibration is None and config.correction is None:
             raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
         self.glowq_config = config
         if config.is_stored and config.format == "correction":
             self._base_folder = base_folder(config)
             self.pre_quantized = read_json(self._base_folder / "config.json").get("quantization_config") is not None
-        self._calibration = config.calibration
+        self._calibration = calibration
         self._use(config.base)
-        if not self.pre_quantized and config.calibration is None and is_calibrated(self.quantization_config):
+        if not self.pre_quantized and calibration is None and is_calibrated(self.quantization_config):
             raise ConfigError(
                 f"{method_of(config.base)} needs text to quantize, which a correction does not hold: quantize the "
                 "model, save it, and name the saved folder."
@@ -122,8 +125,8 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             factors, self._factors = self._factors, ()
             _attach_all(model, config, factors)
         elif config.correction is not None:
-            limits: Any = {"rank_step": config.rank_step, "max_rank": config.max_rank}
-            load_correction(model, config.correction, budget=config.budget, **limits)
+            cut = self._request().ranks
+            load_correction(model, config.correction, budget=cut.budget, rank_step=cut.rank_step, max_rank=cut.max_rank)
         else:
             self._correct_now(model)
         return model
@@ -132,40 +135,28 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         """Let the base quantize with the very sequences that the correction is made of."""
         from transformers import AutoTokenizer
 
-        config, name = self.glowq_config, model.config.name_or_path  # type: ignore[union-attr]
+        name = model.config.name_or_path  # type: ignore[union-attr]
         with torch.device("cpu"):  # transformers builds the model on the meta device meanwhile
-            self._calibration = pipeline.calibration_sequences(
-                model,
-                config.calibration,
-                AutoTokenizer.from_pretrained(name),
-                config.calibration_tokens,
-                config.sequence_length,
-                config.seed,
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            self._calibration = pipeline.calibration_sequences(model, self._request(), tokenizer)
         self._use(with_calibration(self.quantization_config, self._calibration))
 
     def _correct_now(self, model: nn.Module) -> None:
         from transformers import AutoTokenizer
 
-        config = self.glowq_config
         source = model.config.name_or_path  # type: ignore[union-attr]
         folder = os.path.dirname(self._shards[0])
         correct(
             model,
             reference=folder if os.path.isfile(os.path.join(folder, "config.json")) else source,
-            calibration=self._calibration,
             tokenizer=AutoTokenizer.from_pretrained(source),
-            rank=config.rank,
-            budget=config.budget,
-            rank_step=config.rank_step,
-            max_rank=config.max_rank,
-            method=config.method,
-            calibration_tokens=config.calibration_tokens,
-            sequence_length=config.sequence_length,
-            distill=config.distill,
-            factor_dtype=config.factor_dtype,
-            seed=config.seed,
+            request=replace(self._request(), calibration=self._calibration),
         )
+
+    def _request(self) -> CorrectionRequest:
+        """What was asked for; only a configuration that stores a correction asks for nothing."""
+        assert self.glowq_config.request is not None
+        return self.glowq_config.request
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         """The base's keys exactly as it writes them, the factors under the names that every correction file uses."""

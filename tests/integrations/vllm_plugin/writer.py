@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 import glowq
-from glowq.artifact.provenance import correction_of, stored_config
+from glowq.artifact.build import correction_of, stored_config
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
 from glowq.factors.rounding import rounded

@@ -1,0 +1,111 @@
+"""`CorrectionRequest`: everything that a user can ask of a correction, in one place and checked once."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from ..errors import ConfigError
+from ..selection.budget import RankRequest
+from ..utils.checks import check_int
+
+__all__ = ["CorrectionRequest"]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CorrectionRequest:
+    """What a correction is to be: `GlowQConfig`, `glowq.correct`, the command line and optimum's exporter carry it.
+
+    Attributes:
+        rank: rank of every group (lowered where a group allows less); 32 if neither it nor `budget` is given.
+        budget: instead of `rank`: the ranks that gain most within these bytes, a share of the quantized weights
+            ("1%") or a size ("200MB"); or the share of the predicted loss that the fewest bytes are to recover
+            ("recover 80%").
+        rank_step: a budget gives ranks in multiples of this (kernels like 8 or 16), or all that a group's shape allows.
+        max_rank: most ranks that a budget gives any group.
+        method: name of the solver method, see `glowq.solving.methods`.
+        calibration: text (list of str, file, folder or datasets name), or token ids, shape (n, length), int64.
+        calibration_tokens: how many tokens of the text are used, picked from all over it.
+        sequence_length: tokens a sequence; lowered to what the model allows.
+        distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
+            to the reference's; 60 are good. The factors stay as many, and are no longer each group's own optimum.
+        factor_dtype: "auto", the model's own, or "int8", half the bytes, so that a budget gives twice the ranks. What
+            that costs is measured on text that nothing was calibrated on.
+        seed: of the choice of sequences and of the solver.
+
+    Raises:
+        ConfigError: a field holds a value that cannot be used, or two of them exclude each other.
+    """
+
+    rank: int | None = None
+    budget: str | int | None = None
+    rank_step: int = 1
+    max_rank: int | None = None
+    method: str = "glowq"
+    calibration: Any = None
+    calibration_tokens: int = 32768
+    sequence_length: int = 512
+    distill: int = 0
+    factor_dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from ..factors.int8 import check_factor_dtype
+        from ..solving.methods.base import get_method
+
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
+            raise ConfigError(f"rank must be a whole number of at least 1, found {self.rank!r}.")
+        RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)  # checks how they go together
+        check_int("calibration_tokens", self.calibration_tokens, 1)
+        check_int("sequence_length", self.sequence_length, 2)
+        check_int("distill", self.distill, 0)
+        check_int("seed", self.seed, 0)
+        check_factor_dtype(self.factor_dtype)
+        method = get_method(self.method)
+        if self.budget is not None and method.allocation == "groups":
+            raise ConfigError(
+                f"method {self.method!r} spends a budget on whole groups, which only `glowq compare` does; give a "
+                "rank, or method='glowq'."
+            )
+
+    @classmethod
+    def of(cls, request: CorrectionRequest | None, options: Mapping[str, Any]) -> CorrectionRequest:
+        """The request that a function was given, as one or as its fields.
+
+        Raises:
+            ConfigError: both were given, or a name is no field.
+        """
+        if request is not None and options:
+            raise ConfigError(f"give either request or its fields ({', '.join(sorted(options))}), not both.")
+        unknown = sorted(set(options) - set(cls.names()))
+        if unknown:
+            near = get_close_matches(unknown[0], cls.names(), n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(cls.names())}."
+            raise ConfigError(f"unknown option {unknown[0]!r} of a correction. {hint}")
+        return cls(**options) if request is None else request
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all fields, in their order."""
+        return [field.name for field in fields(cls)]
+
+    @property
+    def ranks(self) -> RankRequest:
+        """How many ranks the groups are to have."""
+        return RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)
+
+    def asked(self) -> dict[str, Any]:
+        """The fields that differ from their defaults: what makes the same request again."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) is not field.default
+            and (field.name == "calibration" or getattr(self, field.name) != field.default)
+        }
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in self.asked().items())
+        return f"{type(self).__name__}({shown})"
