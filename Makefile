@@ -94,10 +94,11 @@ $(VLLM_CHECKPOINTS)/.ready: tests/integrations/vllm_plugin/writer.py tests/suppo
 	$(BIN)/python tests/integrations/vllm_plugin/writer.py $(VLLM_CHECKPOINTS)
 	@touch $@
 
-check: setup  ## lint, formatting and types, changing nothing
+check: setup  ## lint, formatting, types and the plan of the packages, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 style: setup  ## fix what the linter can, then format
 	$(BIN)/ruff check --fix .

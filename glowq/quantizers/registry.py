@@ -45,8 +45,7 @@ def register(cls: type[Backend]) -> type[Backend]:
 
 @cache
 def _discover() -> None:
-    from . import libraries
-
+    libraries = importlib.import_module(f"{__package__}.libraries")
     for entry in pkgutil.iter_modules(libraries.__path__):
         if not entry.name.startswith("_"):
             importlib.import_module(f"{libraries.__name__}.{entry.name}")
