@@ -19,6 +19,7 @@ __all__ = [
     "HubError",
     "ModelNotFoundError",
     "NewerFormatWarning",
+    "NoGainError",
     "NoGradientWarning",
     "NonFiniteError",
     "OutputError",
@@ -84,6 +85,10 @@ class UnsupportedModuleError(GlowQError, ValueError):
 
 class CalibrationError(GlowQError, ValueError):
     """Calibration text is missing or holds fewer tokens than needed."""
+
+
+class NoGainError(ConfigError):
+    """A budget has nothing to spend on: no group was measured to bring the answers nearer to the reference's."""
 
 
 class SensitivityError(GlowQError, RuntimeError):

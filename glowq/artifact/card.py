@@ -15,6 +15,7 @@ from ..errors import GlowQError
 from ..evaluation.figures import has_gap, shown, shown_share, undone
 from ..evaluation.plots import can_plot, draw_budgets
 from ..factors.units import GainUnit
+from ..quantizers.registry import method_of
 from ..selection.allocation import Offer
 from ..selection.curve import CurvePoint, budget_curve
 from ..utils.files import read_json
@@ -59,7 +60,7 @@ def card_files(
     curve = [] if provenance.distilled_steps else budget_curve(offers, config.total, base_bytes)
     drawn = len(curve) > 1 and (can_plot() if picture is None else picture)
     factor_bytes = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
-    ranks = sorted({len(offer.gains) for offer in offers})
+    ranks = sorted({len(offer.gains) for offer in offers}) or [0]
     card = ModelCard.from_template(
         _metadata(name, title, provenance.held_out, license or {}),
         template_path=str(_templates() / "correction.md"),
@@ -67,7 +68,7 @@ def card_files(
         title=title,
         base_model_name=Path(name).name if Path(name).is_absolute() else name,
         revision=base_model.get("revision"),
-        base=_base_name(config.base),
+        base=method_of(config.base),
         method=config.method,
         seed=config.seed,
         group_count=len(offers),
@@ -152,11 +153,6 @@ def _templates() -> Path:
     """In a wheel the templates lie inside the package, in a checkout beside it."""
     inside = Path(__file__).parents[1] / "model_cards"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "model_cards"
-
-
-def _base_name(base: Any) -> str:
-    method = getattr(base, "quant_method", None)
-    return str(getattr(method, "value", method))
 
 
 def _count(value: Any) -> str:

@@ -18,7 +18,7 @@ from .provenance import Provenance
 from .request import CorrectionRequest
 from .stored_fields import GROUP_FIELDS, check_base_model, check_group
 
-__all__ = ["FORMAT_MINOR", "FORMAT_VERSION", "GlowQConfig"]
+__all__ = ["FORMAT_MINOR", "FORMAT_VERSION", "GlowQConfig", "base_settings"]
 
 FORMAT_VERSION = 1
 """Major version of what config.json stores: another one is refused."""
@@ -78,7 +78,8 @@ class GlowQConfig(QuantizationConfigMixin):
         options = _known_fields("a glowq configuration", options, known, minor)
         if format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}, found {format!r}.")
-        self.base = _base(base)
+        # What is stored may be of a library that is not installed, and is made an object where a model is loaded.
+        self.base = dict(base) if groups is not None and isinstance(base, Mapping) else base_settings(base)
         self.format = format
         self.correction = correction
         self.base_bytes = base_bytes
@@ -163,8 +164,9 @@ class GlowQConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
-        base = getattr(self.base, "quant_method", self.base)
-        shown = [f"base={str(getattr(base, 'value', base))!r}"]
+        from ..quantizers.registry import method_of
+
+        shown = [f"base={method_of(self.base)!r}"]
         if self.correction is not None:
             shown.append(f"correction={self.correction!r}")
         if self.request is not None:
@@ -248,7 +250,15 @@ def _check_cut(options: Mapping[str, Any]) -> None:
         )
 
 
-def _base(base: Any) -> Any:
+def base_settings(base: Any) -> Any:
+    """The base's quantization config as transformers' object.
+
+    Args:
+        base: a `--base` name, the dict of a config, or the object itself.
+
+    Raises:
+        UnknownBaseError: no such name or method, or its library is not installed.
+    """
     if isinstance(base, str):
         from ..quantizers.registry import base_config
 

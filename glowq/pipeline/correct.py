@@ -22,6 +22,7 @@ from ..data.tokens import batches, split, token_sequences
 from ..errors import (
     CalibrationError,
     ConfigError,
+    NoGainError,
     NoGradientWarning,
     SensitivityError,
     TokenizerMismatchError,
@@ -138,6 +139,7 @@ def correct(
             whole = correction_of(model, factors, config, base_bytes, tokenizer)
             correction = whole
             if request.budget is not None:
+                _check_gains(factors, train)
                 correction = whole.kept(whole.choose(ranks_asked, request.factor_dtype))
             if request.distill:
                 steps = {"steps": request.distill, "seed": seed}
@@ -151,6 +153,15 @@ def correct(
     for entry in correction.factors:
         attach(model, entry)
     return correction
+
+
+def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:
+    if not any(bool((entry.gains > 0).any()) for entry in factors):
+        raise NoGainError(
+            "no rank of any group was measured to bring the model's answers nearer to the reference's, so that a "
+            f"budget has nothing to spend on. It was calibrated on {sequences.numel():,} tokens: calibrate on more, or "
+            "on text that is nearer to what the model is for; or leave the model as it is."
+        )
 
 
 def _parted(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..artifact.correction import Correction
+from ..errors import NoGainError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..selection.allocation import largest_rank
@@ -14,6 +15,7 @@ from ..solving.methods.base import Allocation, Method
 __all__ = ["BUY", "Entry", "Terms", "fixed_rank_within", "uniform_rank_within"]
 
 _PUBLISHED_RANK = 64  # of GlowQ-S
+_NO_GAIN = "no rank of any group gains anything"
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,10 @@ def _uniform(method: Method, terms: Terms) -> tuple[list[Entry], Correction | No
 
 def _by_gain(method: Method, terms: Terms) -> tuple[list[Entry], Correction | None]:
     most, cheapest = terms.available[terms.largest], min(terms.rank_bytes(method))
-    whole = terms.solve(method, budget=most) if most >= cheapest else None
+    try:
+        whole = terms.solve(method, budget=most) if most >= cheapest else None
+    except NoGainError:
+        return [_entry(method, terms, budget, reason=_NO_GAIN) for budget in terms.available], None
     if whole is not None and whole.factors:  # a group that gains nothing is not sold, however cheap it is
         cheapest = min(entry.factor_bytes // entry.rank for entry in whole.factors)
     entries = []
@@ -156,7 +161,7 @@ def _by_gain(method: Method, terms: Terms) -> tuple[list[Entry], Correction | No
             entries.append(_entry(method, terms, budget, reason=dear))
         else:
             cut = whole if budget == terms.largest or not whole.factors else whole.cut(budget=found)
-            reason = None if cut.factors else "no rank of any group gains anything"
+            reason = None if cut.factors else _NO_GAIN
             entries.append(replace(_entry(method, terms, budget, cut.factors, reason=reason), predicted=cut.predicted))
     return entries, whole
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from safetensors.torch import load_file, save_file
 import glowq
 from glowq.artifact import factor_files
 from glowq.artifact.saved import open_saved
-from glowq.errors import ConfigError, CorrectionError, NonFiniteError
+from glowq.errors import ConfigError, CorrectionError, NonFiniteError, UnknownBaseError
 from glowq.selection.budget import RankRequest
 from support.corrections import changed
+from support.tiny import load
 
 few = settings(derandomize=True, max_examples=40, deadline=None, database=None)
 CUTS = [
@@ -228,3 +230,16 @@ def first_group(stored: dict[str, Any]) -> dict[str, Any]:
 def test_measurements_that_are_none(rank_8: Path, tmp_path: Path, change: Callable[..., Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         glowq.Correction.from_pretrained(changed(rank_8, tmp_path / "copy", change))
+
+
+def test_no_library_of_the_base_is_needed_to_read_cut_and_save(
+    rank_8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glowq.quantizers.registry.is_installed", lambda backend: False)
+    correction = glowq.Correction.from_pretrained(rank_8)
+    correction.cut(rank=2).save_pretrained(tmp_path / "cut")
+    assert glowq.Correction.from_pretrained(tmp_path / "cut").ranks == dict.fromkeys(correction.ranks, 2)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (rank_8, tmp_path / "cut"))
+    assert after["quantization_config"]["base"] == before["quantization_config"]["base"]
+    with pytest.raises(UnknownBaseError, match=r"bitsandbytes, which is not installed: pip install 'glowq\[bits"):
+        load(rank_8)

@@ -17,7 +17,7 @@ from glowq.calibration.group_gains import measure_groups
 from glowq.calibration.input_moments import MomentCollector
 from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
-from glowq.errors import CalibrationError, ConfigError
+from glowq.errors import CalibrationError, ConfigError, NoGainError
 from glowq.evaluation.bootstrap import Interval
 from glowq.evaluation.scores import Score, recovered, score_models
 from glowq.models.tracing import trace_groups
@@ -25,7 +25,17 @@ from glowq.runtime.attach import attached
 from glowq.solving.low_rank import factorize
 from glowq.solving.methods.base import get_method, method_names
 from glowq.solving.moments import Moments
-from support.tiny import CALIBRATION, EXAMPLE, TEXTS, corrected, load, quantized, seeded, tiny_llama
+from support.tiny import (
+    CALIBRATION,
+    EXAMPLE,
+    TEXTS,
+    correct,
+    corrected,
+    load,
+    quantized,
+    seeded,
+    tiny_llama,
+)
 
 SOLVER = "glowq.solving.methods.glowq.factorize"
 
@@ -175,8 +185,18 @@ def test_where_every_group_harms_a_budget_buys_nothing(
         return {name: replace(entry, benefit=Interval(-1.0, -2.0, -0.5)) for name, entry in found.items()}
 
     monkeypatch.setattr("glowq.pipeline.correct.measure_groups", harmful)
-    with pytest.raises(ConfigError, match="no measured gains"):
-        corrected(source, "nf4", rank=None, budget="9%", factor_dtype=factor_dtype)
+    model = quantized(source, "nf4")
+    with pytest.raises(NoGainError, match=r"a budget has nothing to spend on\. .* calibrate on more"):
+        correct(model, source, rank=None, budget="9%", factor_dtype=factor_dtype)
+    assert attached(model) == {}
+
+
+def test_a_model_that_lost_nothing_has_nothing_to_spend_a_budget_on(source: Path) -> None:
+    """Dense weights that are the reference's own: every factor is zero."""
+    model = load(source)
+    with pytest.raises(NoGainError, match="a budget has nothing to spend on"):
+        correct(model, source, rank=None, budget="9%", dense=True)
+    assert attached(model) == {}
 
 
 def test_a_file_and_a_tensor_calibrate_alike(source: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...artifact.base_files import base_folder
-from ...artifact.config import GlowQConfig
+from ...artifact.config import GlowQConfig, base_settings
 from ...artifact.fingerprint import verify_fingerprint
 from ...errors import ConfigError, ExportError
 from ...models.forward import example_inputs
@@ -87,13 +87,14 @@ def find_base(source: str, config: GlowQConfig, base_model: str | None) -> Base:
     is_quantized = getattr(load_config(str(folder)), "quantization_config", None) is not None
     if is_quantized or method_of(config.base) == "dense":
         return Base(name, revision, folder, None, unpacks=method_of(config.base) == "compressed-tensors")
-    if is_calibrated(config.base):
+    settings = base_settings(config.base)
+    if is_calibrated(settings):
         raise ExportError(
             f"the base of {source} was quantized in memory ({method_of(config.base)}) and its files are nowhere but in "
             f"{source} itself, which PEFT cannot load. Save it: model = {_auto(source)}.from_pretrained({source!r}); "
             "glowq.detach(model); model.save_pretrained('base'). Then give --base-model base."
         )
-    return Base(name, revision, folder, config.base, unpacks=False)
+    return Base(name, revision, folder, settings, unpacks=False)
 
 
 def _auto(source: str) -> str:

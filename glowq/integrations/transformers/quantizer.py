@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ...artifact.base_files import base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
-from ...artifact.config import GlowQConfig
+from ...artifact.config import GlowQConfig, base_settings
 from ...artifact.correction import Correction
 from ...artifact.factor_files import FACTOR_KEYS, factor_tensors, read_factors
 from ...artifact.fingerprint import verify_fingerprint
@@ -80,7 +80,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             self._base_folder = base_folder(config)
             self.pre_quantized = read_json(self._base_folder / "config.json").get("quantization_config") is not None
         self._calibration = calibration
-        self._use(config.base)
+        self._use(base_settings(config.base))
         if not self.pre_quantized and calibration is None and is_calibrated(self.quantization_config):
             raise ConfigError(
                 f"{method_of(config.base)} needs text to quantize, which a correction does not hold: quantize the "

@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from ...artifact.base_files import base_folder, refuse_unsafe
+from ...artifact.config import base_settings
 from ...artifact.factor_files import FACTOR_KEYS, StoredFactors, open_factors
 from ...artifact.saved import FACTORS_FILE
 from ...errors import UnsupportedModuleError
@@ -63,7 +64,7 @@ class GlowQModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 "the model with transformers."
             )
         if config is not None:
-            if getattr(config.base, "is_checkpoint_torchao_serialized", False):
+            if getattr(base_settings(config.base), "is_checkpoint_torchao_serialized", False):
                 self.load_config.safetensors_load_strategy = "torchao"  # which vLLM tells by the quantization's name
             with open_factors(self._factor_files(model_config, config), config.stored.groups or {}) as factors:
                 super().load_weights(model, model_config)
