@@ -36,6 +36,14 @@ def test_the_solver_against_the_published_recipe(run: Any) -> None:
     assert found["excess_residual"]["glowq"] < found["excess_residual"]["published"]
 
 
+def test_what_it_takes_to_start(run: Any) -> None:
+    rows = run("startup.py", "--repeats", "1")["rows"]
+    starts = [row["start"] for row in rows]
+    assert starts == list(dict.fromkeys(starts))
+    assert {"import glowq", "import transformers.quantizers.auto", "glowq --help", "glowq --version"} <= set(starts)
+    assert all(row["cpu_seconds"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_the_cost_of_a_correction(run: Any) -> None:
     sizes = ["--calibration-tokens", "1024", "--rank", "2", "--repeats", "1", "--distill", "1"]

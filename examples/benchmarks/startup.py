@@ -1,0 +1,55 @@
+"""What it takes to start: CPU seconds of imports and of answers that need no model, each in processes of its own.
+
+python examples/benchmarks/startup.py
+python examples/benchmarks/startup.py --repeats 10 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+_REGISTRY = "import transformers.quantizers.auto"
+STARTS = {  # what is timed -> what python is given
+    "python": ["-c", ""],
+    "import glowq": ["-c", "import glowq"],
+    _REGISTRY: ["-c", _REGISTRY],
+    "import glowq, transformers.quantizers.auto": ["-c", f"import glowq; {_REGISTRY}"],
+    "glowq --version": ["-m", "glowq", "--version"],
+    "glowq --help": ["-m", "glowq", "--help"],
+    "glowq correct --help": ["-m", "glowq", "correct", "--help"],
+}
+
+
+def main() -> None:
+    """Time every start, in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="the least of as many processes is shown")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    least = dict.fromkeys(STARTS, float("inf"))
+    for _ in range(arguments.repeats):
+        for name, start in STARTS.items():
+            least[name] = min(least[name], cpu_seconds([sys.executable, *start]))
+    rows = [{"start": name, "cpu_seconds": seconds} for name, seconds in least.items()]
+    if arguments.json:
+        print(json.dumps({"command": sys.argv, "repeats": arguments.repeats, "rows": rows}))
+        return
+    print(f"{'start':44} CPU seconds, least of {arguments.repeats}")
+    for name, seconds in least.items():
+        print(f"{name:44} {seconds:.2f}")
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """User and system time of one process and of those that it starts and waits for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+if __name__ == "__main__":
+    main()
