@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ..selection.budget import RankRequest
 
 __all__ = [
+    "BASE_NAMES",
     "BUDGET",
+    "METHOD_NAMES",
     "BudgetOption",
     "FactorDtypeOption",
     "JsonOption",
@@ -23,6 +25,45 @@ __all__ = [
     "check_budget",
     "rank_request",
 ]
+
+# What --help shows of --base and --method. The registries that decide import torch and every quantization library,
+# which takes seconds, so the names stand here once more; a test compares them.
+BASE_NAMES = (
+    "fp4",
+    "fp4-double",
+    "gptq-2",
+    "gptq-3",
+    "gptq-4",
+    "gptq-8",
+    "hqq-2",
+    "hqq-3",
+    "hqq-4",
+    "hqq-8",
+    "int8",
+    "nf4",
+    "nf4-double",
+    "quanto-float8",
+    "quanto-int2",
+    "quanto-int4",
+    "quanto-int8",
+    "torchao-int2",
+    "torchao-int3",
+    "torchao-int4",
+    "torchao-int8",
+)
+METHOD_NAMES = (
+    "aser",
+    "eora",
+    "glowq",
+    "glowq-one-sided",
+    "glowq-published",
+    "glowq-s",
+    "glowq-s-ratio",
+    "lqer",
+    "qera",
+    "svd",
+    "zeroquant",
+)
 
 
 def check_budget(value: str | None) -> str | None:

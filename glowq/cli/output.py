@@ -69,10 +69,10 @@ def _stdout_to_stderr() -> Iterator[None]:
 def _quiet_progress_bars() -> None:
     if not sys.stderr.isatty():
         from huggingface_hub.utils.tqdm import disable_progress_bars
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        disable_progress_bars()
+        disable_progress_bars()  # which transformers takes over when it is imported; not every command imports it
+        if "transformers.utils.logging" in sys.modules:
+            sys.modules["transformers.utils.logging"].disable_progress_bar()
 
 
 def _print_rich(renderable: Any) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.utils.tqdm import tqdm
-
 __all__ = ["progress", "quiet"]
 
 
 def progress(*, total: int | None, desc: str, unit: str) -> Any:
     """A tqdm bar on stderr, after two seconds; silent off a terminal or under HF_HUB_DISABLE_PROGRESS_BARS."""
+    from huggingface_hub.utils.tqdm import tqdm  # which takes longer to import than the rest of this file to run
+
     hidden = not sys.stderr.isatty() or None
     return tqdm(total=total, desc=desc, unit=unit, delay=2, leave=False, disable=hidden, name="glowq")
 

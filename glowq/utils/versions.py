@@ -6,8 +6,6 @@ import importlib.metadata
 import warnings
 from functools import cache
 
-from packaging.specifiers import SpecifierSet
-
 from ..errors import UntestedVersionWarning
 
 __all__ = ["warn_untested"]
@@ -24,6 +22,8 @@ def warn_untested(package: str, tested: str, otherwise: str) -> None:
     """
     if not tested:
         return
+    from packaging.specifiers import SpecifierSet
+
     distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
     installed = importlib.metadata.version(distribution)
     if not SpecifierSet(tested).contains(installed, prereleases=True):

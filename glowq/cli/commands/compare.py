@@ -12,9 +12,7 @@ import typer
 from ...errors import ConfigError, EvaluationError
 from ...integrations.lm_eval import check_tasks, run_tasks
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
-from ...quantizers.registry import base_names
-from ...solving.methods.base import get_method, method_names
-from ..options import JsonOption, ModelArgument, SeedOption, check_budget
+from ..options import BASE_NAMES, METHOD_NAMES, JsonOption, ModelArgument, SeedOption, check_budget
 from ..output import command_line, session
 from ..reports.comparison_files import tables, write_comparison
 from ..reports.comparison_rows import figures
@@ -46,11 +44,11 @@ def compare(
     model: ModelArgument,
     calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
     data: Annotated[str, typer.Option(metavar="FILE", help="Text to report on; must not overlap the calibration.")],
-    base: Annotated[str, typer.Option(help=f"Quantizer: {', '.join(base_names())}; none; dense.")] = "none",
+    base: Annotated[str, typer.Option(help=f"Quantizer: {', '.join(BASE_NAMES)}; none; dense.")] = "none",
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
     ] = None,
-    methods: Annotated[str, typer.Option(callback=_check_list, help=f"Any of {', '.join(method_names())}.")] = _METHODS,
+    methods: Annotated[str, typer.Option(callback=_check_list, help=f"Any of {', '.join(METHOD_NAMES)}.")] = _METHODS,
     budgets: Annotated[
         str, typer.Option(callback=_check_budgets, help="Bytes for each: shares of the quantized weights, or sizes.")
     ] = "0.5%,1%,2%",
@@ -149,6 +147,7 @@ def _list(text: str | None) -> list[str]:
 def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None, more: Mapping[str, bool]) -> None:
     """Refuse before anything is loaded what could only fail at the end."""
     from ...evaluation.plots import check_plots
+    from ...solving.methods.base import get_method
     from ...utils.output import Kind, check_output
 
     allocations = [get_method(name).allocation for name in names]

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ...evaluation.figures import shown, shown_share, undone
-from ...quantizers.registry import base_names
-from ...solving.methods.base import method_names
 from ..options import (
+    BASE_NAMES,
+    METHOD_NAMES,
     BudgetOption,
     FactorDtypeOption,
     JsonOption,
@@ -34,7 +34,7 @@ def correct(
     base: Annotated[
         str,
         typer.Option(
-            help=f"Quantizer: {', '.join(base_names())}; none: MODEL is quantized already; dense: its float weights "
+            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: its float weights "
             "hold quantized values."
         ),
     ] = "none",
@@ -45,7 +45,7 @@ def correct(
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"Solver method: {', '.join(method_names())}.")] = "glowq",
+    method: Annotated[str, typer.Option(help=f"Solver method: {', '.join(METHOD_NAMES)}.")] = "glowq",
     format: Annotated[
         Literal["correction", "full"] | None,
         typer.Option(help="A small correction (if its base can be named), or the corrected model in one piece."),

@@ -9,8 +9,7 @@ import typer
 
 from ...errors import ConfigError, ModelNotFoundError
 from ...models.loading import load_config, load_model, load_tokenizer
-from ...quantizers.registry import base_names
-from ..options import JsonOption
+from ..options import BASE_NAMES, JsonOption
 from ..output import command_line, grid, session
 
 __all__ = ["import_"]
@@ -25,7 +24,7 @@ def import_(
     base: Annotated[
         str,
         typer.Option(
-            help=f"Quantizer: {', '.join(base_names())}; none: MODEL is quantized already; dense: its float weights "
+            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: its float weights "
             "hold quantized values."
         ),
     ] = "none",

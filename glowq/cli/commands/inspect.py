@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CorrectionError
-from ...models.headers import Headers, read_headers
 from ..options import JsonOption, ModelArgument
 from ..output import grid, session
+
+if TYPE_CHECKING:
+    from ...models.headers import Headers
 
 __all__ = ["inspect"]
 
@@ -30,6 +32,8 @@ def inspect(model: ModelArgument, json: JsonOption = False) -> None:
       glowq inspect corrected
     """
     with session(json) as show:
+        from ...models.headers import read_headers
+
         headers = read_headers(model)
         stored = headers.config.get("quantization_config")
         result: dict[str, Any] = {

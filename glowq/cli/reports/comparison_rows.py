@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...evaluation.figures import finite
-from ...evaluation.held_out import LEAST_SEQUENCES
 
 if TYPE_CHECKING:
     from ...evaluation.bootstrap import Interval
@@ -103,5 +102,7 @@ def _pairs(comparison: Comparison, scores: Mapping[str, Score], seed: int) -> li
 
 
 def _interval(name: str, interval: Interval, sequences: int) -> dict[str, Any]:
+    from ...evaluation.held_out import LEAST_SEQUENCES
+
     limits = [finite(interval.low), finite(interval.high)]
     return {name: finite(interval.value), f"{name}_ci95": limits if sequences >= LEAST_SEQUENCES else None}

@@ -1,0 +1,113 @@
+"""What is imported at the start: help, wrong usage and `import glowq` answer without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from glowq.cli.options import BASE_NAMES, METHOD_NAMES
+from glowq.quantizers.registry import base_names
+from glowq.solving.methods.base import method_names
+
+HEAVY = ("accelerate", "datasets", "huggingface_hub", "numpy", "torch", "transformers")
+# What glowq imports with transformers' registry that is neither its own nor imported by transformers anyway: Conv1D,
+# which is one of the layers that it corrects, from a file that imports nothing more.
+ADDED = {"transformers.pytorch_utils"}
+
+RUN = """
+from glowq.cli.app import app
+try:
+    app({arguments!r}, prog_name="glowq")
+except SystemExit as ending:
+    status = ending.code
+"""
+
+
+def after(code: str) -> dict[str, Any]:
+    """The global names of text, numbers and lists that `code` leaves in a fresh process, and "modules" there."""
+    report = """
+import json, sys
+found = {name: value for name, value in list(globals().items()) if isinstance(value, int | str | list)}
+print("\\n" + json.dumps({**found, "modules": sorted(sys.modules)}))
+"""
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code + report]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["correct", "--help"], 0),
+        (["compare", "--help"], 0),
+        (["inspect", "--help"], 0),
+        ([], 2),
+        (["nothing"], 2),
+        (["--nothing"], 2),
+        (["correct"], 2),
+        (["inspect", "a", "--nothing"], 2),
+        (["select", "a", "--budget", "much", "--output", "b"], 2),
+    ],
+    ids=str,
+)
+def test_an_answer_needs_no_torch(arguments: list[str], status: int) -> None:
+    found = after(RUN.format(arguments=arguments))
+    assert found["status"] == status
+    assert not set(HEAVY) & set(found["modules"])
+
+
+def test_importing_glowq_needs_no_torch() -> None:
+    assert not set(HEAVY) & set(after("import glowq")["modules"])
+
+
+def test_help_names_every_base_and_method() -> None:
+    assert list(BASE_NAMES) == base_names()
+    assert list(METHOD_NAMES) == method_names()
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import glowq; import transformers.quantizers.auto", "import transformers.quantizers.auto; import glowq"],
+    ids=["glowq first", "glowq last"],
+)
+def test_transformers_registry_knows_glowq(code: str) -> None:
+    check = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+known = [int("glowq" in mapping) for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)]
+"""
+    assert after(code + check)["known"] == [1, 1]
+
+
+def test_registration_imports_little_that_transformers_does_not() -> None:
+    code = "import transformers.quantizers.auto"
+    added = set(after(f"import glowq; {code}")["modules"]) - set(after(code)["modules"])
+    assert {name for name in added if name.partition(".")[0] not in ("glowq", "glowq_kernels")} <= ADDED
+
+
+def test_imports_set_nothing_of_the_compiler_and_do_not_import_it() -> None:
+    """Names that modules import at their head; torch and transformers may import it themselves."""
+    code = """
+import builtins
+asked, plain = [], builtins.__import__
+def watching(name, globals=None, *rest, **more):
+    importer = (globals or {}).get("__name__", "")
+    if importer.partition(".")[0] == "glowq" and name.startswith("torch._dynamo"):
+        asked.append(importer)
+    return plain(name, globals, *rest, **more)
+builtins.__import__ = watching
+import glowq.evaluation.timing, glowq.integrations.transformers.quantizer, glowq.runtime.attach
+import torch._dynamo.config
+flag = torch._dynamo.config.skip_nnmodule_hook_guards
+"""
+    found = after(code)
+    assert found["asked"] == []
+    assert found["flag"] is True
