@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-import torch._dynamo.config as compiler
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -102,6 +101,8 @@ def measure(
     Raises:
         ConfigError: the model is an encoder with a decoder.
     """
+    import torch._dynamo.config as compiler
+
     sizes = {name: sum(entry.factor_bytes for entry in attached_factors(model)) for name, model in models.items()}
     runners = {name: _Runner(model, compiled) for name, model in models.items()}
     if not next(iter(runners.values())).decodes:

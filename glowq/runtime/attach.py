@@ -7,13 +7,13 @@ that they know.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 
 import torch
-import torch._dynamo.config as compiler
 from torch import nn
 
 from ..errors import ConfigError
@@ -28,13 +28,11 @@ __all__ = ["applied", "attach", "attached", "attached_factors", "detach", "facto
 
 CONTAINER = "glowq_"
 
-# A correction is hooks. A compiled graph that does not look at hooks runs on as it is when one is attached or detached,
-# and serves every other model of the same class, corrected or not.
-compiler.skip_nnmodule_hook_guards = False
-
 
 def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None = None) -> SharedCorrection:
     """Add one group's correction to `model`.
+
+    From here on torch.compile's graphs look at hooks in this process; graphs that it made before are thrown away once.
 
     Args:
         model: holds every member under its name.
@@ -58,6 +56,7 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
         container = SharedCorrection(group, packed.right, packed.lefts, scale, rank=factors.rank)
     else:
         container = SharedCorrection(group, factors.right, factors.lefts)
+    _let_graphs_see_hooks()
     container.to(device=device, dtype=dtype)
     container.train(parent.training)
     parent.add_module(name, container)
@@ -65,6 +64,21 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
         handle = model.get_submodule(member).register_forward_hook(MemberHook(container, index))
         container._handles.append(handle)
     return container
+
+
+def _let_graphs_see_hooks() -> None:
+    """Make torch.compile check a module's hooks before it runs a graph.
+
+    A correction is hooks. A graph that does not look at them runs on as it is when a correction is attached or
+    detached, and serves every other model of the same class, corrected or not.
+    """
+    may_have_compiled = "torch._dynamo" in sys.modules
+    import torch._dynamo.config as compiler
+
+    if compiler.skip_nnmodule_hook_guards:
+        compiler.skip_nnmodule_hook_guards = False
+        if may_have_compiled:
+            torch.compiler.reset()
 
 
 def attached(model: nn.Module) -> dict[str, SharedCorrection]:

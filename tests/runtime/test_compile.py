@@ -118,6 +118,26 @@ def test_a_compiled_model_follows_when_a_correction_comes_and_goes(
         torch.testing.assert_close(compiled(tiny_ids).logits, plain)
 
 
+def test_graphs_made_before_the_first_correction_are_thrown_away(
+    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
+) -> None:
+    """In a process where nothing was attached yet, torch.compile's own setting holds."""
+    model = tiny_llama(use_cache=False)
+    backend = Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True), torch.no_grad():
+        plain = compiled(tiny_ids).logits
+        correct_randomly(model, tiny_ids)
+        corrected = model(tiny_ids).logits
+        assert not torch.allclose(corrected, plain)
+        torch.testing.assert_close(compiled(tiny_ids).logits, corrected)
+        assert torch._dynamo.config.skip_nnmodule_hook_guards is False
+        graphs = len(backend.graphs)
+        correct_randomly(tiny_llama(use_cache=False), tiny_ids)  # throws nothing away again
+        compiled(tiny_ids)
+        assert len(backend.graphs) == graphs
+
+
 def test_a_graph_of_float64_computes_in_it(trio: nn.Module) -> None:
     trio.double()
     x = torch.randn(3, 8, dtype=torch.float64)
