@@ -1,14 +1,15 @@
-"""torchao weight tensors inside a plain nn.Linear: int8 and intx (2 to 4 bits in groups)."""
+"""torchao weight tensors inside a plain nn.Linear: int8, intx (2 to 4 bits in groups), packed int4 and float8."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import BackendError
@@ -16,6 +17,9 @@ from ..base import Backend, Scheme, StoredModule
 from ..registry import register
 
 GROUP_SIZE = 64
+
+# `qdata` alone tells nothing: each class has its own layout of it.
+_CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor")
 
 
 def _int8() -> Any:
@@ -26,7 +30,6 @@ def _int8() -> Any:
 
 
 def _intx(bits: int) -> Any:
-    import torch
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.quant_primitives import MappingType
@@ -44,7 +47,7 @@ def _intx(bits: int) -> Any:
 
 @register
 class TorchAO(Backend):
-    """`nn.Linear` whose weight is a torchao tensor subclass with integer `qdata`."""
+    """`nn.Linear` whose weight is one of the torchao tensor classes that `_CLASSES` names."""
 
     name = "torchao"
     package = "torchao"
@@ -60,40 +63,61 @@ class TorchAO(Backend):
 
         return isinstance(module.weight, TorchAOBaseTensor)
 
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        _known(module)
+
     def weight(self, module: Any) -> Tensor:
-        return module.weight.dequantize()
+        weight = _known(module)
+        if type(weight).__name__ == "Int4Tensor":
+            return _int4_weight(weight)
+        tensor: Tensor = weight.dequantize()
+        return tensor
 
     def codes(self, module: Any) -> list[Tensor]:
-        codes = getattr(module.weight, "qdata", None)
-        if codes is None:
-            raise BackendError(_unsupported(type(module.weight).__name__))
-        return [codes]
+        codes = _known(module).qdata
+        return [codes.view(torch.uint8) if codes.is_floating_point() else codes]
 
     def scales(self, module: Any) -> list[Tensor]:
-        return [module.weight.scale]
+        return [_known(module).scale]
 
     def scheme(self, module: Any) -> Scheme:
-        weight: Any = module.weight
-        block = weight.block_size[-1]
+        weight = _known(module)
+        rows, block = _block(weight.block_size, module.weight.shape)
+        group = None if block == module.in_features else block
+        if type(weight).__name__ == "Float8Tensor":
+            return _float8(str(weight.qdata.dtype).removeprefix("torch."), group, rows, module.out_features)
         bits = self._bits(module)
         mapping = "symmetric" if self._zero_points(module) is None else "asymmetric"
-        return Scheme(f"int{bits}", bits, None if block == module.in_features else block, (mapping,))
+        return Scheme(f"int{bits}", bits, group, (mapping,))
 
     def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
         kind = json.loads(module.metadata.get("weight", "{}"))
-        if kind.get("_type", "Tensor") == "Tensor":
+        name = kind.get("_type", "Tensor")
+        if name == "Tensor":
             return None
-        if "_weight_qdata" not in module.shapes:
-            raise BackendError(_unsupported(kind["_type"]))
+        if name not in _CLASSES or "_weight_qdata" not in module.shapes:
+            raise BackendError(_unsupported(name))
         settings = kind["_data"]
+        outputs, inputs = module.shapes["_weight_qdata"]
+        inputs *= 2 if name == "Int4Tensor" else 1
+        rows, block = _block(settings["block_size"], (outputs, inputs))
+        group = None if block == inputs else block
+        if name == "Float8Tensor":
+            return _float8(_FLOAT8[module.dtypes["_weight_qdata"]], group, rows, outputs)
+        if name == "Int4Tensor":
+            rounded = "float8" in str((settings.get("activation_dtype") or {}).get("_data"))
+            return Scheme("int4", 4, group, ("symmetric" if rounded else "asymmetric",))
         digits = re.search(r"int(\d+)$", str(settings.get("target_dtype", {}).get("_data")))
-        bits, block = int(digits.group(1)) if digits else 8, settings["block_size"][-1]
+        bits = int(digits.group(1)) if digits else 8
         mapping = "asymmetric" if _mapping(module.name, config) == "ASYMMETRIC" else "symmetric"
-        return Scheme(f"int{bits}", bits, None if block == module.shapes["_weight_qdata"][-1] else block, (mapping,))
+        return Scheme(f"int{bits}", bits, group, (mapping,))
 
     def rounds_inputs(self, module: Any) -> bool:
+        weight = _known(module)
         settings = ("act_quant_kwargs", "activation_quantization")  # by tensor class
-        return any(getattr(module.weight, setting, None) is not None for setting in settings)
+        if any(getattr(weight, setting, None) is not None for setting in settings):
+            return True
+        return getattr(weight, "activation_dtype", torch.bfloat16).itemsize == 1
 
     def packed_bytes(self, module: Any) -> int:
         zeros = self._zero_points(module)
@@ -102,18 +126,67 @@ class TorchAO(Backend):
     @staticmethod
     def _zero_points(module: Any) -> Tensor | None:
         """The zero points, or None where the mapping is symmetric: int8 stores a zero a row even there."""
-        zeros = getattr(module.weight, "zero_point", None)
+        zeros = getattr(_known(module), "zero_point", None)
         return zeros if zeros is not None and bool(zeros.any()) else None
 
     @staticmethod
     def _bits(module: Any) -> int:
-        target = getattr(module.weight, "target_dtype", None)
-        digits = re.search(r"int(\d+)$", str(target))
+        weight = _known(module)
+        if type(weight).__name__ == "Int4Tensor":
+            return 4
+        digits = re.search(r"int(\d+)$", str(getattr(weight, "target_dtype", None)))
         return int(digits.group(1)) if digits else 8
 
 
+_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # as safetensors writes them -> as torch does
+
+
+def _known(module: Any) -> Any:
+    """The weight of a module, of a class whose layout is known."""
+    from torchao import quantization
+
+    weight = module.weight
+    kind = type(weight).__name__
+    if kind not in _CLASSES or type(weight) is not getattr(quantization, kind, None):
+        raise BackendError(_unsupported(kind))
+    if getattr(weight, "act_pre_scale", None) is not None:
+        raise BackendError(
+            f"torchao's {kind} multiplies its inputs by act_pre_scale, which glowq does not correct; quantize the "
+            "weights without it (no AWQ or SmoothQuant of torchao's)."
+        )
+    return weight
+
+
+def _int4_weight(weight: Any) -> Tensor:
+    """What torchao's kernel multiplies by, float32: the class itself has no dequantize.
+
+    A byte holds two codes from -8 to 7, the even column in its lower half; scale and zero point, each of shape
+    (in_features / group, out_features), give code * scale + zero point.
+    """
+    packed = weight.qdata
+    codes = torch.stack([packed << 4 >> 4, packed >> 4], dim=-1).reshape(weight.shape).float()
+    scale, zero = (
+        part.float().t().repeat_interleave(weight.block_size[-1], dim=1) for part in (weight.scale, weight.zero_point)
+    )
+    return (codes + 8) * scale + (zero - 8 * scale)  # in the order of torchao's own, to the last bit
+
+
+def _block(block_size: Sequence[int] | None, shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns that share a scale; torchao writes nothing where all do."""
+    rows, columns = block_size or shape
+    return rows, columns
+
+
+def _float8(name: str, group: int | None, rows: int, out_features: int) -> Scheme:
+    shared = "shared by all rows" if rows == out_features else f"shared by {rows} rows"
+    return Scheme(name, 8, group, (shared,) if rows > 1 else ())
+
+
 def _unsupported(kind: str) -> str:
-    return f"torchao's {kind} keeps no qdata; supported: int8 and intx weight-only."
+    return (
+        f"torchao's {kind} cannot be read; supported: {', '.join(_CLASSES)}, which weight-only int8, intx, plain int4 "
+        "and float8 configs write."
+    )
 
 
 def _mapping(name: str, config: Mapping[str, Any]) -> str | None:
