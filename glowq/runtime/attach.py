@@ -61,7 +61,8 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
     container.train(parent.training)
     parent.add_module(name, container)
     for index, member in enumerate(group.members):
-        handle = model.get_submodule(member).register_forward_hook(MemberHook(container, index))
+        hook = MemberHook(container, index)
+        handle = model.get_submodule(member).register_forward_hook(hook, with_kwargs=True)
         container._handles.append(handle)
     return container
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModuleError
 from .container import SharedCorrection
 
 __all__ = ["MemberHook"]
@@ -24,14 +25,27 @@ class MemberHook:
         self.index = index
         self._settled: dict[int, weakref.ref[Tensor]] = {}  # by thread
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """The corrected output; registered `with_kwargs`, for a member may be called by keyword."""
         if not torch.compiler.is_compiling() and self._settled and self._is_settled(args):
             return output
         if not self.container.enabled:
             return output
         # Another hook may have kept the output; nobody else has seen it.
         alone = len(module._forward_hooks) == 1 and not _HOOKS_OF_EVERY_MODULE
-        return self.container.forward(self.index, args[0], output, in_place=alone)
+        x = args[0] if args else self._named(kwargs)
+        return self.container.forward(self.index, x, output, in_place=alone)
+
+    def _named(self, kwargs: dict[str, Any]) -> Tensor:
+        """The input of a member that was called by keyword, under whatever name its library gives it."""
+        tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+        if len(tensors) != 1:
+            group = self.container.group
+            raise UnsupportedModuleError(
+                f"{group.members[self.index]} of group {group.name!r} got {len(tensors)} tensors by keyword "
+                f"({', '.join(kwargs) or 'nothing'}), so that its input cannot be told: call it with one by position."
+            )
+        return tensors[0]
 
     def settle(self, x: Tensor) -> None:
         """Leave the output of the forward that is running as it is: the correction is in it.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glowq.errors import ConfigError
+from glowq.errors import ConfigError, UnsupportedModuleError
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
 from glowq.quantizers.model import prepare_model
@@ -232,3 +232,29 @@ def test_factors_in_shared_memory_stay_there(trio: nn.Module) -> None:
     before = trio(x)
     assert all(parameter.is_shared() for parameter in container(trio).parameters())
     torch.testing.assert_close(copy.deepcopy(trio)(x), before)
+
+
+def test_a_member_that_is_called_by_keyword(trio: nn.Module) -> None:
+    x = torch.randn(3, 8)
+    expected = [member(x) for member in (trio.q, trio.k, trio.v)]
+    assert all(
+        torch.equal(member(input=x), output) for member, output in zip((trio.q, trio.k, trio.v), expected, strict=True)
+    )
+    trio.q(x)  # a slot half used by position serves a member that is called by keyword
+    assert torch.equal(trio.k(input=x), expected[1])
+    assert container(trio)._slot[0] is not None
+    assert torch.equal(trio.v(x), expected[2])
+    assert container(trio)._slot == [None]
+
+
+def test_a_member_whose_input_cannot_be_told(trio: nn.Module) -> None:
+    trio.q.forward = lambda input, scale: input[..., :1] * scale
+    with pytest.raises(UnsupportedModuleError, match=r"q\+k\+v.*got 2 tensors.*one by position"):
+        trio.q(input=torch.randn(3, 8), scale=torch.ones(1))
+
+
+def test_a_compiled_member_that_is_called_by_keyword(trio: nn.Module) -> None:
+    x = torch.randn(3, 8)
+    expected = trio.q(x)
+    compiled = torch.compile(lambda x: trio.q(input=x), fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x), expected, atol=1e-6)

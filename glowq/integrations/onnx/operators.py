@@ -161,7 +161,9 @@ def use_operators(model: nn.Module) -> None:
     made = {name: operator_of(name, backend, model.get_submodule(name)) for name, backend in modules.items()}
     for name, operator in made.items():
         if operator is not None:
-            operator._forward_hooks = model.get_submodule(name)._forward_hooks
+            module = model.get_submodule(name)
+            operator._forward_hooks = module._forward_hooks
+            operator._forward_hooks_with_kwargs = module._forward_hooks_with_kwargs
             model.set_submodule(name, operator)
     remove_hook_from_module(model, recurse=True)
     nn.Module.to(model, "cpu", torch.float32)  # transformers' own refuses: it takes the model for a quantized one
