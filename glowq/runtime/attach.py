@@ -30,7 +30,7 @@ CONTAINER = "glowq_"
 
 
 def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None = None) -> SharedCorrection:
-    """Add one group's correction to `model`.
+    """Add one group's correction to `model`, in memory of its own: training the model leaves `factors` as they are.
 
     From here on torch.compile's graphs look at hooks in this process; graphs that it made before are thrown away once.
 
@@ -58,6 +58,7 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
         container = SharedCorrection(group, factors.right, factors.lefts)
     _let_graphs_see_hooks()
     container.to(device=device, dtype=dtype)
+    container.unshare((factors.right, *factors.lefts.values()))
     container.train(parent.training)
     parent.add_module(name, container)
     for index, member in enumerate(group.members):

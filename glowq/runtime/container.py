@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -151,6 +151,15 @@ class SharedCorrection(nn.Module):
             slot = self._compute(index, x, gradients, at_once=False)
         assert slot.product is not None
         return slot.product
+
+    def unshare(self, others: Iterable[Tensor]) -> None:
+        """Copy the factors that lie in the memory of `others`, and no more: a change of dtype or device copies too."""
+        taken = {other.untyped_storage().data_ptr() for other in others if not other.is_meta}
+        shared = [part for part in self._factors if part.factor.untyped_storage().data_ptr() in taken]
+        for part in shared:
+            part.factor.data = part.factor.data.clone()
+        if shared:
+            self._stack()
 
     def _found(self, index: int, x: Tensor, gradients: bool) -> _Slot | None:
         """What another member has computed of this input, if it serves this one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from glowq.errors import ConfigError, UnsupportedModuleError
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
+from glowq.factors.int8 import round_factors
 from glowq.quantizers.model import prepare_model
 from glowq.runtime.attach import attach, attached, detach
 from glowq.runtime.container import SharedCorrection
@@ -258,3 +260,28 @@ def test_a_compiled_member_that_is_called_by_keyword(trio: nn.Module) -> None:
     expected = trio.q(x)
     compiled = torch.compile(lambda x: trio.q(input=x), fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("int8", [False, True])
+def test_changing_the_model_leaves_the_factors_that_were_attached(
+    members: int, int8: bool, trio: nn.Module, random_factors: Factory
+) -> None:
+    detach(trio)
+    names, widths = ("q", "k", "v")[:members], (6, 4, 5)[:members]
+    factors: GroupFactors = random_factors(Group("+".join(names), names, 8, widths, ""))
+    if int8:
+        right, lefts = round_factors(factors.right, factors.lefts)
+        factors = replace(factors, right=right, lefts=lefts, int8=True)
+    else:  # left factors that lie one after the other, as a model holds them
+        lefts = dict(zip(names, torch.cat(list(factors.lefts.values())).split(widths), strict=True))
+        factors = replace(factors, lefts=lefts)
+    before = copy.deepcopy(factors)
+    held = attach(trio, factors)
+    whole, _ = held._together()
+    assert whole.data_ptr() == held.lefts[0].factor.data_ptr()  # still one after the other
+    with torch.no_grad():
+        for parameter in trio.parameters():
+            parameter.zero_()
+    assert torch.equal(factors.right, before.right)
+    assert all(torch.equal(factors.lefts[name], before.lefts[name]) for name in names)
