@@ -170,5 +170,9 @@ def _execution_device(module: nn.Module) -> torch.device | str:
     """Where accelerate runs the module if it is offloaded, else where its weight is."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
-        return torch.device("cuda", device) if isinstance(device, int) else device
+        if not isinstance(device, int):
+            return device
+        # A number alone counts the devices of whatever accelerator is there.
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, device)
     return next(chain(module.parameters(), module.buffers())).device  # GPTQ keeps its weight in buffers

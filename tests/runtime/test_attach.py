@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
 from glowq.factors.int8 import round_factors
 from glowq.quantizers.model import prepare_model
-from glowq.runtime.attach import attach, attached, detach
+from glowq.runtime.attach import _execution_device, attach, attached, detach
 from glowq.runtime.container import SharedCorrection
 from glowq.runtime.switching import disabled
 from support.bases import Base, rows
@@ -285,3 +286,17 @@ def test_changing_the_model_leaves_the_factors_that_were_attached(
             parameter.zero_()
     assert torch.equal(factors.right, before.right)
     assert all(torch.equal(factors.lefts[name], before.lefts[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("xpu", "xpu:1"), ("cuda", "cuda:1"), (None, "cuda:1")],
+    ids=["xpu", "cuda", "none"],
+)
+def test_a_device_that_accelerate_counts_is_one_of_the_accelerator_that_is_there(
+    found: str | None, expected: str, trio: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = None if found is None else torch.device(found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: there)
+    trio.q._hf_hook = SimpleNamespace(execution_device=1)
+    assert _execution_device(trio.q) == torch.device(expected)
