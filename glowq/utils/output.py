@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -61,17 +62,48 @@ def write_directory(target: Path, write: Callable[[Path], None], *, kind: Kind =
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+            fresh = Path(scratch) / "new"
             fresh.mkdir()
             write(fresh)
-            if target.exists():
-                target.rename(old)
-            fresh.rename(target)
-    except OSError as error:
-        if isinstance(error, GlowQError):
+            _put(fresh, target)
+    except GlowQError:
+        raise
+    except Exception as error:
+        full = _is_full(error)
+        if not full and not isinstance(error, OSError):
             raise
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        reason = "the disk is full" if full else str(error)
         raise OutputError(f"cannot write {target}: {reason}. Nothing was left behind.") from error
+
+
+def _put(fresh: Path, target: Path) -> None:
+    """Rename `fresh` to `target`; what was there is deleted once that is done, and put back if it cannot be done."""
+    if not target.exists():
+        fresh.rename(target)
+        return
+    # Not in the temporary folder, which is deleted whatever happens.
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.earlier.", dir=target.parent))
+    old = aside / target.name
+    try:
+        target.rename(old)
+        fresh.rename(target)
+    except BaseException as error:  # an interrupt, too, may come between the two
+        if old.exists() and fresh.exists():
+            try:
+                old.rename(target)
+            except OSError as again:
+                raise OutputError(
+                    f"cannot write {target}: {error}. It could not be put back either ({again}): the earlier result is "
+                    f"whole in {old}; move it back to {target}."
+                ) from error
+        shutil.rmtree(aside)
+        raise
+    shutil.rmtree(aside)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk is full, which safetensors and tokenizers (both Rust) say in words and in no OSError."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
