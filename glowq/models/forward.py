@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["evaluating", "example_inputs", "replaced_forward", "to_model"]
+from ..errors import UnsupportedModuleError
+
+__all__ = ["evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_forward", "to_model"]
+
+
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Refuse, before any work, a model that runs on text for its encoder and other text for its decoder.
+
+    An encoder that is used alone, such as T5EncoderModel, is none, whatever its config says of the whole.
+
+    Raises:
+        UnsupportedModuleError: the model is an encoder with a decoder.
+    """
+    said = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if said and "decoder_input_ids" in signature(type(model).forward).parameters:
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} is an encoder with a decoder, which cannot be corrected yet: calibration text "
+            "gives no decoder input. Correct a model that is a decoder or an encoder alone."
+        )
 
 
 def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
