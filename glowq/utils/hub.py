@@ -87,7 +87,7 @@ def asking_hub(name: str, options: Mapping[str, Any] | None = None, *, writing: 
         yield
     except GlowQError:
         raise
-    except (OSError, ValueError, RuntimeError, _TransportError) as error:
+    except (OSError, HFValidationError, RuntimeError, _TransportError) as error:  # RuntimeError: of hf_xet
         raise _translated(error, name, options or {}, writing) from error
 
 
