@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from glowq.factors.group import Group
 from glowq.models.tracing import find_groups
 from glowq.runtime.attach import attach
 from support import tiny, writers
-from support.bases import SCRATCH
+from support.store import open_store
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "stdlib-llama"
 TEXT = "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n        return file.read()\n\n" * 12
@@ -38,11 +36,9 @@ writers.TEXTS = writers.TEXTS[::8]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all processes of this run one folder for models that take long to quantize."""
+    """Give all processes of this run, and later runs, one folder for models that take long to quantize."""
     if not hasattr(config, "workerinput"):
-        folder = tempfile.mkdtemp(prefix="glowq-bases-")
-        os.environ[SCRATCH] = folder
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        open_store(BUNDLED.parents[1] / "build" / "test-models", BUNDLED, writers.TEXTS)
         config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests alone
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
-import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from support import writers
+from support.store import once, written
 
 MODEL = Path(__file__).parents[2] / "examples" / "stdlib-llama"
 BLOCKS = 2
-SCRATCH = "GLOWQ_TEST_SCRATCH"  # names the folder that the processes of a test run share
 
 
 @dataclass(frozen=True)
@@ -86,38 +80,10 @@ class Base:
         return with_calibration(base_config(self.name), ids[0, : ids.shape[1] // 128 * 128].reshape(-1, 128))
 
     def checkpoint(self, source: Path) -> Path:
-        """The folder that `write` saved `source` to: written once a test run."""
-        assert self.write is not None
-        return _written(self, source)
-
-
-@cache
-def _scratch() -> Path:
-    """A folder that all processes of a test run share."""
-    if SCRATCH in os.environ:
-        return Path(os.environ[SCRATCH])
-    folder = Path(tempfile.mkdtemp(prefix="glowq-bases-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _once(name: str, fill: Callable[[Path], Any]) -> Path:
-    """The folder of this name in the scratch, filled by the first process that asks for it."""
-    folder = _scratch() / name
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            made = _scratch() / f"{name}.part"
-            made.mkdir()
-            fill(made)
-            made.rename(folder)
-    return folder
-
-
-@cache
-def _written(base: Base, source: Path) -> Path:
-    assert base.write is not None
-    name = f"{base.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:12]}"
-    return _once(name, partial(base.write, source))
+        """The folder that `write` saved `source` to; never written to again."""
+        write = self.write
+        assert write is not None
+        return written(write.func, source, **write.keywords) if isinstance(write, partial) else written(write, source)
 
 
 @cache
@@ -135,7 +101,7 @@ def small_model() -> Path:
         AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=BLOCKS, dtype="auto").save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
 
-    return _once("small", fill)
+    return once("small", fill)
 
 
 def _four_bit(module: Any) -> Tensor:
