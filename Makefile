@@ -3,6 +3,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --max-worker-restart 0
 
 BIN := .venv/bin
 READY := .venv/.ready
+DEMO_READY := .venv/.ready-demo
 AUTOAWQ := .venv-autoawq
 AUTOAWQ_CHECKPOINTS := build/autoawq
 VLLM := .venv-vllm
@@ -17,8 +18,10 @@ help:  ## list these targets
 
 setup: $(READY)  ## create .venv and install glowq with its development tools (PYTHON=python3.12 chooses another Python)
 
-# torch goes first and alone, so that nothing below can pull a second build of it.
-$(READY): pyproject.toml constraints.txt
+# torch goes first and alone, so that nothing below can pull a second build of it. glowq with what the demo runs comes
+# next: the demo starts minutes before all libraries that the tests quantize with are there. Python compiles what is
+# imported, when it is: pip would compile every file of every package.
+$(DEMO_READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  found=$$($(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo 'no working $(PYTHON)'); \
 	  echo "glowq needs Python 3.11 or newer, found $$found; try: make setup PYTHON=python3.11" >&2; exit 1; }
@@ -26,11 +29,15 @@ $(READY): pyproject.toml constraints.txt
 	  echo "$(PYTHON) has no venv module; install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[bitsandbytes,torchao]'
 	@touch $@
 
-demo: setup  ## correct the bundled model and show what it gained
+$(READY): $(DEMO_READY)
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(DEMO_READY)  ## correct the bundled model and show what it gained (installs no more than this takes)
 	$(BIN)/python examples/demo.py
 
 test test-autoawq test-kernels test-vllm: export HF_HUB_OFFLINE = 1
