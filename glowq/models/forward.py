@@ -16,7 +16,7 @@ __all__ = ["evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_f
 
 
 def refuse_encoder_decoder(model: nn.Module) -> None:
-    """Refuse, before any work, a model that runs on text for its encoder and other text for its decoder.
+    """Refuse a model that runs on text for its encoder and other text for its decoder, and was given the first alone.
 
     An encoder that is used alone, such as T5EncoderModel, is none, whatever its config says of the whole.
 

@@ -31,7 +31,7 @@ from ..errors import (
 from ..evaluation.rounding_cost import rounding_cost
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
-from ..models.forward import to_model
+from ..models.forward import refuse_encoder_decoder, to_model
 from ..models.reference import REVISION_TOLERANCE, Reference
 from ..models.tracing import Trace, trace_groups
 from ..quantizers.libraries.dense import adopt_dense, dequantized_from
@@ -285,7 +285,11 @@ def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenize
 
 def _trace(model: nn.Module, sequences: Tensor) -> Trace:
     example = to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
-    trace = trace_groups(model, example)
+    try:
+        trace = trace_groups(model, example)
+    except ValueError:
+        refuse_encoder_decoder(model)  # BART and its kin make their decoder's input by themselves; T5 does not
+        raise
     if not trace.groups:
         name, reason = next(iter(trace.skipped.items()))
         raise UnsupportedModuleError(f"no module can be corrected; {name}: {reason}.")
