@@ -21,7 +21,7 @@ from glowq.factors.rounding import rounded
 from glowq.quantizers.model import prepare_model
 from glowq.runtime.attach import attach, attached, attached_factors, detach
 from support.cli import call, encoder, result_of
-from support.tiny import IDS, correct, load, logits, quantized, seeded
+from support.tiny import IDS, correct, corrected, load, logits, quantized, seeded, tiny_llama
 
 MODELS = ["base", "shared", "per module"]
 SIZES = ["--batch-sizes", "1,3", "--lengths", "5, 18", "--new-tokens", 4, "--repeats", 3]
@@ -299,6 +299,14 @@ class TestOtherModels:
         refused(call("bench", gpt2, *options, "--new-tokens", 2), "takes sequences of 64 tokens")
 
 
+@pytest.fixture(scope="module")
+def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A correction of a model of one block: tracing takes seconds a block, model and shape."""
+    folder = tmp_path_factory.mktemp("one-block")
+    corrected(tiny_llama(folder / "llama", num_hidden_layers=1), "nf4")[1].save_pretrained(folder / "correction")
+    return folder / "correction"
+
+
 class TestSettings:
     @pytest.fixture
     def two_threads(self) -> Iterator[None]:
@@ -311,20 +319,21 @@ class TestSettings:
     def test_threads(self, rank_8: Path) -> None:
         assert result_of("bench", rank_8, *LEAST, "--threads", 1)["threads"] == 1
 
-    def test_every_model_and_shape_gets_a_graph(self, rank_8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.slow
+    def test_every_model_and_shape_gets_a_graph(self, one_block: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """They are more than torch.compile makes of one piece of code by itself."""
         torch.compiler.reset()
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-        models = variants(load(rank_8).eval())
+        models = variants(load(one_block).eval())
         shapes = [Shape(batch, length) for batch in (1, 2) for length in (4, 6)]
         rows = measure(models, shapes, 1, new_tokens=1, repeats=1, compiled=True)
         assert len(rows) == len(models) * len(shapes)
         torch.compiler.reset()
 
     @pytest.mark.slow
-    def test_compiled(self, rank_8: Path) -> None:
+    def test_compiled(self, one_block: Path) -> None:
         torch.compiler.reset()
-        result = result_of("bench", rank_8, *LEAST, "--compile")
+        result = result_of("bench", one_block, *LEAST, "--compile")
         assert result["compiled"] is True
         assert [row["model"] for row in result["rows"]] == MODELS
         torch.compiler.reset()
