@@ -19,8 +19,7 @@ help:  ## list these targets
 setup: $(READY)  ## create .venv and install glowq with its development tools (PYTHON=python3.12 chooses another Python)
 
 # torch goes first and alone, so that nothing below can pull a second build of it. glowq with what the demo runs comes
-# next: the demo starts minutes before all libraries that the tests quantize with are there. Python compiles what is
-# imported, when it is: pip would compile every file of every package.
+# next: the demo starts minutes before all libraries that the tests quantize with are there.
 $(DEMO_READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  found=$$($(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo 'no working $(PYTHON)'); \
@@ -29,12 +28,12 @@ $(DEMO_READY): pyproject.toml constraints.txt
 	  echo "$(PYTHON) has no venv module; install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt torch
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[bitsandbytes,torchao]'
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bitsandbytes,torchao]'
 	@touch $@
 
 $(READY): $(DEMO_READY)
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(DEMO_READY)  ## correct the bundled model and show what it gained (installs no more than this takes)
