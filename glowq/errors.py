@@ -108,7 +108,7 @@ class RankError(GlowQError, ValueError):
 
 
 class RoundingError(GlowQError, ValueError):
-    """int8 factors would lose more accuracy than the bytes that they save can buy; the message holds the figures."""
+    """int8 factors would lose more accuracy than the bytes that they save give back; the message holds the figures."""
 
 
 class ReferenceMismatchError(GlowQError, ValueError):

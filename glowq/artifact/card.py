@@ -16,7 +16,7 @@ from ..evaluation.figures import has_gap, shown, shown_share, undone
 from ..evaluation.plots import can_plot, draw_budgets
 from ..factors.units import GainUnit
 from ..quantizers.registry import method_of
-from ..selection.allocation import Offer
+from ..selection.allocation import GroupGains
 from ..selection.curve import CurvePoint, budget_curve
 from ..utils.files import read_json
 from .config import GlowQConfig
@@ -33,7 +33,7 @@ _PERPLEXITIES = {"reference": "full precision", "quantized": "quantized", "corre
 
 def card_files(
     config: GlowQConfig,
-    offers: Sequence[Offer],
+    group_gains: Sequence[GroupGains],
     *,
     license: Mapping[str, Any] | None = None,
     repository: str = "this/repository",
@@ -44,7 +44,7 @@ def card_files(
     Args:
         config: what config.json stores. Its provenance may hold "command" (the exact command line) and "held_out" (the
             figures of `glowq correct --json`); sections without data are left out.
-        offers: one a restored group.
+        group_gains: one a restored group.
         license: the base's, see `base_license`.
         repository: the Hub name that the card tells people to load.
         picture: whether to draw; None: if matplotlib is installed.
@@ -57,10 +57,10 @@ def card_files(
     name = str(base_model.get("name", ""))
     title = f"{Path(name).name}, corrected by glowq"
     unit = (provenance.gains or GainUnit.UNMEASURED).description
-    curve = [] if provenance.distilled_steps else budget_curve(offers, config.total, base_bytes)
+    curve = [] if provenance.distilled_steps else budget_curve(group_gains, config.total, base_bytes)
     drawn = len(curve) > 1 and (can_plot() if picture is None else picture)
-    factor_bytes = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
-    ranks = sorted({len(offer.gains) for offer in offers}) or [0]
+    factor_bytes = sum(item.rank_bytes * len(item.gains) for item in group_gains)
+    ranks = sorted({len(item.gains) for item in group_gains}) or [0]
     card = ModelCard.from_template(
         _metadata(name, title, provenance.held_out, license or {}),
         template_path=str(_templates() / "correction.md"),
@@ -71,8 +71,8 @@ def card_files(
         base=method_of(config.base),
         method=config.method,
         seed=config.seed,
-        group_count=len(offers),
-        module_count=sum(len(offer.group.members) for offer in offers),
+        group_count=len(group_gains),
+        module_count=sum(len(item.group.members) for item in group_gains),
         ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         factor_bytes=f"{factor_bytes:,}",
         overhead=f"{factor_bytes / base_bytes:.2%}" if base_bytes else "an unknown share",

@@ -8,14 +8,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..errors import ModelNotFoundError, PickleRefusedError
-from ..selection.allocation import Offer
+from ..selection.allocation import GroupGains
 from ..utils.files import PICKLES, checkpoint_files, read_json, safe_join
 from ..utils.output import EXPORT_MANIFEST, is_result_file
 from .config import GlowQConfig
 from .factor_files import open_factors
 from .saved import FACTORS_FILE
 
-__all__ = ["SavedResult", "read_result", "stored_offers"]
+__all__ = ["SavedResult", "read_result", "stored_gains"]
 
 _TERMS = ("LICENSE*", "NOTICE*")  # which whoever pushes may have to add
 _ADAPTER = "adapter_config.json"  # of peft
@@ -71,7 +71,7 @@ def read_result(folder: Path) -> SavedResult:
     if is_export:
         return _read_export(folder, set(found))
     config = GlowQConfig.from_dict(stored or {})
-    stored_offers(folder, config)  # refuses what is damaged before anything is sent
+    stored_gains(folder, config)  # refuses what is damaged before anything is sent
     files = {name: path for name, path in found.items() if is_result_file(name) or _are_terms(name)}
     base = config.base_model or {}
     left_out = sorted(set(found) - set(files))
@@ -101,7 +101,7 @@ def _read_export(folder: Path, found: set[str]) -> SavedResult:
     )
 
 
-def stored_offers(folder: Path, config: GlowQConfig) -> list[Offer]:
+def stored_gains(folder: Path, config: GlowQConfig) -> list[GroupGains]:
     """What the groups of a saved correction or model hold.
 
     Raises:
@@ -109,4 +109,4 @@ def stored_offers(folder: Path, config: GlowQConfig) -> list[Offer]:
     """
     names = [folder / FACTORS_FILE] if config.format == "correction" else map(Path, checkpoint_files(folder))
     with open_factors(list(names), config.groups or {}) as factors:
-        return factors.offers
+        return factors.group_gains

@@ -19,10 +19,10 @@ from ..errors import ConfigError
 from ..factors.factors import GroupFactors, cut_group
 from ..factors.rounding import rounded
 from ..quantizers.registry import method_of
-from ..selection.allocation import Offer
+from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest
 from ..selection.ranks import check_measured, choose_ranks
-from ..selection.rounding import check_rounding, priced
+from ..selection.rounding import check_rounding, stored_as
 from ..utils.output import write_directory
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
@@ -84,9 +84,11 @@ class Correction:
         return f"Correction({len(self.factors)} groups, {shown}, {self.factor_bytes} bytes{kind}, +{self.overhead:.2%})"
 
     @property
-    def offers(self) -> list[Offer]:
-        """What each group has to sell to a budget."""
-        return [Offer(entry.group, entry.factor_bytes // entry.rank, entry.gains.tolist()) for entry in self.factors]
+    def group_gains(self) -> list[GroupGains]:
+        """What the ranks of each group gain and take, which a budget is allocated by."""
+        return [
+            GroupGains(entry.group, entry.factor_bytes // entry.rank, entry.gains.tolist()) for entry in self.factors
+        ]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors as a file holds them, on the CPU: `<group>.right` (r, d) and `<member>.left` (o, r)."""
@@ -103,7 +105,7 @@ class Correction:
 
     def _card_files(self) -> dict[str, bytes]:
         license = base_license(self.config.base_model or {})
-        return card_files(self.config, self.offers, license=license)
+        return card_files(self.config, self.group_gains, license=license)
 
     def cut(
         self,
@@ -141,10 +143,10 @@ class Correction:
             request: the whole is kept where it is empty.
             factor_dtype: "int8" where what is kept will be rounded to that, which a budget pays half for.
         """
-        offers = priced(self.offers, factor_dtype)
+        group_gains = stored_as(self.group_gains, factor_dtype)
         if request.budget is not None and any(bool(entry.right.any()) for entry in self.factors):  # else no error
-            check_measured(offers, "the correction")
-        return choose_ranks(offers, request, self.base_bytes, self.config.total)
+            check_measured(group_gains, "the correction")
+        return choose_ranks(group_gains, request, self.base_bytes, self.config.total)
 
     def kept(self, ranks: Mapping[str, int]) -> Correction:
         """The same correction with the first ranks of some groups; see `cut`, which chooses them.
@@ -170,7 +172,7 @@ class Correction:
         """
         found = self._with([rounded(entry) for entry in self.factors])
         found.config.record(factor_dtype="int8")
-        check_rounding(self.offers, found.offers)
+        check_rounding(self.group_gains, found.group_gains)
         return found
 
     def save_pretrained(

@@ -18,7 +18,7 @@ from ..errors import CorrectionError, NonFiniteError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..factors.int8 import SCALE_BYTES, Packed, pack, unpack
-from ..selection.allocation import Offer
+from ..selection.allocation import GroupGains
 
 __all__ = [
     "FACTOR_KEYS",
@@ -81,19 +81,19 @@ class StoredFactors:
     """The factors of a correction's groups, unread.
 
     Attributes:
-        offers: one a group, with as many gains as it has ranks.
+        group_gains: one a group, with as many gains as it has ranks.
         totals: group name -> error before any rank.
         tensors: factor name -> the open file that holds it, and the file's path.
     """
 
-    offers: list[Offer]
+    group_gains: list[GroupGains]
     totals: Mapping[str, float]
     tensors: Mapping[str, tuple[Any, Path]]
 
     @property
     def factor_bytes(self) -> int:
         """Bytes of all of them."""
-        return sum(len(offer.gains) * offer.rank_bytes for offer in self.offers)
+        return sum(len(item.gains) * item.rank_bytes for item in self.group_gains)
 
     def read(self, ranks: Mapping[str, int] | None = None) -> list[GroupFactors]:
         """Read the first ranks of groups, and nothing of any other.
@@ -106,15 +106,15 @@ class StoredFactors:
             CorrectionError: a scale of int8 factors is no power of two.
         """
         factors = []
-        for offer in self.offers:
-            group, held = offer.group, len(offer.gains)
+        for item in self.group_gains:
+            group, held = item.group, len(item.gains)
             rank = held if ranks is None else ranks.get(group.name, 0)
             if rank == 0:
                 continue
             every, first = slice(None), slice(None if rank == held else rank)
             right = self._take(f"{group.name}.right", (first, every))
             lefts = {member: self._take(f"{member}.left", (every, first)) for member in group.members}
-            gains = torch.tensor(offer.gains[:rank], dtype=torch.float64)
+            gains = torch.tensor(item.gains[:rank], dtype=torch.float64)
             int8 = right.dtype == torch.int8
             if int8:
                 scale = self._take(f"{group.name}.right_scale", (first,))
@@ -158,14 +158,14 @@ def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
     with ExitStack() as stack:
         tensors = _open(files, stack)
         unnamed = dict(tensors)
-        offers = [_offer(stored_group(name, stored), stored, unnamed) for name, stored in groups.items()]
+        group_gains = [_offer(stored_group(name, stored), stored, unnamed) for name, stored in groups.items()]
         extra = sorted(unnamed)
         if extra:
             raise CorrectionError(
                 f"extra factor {extra[0]!r} ({len(extra)} in all) that no group of config.json names; the file and "
                 "its config.json do not belong together. Download or correct again."
             )
-        yield StoredFactors(offers, {name: float(stored["total"]) for name, stored in groups.items()}, tensors)
+        yield StoredFactors(group_gains, {name: float(stored["total"]) for name, stored in groups.items()}, tensors)
 
 
 def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
@@ -195,7 +195,7 @@ def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]
     return tensors
 
 
-def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any, Path]]) -> Offer:
+def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any, Path]]) -> GroupGains:
     """What a group can give, once the header says that its factors are what config.json says; they leave `unnamed`."""
     rank = int(stored["rank"])
     shapes = {f"{group.name}.right": (rank, group.in_features)}
@@ -212,7 +212,7 @@ def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any
                 "float32. Download or correct again."
             )
         rank_bytes += SCALE_BYTES
-    return Offer(group, rank_bytes, [float(gain) for gain in stored["gains"]])
+    return GroupGains(group, rank_bytes, [float(gain) for gain in stored["gains"]])
 
 
 def _dtype(unnamed: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> str:

@@ -24,7 +24,7 @@ from ..utils.files import checkpoint_files, read_json
 from ..utils.hub import asking_hub
 from .card import CARD, PICTURE, base_license, card_files, license_of
 from .config import GlowQConfig
-from .contents import SavedResult, read_result, stored_offers
+from .contents import SavedResult, read_result, stored_gains
 from .saved import FACTORS_FILE
 
 __all__ = ["push"]
@@ -189,9 +189,9 @@ def _named(result: SavedResult, repository: str, base: _Base | None) -> dict[str
     if result.config is None:
         return dict(result.files)
     config, mine = result.config, result.folder / CARD
-    offers, earlier = stored_offers(result.folder, config), _card(mine)
+    group_gains, earlier = stored_gains(result.folder, config), _card(mine)
     license = base_license(config.base_model or {}) if earlier is None else license_of(earlier.data.to_dict())
-    made = card_files(config, offers, license=license, picture=PICTURE in result.files)
+    made = card_files(config, group_gains, license=license, picture=PICTURE in result.files)
     changed: dict[str, bytes] = {}
     if base is not None:
         stored = read_json(result.folder / "config.json")
@@ -202,7 +202,7 @@ def _named(result: SavedResult, repository: str, base: _Base | None) -> dict[str
         config = GlowQConfig.from_dict(stored["quantization_config"])
         license = license_of(base.info.card_data.to_dict() if base.info.card_data else {}) or license
     if earlier is None or made[CARD] == mine.read_bytes():
-        changed.update(card_files(config, offers, license=license, repository=repository))
+        changed.update(card_files(config, group_gains, license=license, repository=repository))
     else:
         stated = {"base_model": base.name, "base_model_relation": "quantized"} if base is not None else {}
         for key, value in {**license, **stated}.items():

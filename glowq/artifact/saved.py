@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelNotFoundError
-from ..selection.allocation import Offer
+from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest, parse_budget, parse_target
 from ..selection.ranks import check_measured, choose_ranks
-from ..selection.rounding import priced
+from ..selection.rounding import stored_as
 from ..utils.files import read_json, refuse_pickles
 from ..utils.hub import local_snapshot
 from .config import GlowQConfig
@@ -59,17 +59,17 @@ class SavedCorrection:
             ConfigError: the budget is larger than the correction, too small for anything, or a target out of reach; or
                 the correction holds nothing that groups could be chosen by.
         """
-        offers = priced(self.factors.offers, factor_dtype)
+        group_gains = stored_as(self.factors.group_gains, factor_dtype)
         if request.budget is not None:
-            self._check_budget(request.budget, offers, " in int8" if factor_dtype == "int8" else "")
-        return choose_ranks(offers, request, self.base_bytes, self.config.total)
+            self._check_budget(request.budget, group_gains, " in int8" if factor_dtype == "int8" else "")
+        return choose_ranks(group_gains, request, self.base_bytes, self.config.total)
 
-    def _check_budget(self, budget: str | int, offers: Sequence[Offer], kind: str) -> None:
+    def _check_budget(self, budget: str | int, group_gains: Sequence[GroupGains], kind: str) -> None:
         if not self.base_bytes:
             raise ConfigError(f"{self.name} does not say how many bytes its quantized weights take; correct again.")
-        check_measured(offers, self.name)
+        check_measured(group_gains, self.name)
         available = None if parse_target(budget) is not None else parse_budget(budget, self.base_bytes)
-        whole = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
+        whole = sum(item.rank_bytes * len(item.gains) for item in group_gains)
         if available is not None and available > whole:  # bytes that were never solved for cannot be selected
             raise ConfigError(
                 f"budget {budget!r} is {available} bytes, but {self.name} has only {whole}{kind} "

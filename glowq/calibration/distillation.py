@@ -1,7 +1,7 @@
 """A short distillation: the factors of a chosen correction learn to give the reference's answers together.
 
 Each group was solved alone, as if the others' errors were none of its business. A few dozen steps of gradient descent
-on the very bytes that were bought let them make up for one another. No other parameter changes.
+at the chosen ranks lets them make up for one another. No other parameter changes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def distill(
     Args:
         model: quantized, without a correction; left so.
         reference: the full-precision model.
-        factors: what was bought; gains and totals stay what they were before.
+        factors: those of the chosen ranks; gains and totals stay what they were before.
         sequences: token ids, shape (n, length), int64, n >= 2.
         steps: of `_STEP_TOKENS` tokens each, at least 1.
         seed: of the order of the sequences.

@@ -95,7 +95,7 @@ class MomentCollector:
 
 @dataclass
 class Feed:
-    """The open tap between a model and its collectors; `mask` is the attention mask of the batch that is running."""
+    """What the hooks of collectors are told of the batch that is running: its attention mask, or None."""
 
     mask: Tensor | None = None
 
@@ -107,12 +107,12 @@ def collecting(model: nn.Module, collectors: Sequence[MomentCollector]) -> Itera
     with ExitStack() as stack:
         for collector in collectors:
             member = model.get_submodule(collector.group.members[0])
-            handle = member.register_forward_pre_hook(_tap(collector, feed))
+            handle = member.register_forward_pre_hook(_hook(collector, feed))
             stack.callback(handle.remove)
         yield feed
 
 
-def _tap(collector: MomentCollector, feed: Feed) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _hook(collector: MomentCollector, feed: Feed) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         collector.update(args[0], feed.mask)
 

@@ -92,13 +92,13 @@ BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or what it ta
 BUDGET += "lost accuracy ('recover 80%')"
 BudgetOption = Annotated[str | None, typer.Option(help=f"Bytes to spend: {BUDGET}.")]
 RankStepOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="A budget buys ranks in multiples of N; kernels like 8 or 16.")
+    int, typer.Option(min=1, metavar="N", help="A budget gives ranks in multiples of N; kernels like 8 or 16.")
 ]
-MaxRankOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="A budget buys no group more ranks.")]
+MaxRankOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="A budget gives no group more ranks.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
 FactorDtypeOption = Annotated[
     Literal["auto", "int8"],
-    typer.Option(help="auto: the model's own dtype. int8: a byte a value, so that a budget buys twice the ranks."),
+    typer.Option(help="auto: the model's own dtype. int8: a byte a value, so that a budget gives twice the ranks."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]

@@ -37,7 +37,7 @@ def rounding_cost(
         reference: the full-precision model.
         found: the rounded factors.
         same_ranks: what was rounded.
-        same_bytes: unrounded factors in as many bytes as `found` takes; empty where these buy none.
+        same_bytes: unrounded factors in as many bytes as `found` takes; empty where no rank fits.
         sequences: token ids that nothing was calibrated on, shape (n, length), int64.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Several methods at the same bytes on the same model: what each buys with a budget, and what that is worth."""
+"""Several methods at the same bytes on the same model: what each makes of a budget, and how good that is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..selection.budget import parse_budget
 from ..solving.methods.base import Method, get_method
 from .block_solver import stops_of
 from .correct import correct
-from .method_budgets import BUY, Entry, Terms
+from .method_budgets import ALLOCATORS, BudgetContext, Entry
 
 __all__ = ["Comparison", "compare_methods", "distill_entries", "score_entries"]
 
@@ -108,7 +108,7 @@ def compare_methods(
         with Reference(reference, type(model)) as source:
             return _error_ratios(WeightErrors(model, source, backends), trace)
 
-    terms = Terms(trace.groups, available, factor_dtype(model).itemsize, solve, ratios)
+    context = BudgetContext(trace.groups, available, factor_dtype(model).itemsize, solve, ratios)
     entries: list[Entry] = []
     benefit = None
     firsts: dict[tuple[Any, ...], Method] = {}
@@ -121,27 +121,29 @@ def compare_methods(
                 if entry.method == first.name
             ]
             continue
-        found, whole = BUY[method.allocation](method, terms)
+        found, whole = ALLOCATORS[method.allocation](method, context)
         entries += found
         if method.allocation == "gain" and benefit is None and whole is not None:
             unit = whole.config.provenance.gains or GainUnit.SQUARED_OUTPUT
-            benefit = benefit_map(whole.factors, trace.groups, unit, terms.largest)
-            entries += _in_int8(method, terms) if int8 else []
+            benefit = benefit_map(whole.factors, trace.groups, unit, context.largest)
+            entries += _in_int8(method, context) if int8 else []
     return Comparison(entries, base_bytes, benefit)
 
 
-def _in_int8(method: Method, terms: Terms) -> list[Entry]:
-    """What a method that allocates by gain buys at a byte a value; nothing where rounding is refused."""
+def _in_int8(method: Method, context: BudgetContext) -> list[Entry]:
+    """What a method that allocates by gain makes of the budgets in int8; nothing where rounding is refused."""
 
     def solve(method: Method, **size: Any) -> Correction:
-        return terms.solve(method, factor_dtype="int8", **size)
+        return context.solve(method, factor_dtype="int8", **size)
 
     name = f"{method.name}+int8"
     try:
-        entries, _ = BUY[method.allocation](method, replace(terms, itemsize=1, solve=solve))
+        entries, _ = ALLOCATORS[method.allocation](method, replace(context, itemsize=1, solve=solve))
     except RoundingError as error:
-        refused = Entry(name, method.allocation, terms.largest, terms.available[terms.largest], None, (), str(error))
-        return [replace(refused, budget=budget, budget_bytes=found) for budget, found in terms.available.items()]
+        refused = Entry(
+            name, method.allocation, context.largest, context.available[context.largest], None, (), str(error)
+        )
+        return [replace(refused, budget=budget, budget_bytes=found) for budget, found in context.available.items()]
     return [replace(entry, method=name) for entry in entries]
 
 

@@ -183,7 +183,7 @@ def _rounded(
 ) -> Correction:
     """The correction in int8, with what rounding costs beside the best of `whole` that the same bytes hold."""
     found = correction.to_int8()
-    steps = allocate(by_benefit(whole.offers), found.factor_bytes)
+    steps = allocate(by_benefit(whole.group_gains), found.factor_bytes)
     same_bytes = whole.kept({step.name: step.rank for step in steps})
     cost = rounding_cost(model, reference, found.factors, correction.factors, same_bytes.factors, sequences)
     found.config.record(int8=cost)

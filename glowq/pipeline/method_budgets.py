@@ -1,4 +1,4 @@
-"""What each method buys with each budget: one rank for all groups, the ranks that gain most, or whole groups."""
+"""What each method makes of each budget: one rank for all groups, the ranks that gain most, or whole groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..factors.group import Group
 from ..selection.allocation import largest_rank
 from ..solving.methods.base import Allocation, Method
 
-__all__ = ["BUY", "Entry", "Terms", "fixed_rank_within", "uniform_rank_within"]
+__all__ = ["ALLOCATORS", "BudgetContext", "Entry", "fixed_rank_within", "uniform_rank_within"]
 
 _PUBLISHED_RANK = 64  # of GlowQ-S
 _NO_GAIN = "no rank of any group gains anything"
@@ -27,9 +27,9 @@ class Entry:
         allocation: how it spends a budget, see `glowq.solving.methods.base.Method`.
         budget: as it was asked for.
         budget_bytes: what that is in bytes.
-        rank: rank of every group bought, lowered where a group allows less; None where ranks follow measured gains.
-        factors: what the budget bought; nothing where `reason` says why.
-        reason: why nothing was bought.
+        rank: rank of every restored group, lowered where a group allows less; None where ranks follow measured gains.
+        factors: what fits in the budget; nothing where `reason` says why.
+        reason: why nothing fits.
         same_as: the method whose solve this one shares, so that the two corrections are one.
         predicted: see `Correction.predicted`; None where ranks do not follow measured gains.
     """
@@ -56,7 +56,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Terms:
+class BudgetContext:
     """What every method is given alike.
 
     Attributes:
@@ -129,73 +129,76 @@ def fixed_rank_within(groups: Sequence[Group], available: int, itemsize: int) ->
     return rank
 
 
-def _uniform(method: Method, terms: Terms) -> tuple[list[Entry], Correction | None]:
+def _uniform(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
     ranks = {
-        budget: uniform_rank_within(terms.groups, found, terms.itemsize, shared=method.shared)
-        for budget, found in terms.available.items()
+        budget: uniform_rank_within(context.groups, found, context.itemsize, shared=method.shared)
+        for budget, found in context.available.items()
     }
-    most = ranks[terms.largest]
-    whole = terms.solve(method, rank=most) if most else None
+    most = ranks[context.largest]
+    whole = context.solve(method, rank=most) if most else None
     entries = []
     for budget, rank in ranks.items():
         if rank and whole is not None:
-            entries.append(_entry(method, terms, budget, whole.cut(rank=rank).factors, rank))
+            entries.append(_entry(method, context, budget, whole.cut(rank=rank).factors, rank))
         else:
-            reason = f"one rank of every group takes {sum(terms.rank_bytes(method))} bytes, more than the budget"
-            entries.append(_entry(method, terms, budget, reason=reason))
+            reason = f"one rank of every group takes {sum(context.rank_bytes(method))} bytes, more than the budget"
+            entries.append(_entry(method, context, budget, reason=reason))
     return entries, whole
 
 
-def _by_gain(method: Method, terms: Terms) -> tuple[list[Entry], Correction | None]:
-    most, cheapest = terms.available[terms.largest], min(terms.rank_bytes(method))
+def _by_gain(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
+    most, cheapest = context.available[context.largest], min(context.rank_bytes(method))
     try:
-        whole = terms.solve(method, budget=most) if most >= cheapest else None
+        whole = context.solve(method, budget=most) if most >= cheapest else None
     except NoGainError:
-        return [_entry(method, terms, budget, reason=_NO_GAIN) for budget in terms.available], None
-    if whole is not None and whole.factors:  # a group that gains nothing is not sold, however cheap it is
+        return [_entry(method, context, budget, reason=_NO_GAIN) for budget in context.available], None
+    if whole is not None and whole.factors:  # groups that gain nothing get no bytes, so they do not count
         cheapest = min(entry.factor_bytes // entry.rank for entry in whole.factors)
     entries = []
-    for budget, found in terms.available.items():
+    for budget, found in context.available.items():
         if whole is None or found < cheapest:
-            dear = f"one rank of the cheapest group takes {cheapest} bytes, more than the budget"
-            entries.append(_entry(method, terms, budget, reason=dear))
+            reason = f"one rank of the cheapest group takes {cheapest} bytes, more than the budget"
+            entries.append(_entry(method, context, budget, reason=reason))
         else:
-            cut = whole if budget == terms.largest or not whole.factors else whole.cut(budget=found)
-            reason = None if cut.factors else _NO_GAIN
-            entries.append(replace(_entry(method, terms, budget, cut.factors, reason=reason), predicted=cut.predicted))
+            cut = whole if budget == context.largest or not whole.factors else whole.cut(budget=found)
+            found_none = None if cut.factors else _NO_GAIN
+            entries.append(
+                replace(_entry(method, context, budget, cut.factors, reason=found_none), predicted=cut.predicted)
+            )
     return entries, whole
 
 
-def _whole_groups(method: Method, terms: Terms) -> tuple[list[Entry], Correction | None]:
+def _whole_groups(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
     """Groups in the order of their score, not of their score for a byte, until the next does not fit."""
     assert method.score is not None
     ranks = {
-        budget: fixed_rank_within(terms.groups, found, terms.itemsize) for budget, found in terms.available.items()
+        budget: fixed_rank_within(context.groups, found, context.itemsize)
+        for budget, found in context.available.items()
     }
-    most, cheapest = terms.available[terms.largest], min(terms.rank_bytes(method))
-    whole = terms.solve(method, rank=ranks[terms.largest]) if most >= cheapest else None
-    ratios = {} if whole is None else terms.error_ratios()
+    most, cheapest = context.available[context.largest], min(context.rank_bytes(method))
+    whole = context.solve(method, rank=ranks[context.largest]) if most >= cheapest else None
+    ratios = {} if whole is None else context.error_ratios()
     entries = []
     for budget, rank in ranks.items():
         if whole is None:
             reason = f"one rank of the cheapest group takes {cheapest} bytes, more than the budget"
-            entries.append(_entry(method, terms, budget, reason=reason))
+            entries.append(_entry(method, context, budget, reason=reason))
             continue
         scored = [
             (method.score(entry.gains, ratios[entry.group.name]), entry) for entry in whole.cut(rank=rank).factors
         ]
         ordered = [entry for _, entry in sorted(scored, key=lambda pair: -pair[0])]
-        names = _first_within(ordered, terms.available[budget])
+        names = _first_within(ordered, context.available[budget])
         if names:
-            bought = [entry for _, entry in scored if entry.group.name in names]
-            entries.append(_entry(method, terms, budget, bought, rank))
+            chosen = [entry for _, entry in scored if entry.group.name in names]
+            entries.append(_entry(method, context, budget, chosen, rank))
         else:
             first = f"rank {rank} of the group of the highest score takes {ordered[0].factor_bytes} bytes"
-            entries.append(_entry(method, terms, budget, reason=f"{first}, more than the budget"))
+            entries.append(_entry(method, context, budget, reason=f"{first}, more than the budget"))
     return entries, whole
 
 
-BUY: Mapping[Allocation, Callable[[Method, Terms], tuple[list[Entry], Correction | None]]] = {
+ALLOCATORS: Mapping[Allocation, Callable[[Method, BudgetContext], tuple[list[Entry], Correction | None]]] = {
     "uniform": _uniform,
     "gain": _by_gain,
     "groups": _whole_groups,
@@ -215,13 +218,13 @@ def _first_within(ordered: Sequence[GroupFactors], available: int) -> set[str]:
 
 def _entry(
     method: Method,
-    terms: Terms,
+    context: BudgetContext,
     budget: str,
     factors: Sequence[GroupFactors] = (),
     rank: int | None = None,
     reason: str | None = None,
 ) -> Entry:
-    return Entry(method.name, method.allocation, budget, terms.available[budget], rank, tuple(factors), reason)
+    return Entry(method.name, method.allocation, budget, context.available[budget], rank, tuple(factors), reason)
 
 
 def _parts(groups: Sequence[Group], shared: bool) -> list[tuple[int, int]]:

@@ -89,7 +89,7 @@ class SharedCorrection(nn.Module):
         self._factors: tuple[_Factor, ...] = (self.right, *self.lefts)
         self._widths = [len(lefts[member]) for member in group.members]
         self._whole: tuple[Any, ...] = ()  # where each left factor lies, all as one, and their scales
-        self._slot: list[_Slot | None] = [None]  # set without the ceremony of a module's attribute
+        self._slot: list[_Slot | None] = [None]  # a list: setting an attribute of a module is slow
         self._traced: list[_Slot | None] = [None]
         self._handles: list[_Handle] = []
         self._stack()

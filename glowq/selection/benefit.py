@@ -19,8 +19,8 @@ class Benefit:
     Attributes:
         layers: blocks, in the order of the forward.
         kinds: a group's name within its block.
-        values: gains of every layer and kind, summed over ranks; 0 where nothing was bought, None where there is no
-            such group.
+        values: gains of every layer and kind, summed over ranks; 0 where the group is not restored, None where
+            there is no such group.
         unit: "nats", "squared distance" of an encoder's states, or "squared output".
         budget: that the correction was cut to.
     """

@@ -63,14 +63,14 @@ def parse_target(budget: str | int | float) -> float | None:
 
 @dataclass(frozen=True)
 class RankRequest:
-    """How many ranks the groups are to have: one number for all, or what a budget buys.
+    """How many ranks the groups are to have: one number for all, or what a budget gives.
 
     Attributes:
         rank: of every group, lowered where a group allows less.
         budget: bytes (see `parse_budget`), or a target (see `parse_target`).
-        rank_step: a budget buys ranks in multiples of this. The one exception is a group whose shape ends between two
+        rank_step: a budget gives ranks in multiples of this. The one exception is a group whose shape ends between two
             multiples: it may get all that its shape allows.
-        max_rank: most ranks that a budget buys any group.
+        max_rank: most ranks that a budget gives any group.
 
     Raises:
         ConfigError: rank and budget are both given, the budget cannot be parsed, rank_step or max_rank is below 1 or
@@ -91,7 +91,7 @@ class RankRequest:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, found {value!r}.")
         if self.budget is None and (self.rank_step != 1 or self.max_rank is not None):
-            raise ConfigError("rank_step and max_rank limit what a budget buys: give a budget with them, or neither.")
+            raise ConfigError("rank_step and max_rank limit what a budget gives: give a budget with them, or neither.")
         if self.max_rank is not None and self.max_rank < self.rank_step:
             raise ConfigError(
                 f"max_rank {self.max_rank} is below one rank_step of {self.rank_step}; nothing would fit."

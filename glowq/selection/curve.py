@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from .allocation import Offer, allocate, by_benefit
+from .allocation import GroupGains, allocate, by_benefit
 
 __all__ = ["CurvePoint", "budget_curve"]
 
@@ -30,11 +30,11 @@ class CurvePoint:
     predicted: float
 
 
-def budget_curve(offers: Sequence[Offer], total: float, base_bytes: int) -> list[CurvePoint]:
+def budget_curve(group_gains: Sequence[GroupGains], total: float, base_bytes: int) -> list[CurvePoint]:
     """What each of about twelve budgets would recover: the largest round shares below the whole, and the whole.
 
     Args:
-        offers: one a group.
+        group_gains: one a group.
         total: error of the whole model before any rank, in the unit of the gains.
         base_bytes: bytes of the quantized weights; 0 where they are not known.
 
@@ -43,13 +43,13 @@ def budget_curve(offers: Sequence[Offer], total: float, base_bytes: int) -> list
     """
     if total <= 0 or base_bytes <= 0:
         return []
-    steps = by_benefit(offers)
-    whole = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
+    steps = by_benefit(group_gains)
+    whole = sum(item.rank_bytes * len(item.gains) for item in group_gains)
     shares = [Decimal(digit).scaleb(power) for power in range(-6, 1) for digit in _LEADING]
     budgets = [(float(share), int(share * base_bytes)) for share in shares if share * base_bytes < whole]
     points = []
     for share, size in [*budgets[1 - _POINTS :], (whole / base_bytes, whole)]:
-        bought = allocate(steps, size)
-        if bought:
-            points.append(CurvePoint(share, size, math.fsum(step.gain for step in bought) / total))
+        chosen = allocate(steps, size)
+        if chosen:
+            points.append(CurvePoint(share, size, math.fsum(step.gain for step in chosen) / total))
     return points

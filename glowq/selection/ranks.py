@@ -1,4 +1,4 @@
-"""Which ranks a budget buys: of bytes, or of as many bytes as reach a share of the predicted error."""
+"""Which ranks a budget gives: of bytes, or of as many bytes as reach a share of the predicted error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError, RankError
 from ..factors.group import Group
-from .allocation import Offer, Step, allocate, by_benefit, largest_rank, reach
+from .allocation import GroupGains, Step, allocate, by_benefit, largest_rank, reach
 from .budget import RankRequest, parse_budget, parse_target
 
 __all__ = ["candidate_ranks", "check_measured", "choose_ranks", "uniform_ranks"]
@@ -39,7 +39,7 @@ def candidate_ranks(
 ) -> dict[str, int]:
     """Group name -> rank to solve for, so that `choose_ranks` can then choose under a budget.
 
-    A group may end with `_SPREAD` times what an even share of the budget would buy it, and never with more than the
+    A group may end with `_SPREAD` times what an even share of the budget would give it, and never with more than the
     whole budget would. A target is solved for as a budget of `_TARGET_BUDGET` is, every group included.
 
     Args:
@@ -69,11 +69,13 @@ def candidate_ranks(
     return {name: rank for name, rank in ranks.items() if rank > 0}
 
 
-def choose_ranks(offers: Sequence[Offer], request: RankRequest, base_bytes: int, total: float) -> dict[str, int]:
+def choose_ranks(
+    group_gains: Sequence[GroupGains], request: RankRequest, base_bytes: int, total: float
+) -> dict[str, int]:
     """Group name -> rank of what a request keeps of the ranks held; groups that keep none are left out.
 
     Args:
-        offers: one a group.
+        group_gains: one a group.
         request: the whole is kept where it is empty.
         base_bytes: bytes of the quantized weights.
         total: error of the whole model before any rank, in the unit of the gains.
@@ -86,34 +88,34 @@ def choose_ranks(offers: Sequence[Offer], request: RankRequest, base_bytes: int,
     if request.budget is None:
         if request.rank is not None and request.rank < 1:
             raise RankError(f"rank must be at least 1, found {request.rank}.")
-        held = {offer.group.name: len(offer.gains) for offer in offers}
+        held = {item.group.name: len(item.gains) for item in group_gains}
         return {name: rank if request.rank is None else min(request.rank, rank) for name, rank in held.items()}
-    steps = by_benefit(offers, request.rank_step, request.max_rank)
-    if not steps and any(gain > 0 for offer in offers for gain in offer.gains):
+    steps = by_benefit(group_gains, request.rank_step, request.max_rank)
+    if not steps and any(gain > 0 for item in group_gains for gain in item.gains):
         raise ConfigError(
             f"no group holds the {request.rank_step} ranks of one rank_step (the largest has "
-            f"{max(len(offer.gains) for offer in offers)}); give a smaller one, or correct again with a larger budget "
-            "or rank (--budget, --rank)."
+            f"{max(len(item.gains) for item in group_gains)}); give a smaller one, or correct again with a larger "
+            "budget or rank (--budget, --rank)."
         )
     target = parse_target(request.budget)
     if target is not None:
-        bought = _reached(steps, request.budget, target, total)
+        chosen = _reached(steps, request.budget, target, total)
     else:
         available = parse_budget(request.budget, base_bytes)
         firsts = {step.name: step for step in reversed(steps)}.values()
         if firsts:
             _check_affordable(min(step.bytes for step in firsts), available, request, base_bytes)
-        bought = allocate(steps, available)
-    return {step.name: step.rank for step in bought}
+        chosen = allocate(steps, available)
+    return {step.name: step.rank for step in chosen}
 
 
-def check_measured(offers: Sequence[Offer], name: str) -> None:
+def check_measured(group_gains: Sequence[GroupGains], name: str) -> None:
     """Refuse to choose between groups by measurements that were never made.
 
     Raises:
         ConfigError: no rank of any group says what it gains.
     """
-    if not any(any(offer.gains) for offer in offers):
+    if not any(any(item.gains) for item in group_gains):
         raise ConfigError(
             f"{name} holds no measured gains to select by; `glowq correct --budget ...` writes a correction that does."
         )
@@ -122,14 +124,14 @@ def check_measured(offers: Sequence[Offer], name: str) -> None:
 def _reached(steps: Sequence[Step], budget: str | int, target: float, total: float) -> list[Step]:
     if total <= 0:
         raise ConfigError(f"budget {budget!r}: no error was measured, so that there is nothing to recover.")
-    bought = reach(steps, target * total)
-    if bought is None:
+    chosen = reach(steps, target * total)
+    if chosen is None:
         most = math.floor(1000 * math.fsum(step.gain for step in steps) / total) / 1000
         raise ConfigError(
             f"budget {budget!r} is out of reach: these factors recover at most a predicted {most:.1%} of the loss. "
             "Ask for less, or correct again with a larger budget in bytes or a larger rank (--budget, --rank)."
         )
-    return bought
+    return chosen
 
 
 def _check_affordable(cheapest: int, available: int, request: RankRequest, base_bytes: int) -> None:

@@ -1,7 +1,7 @@
 """Factors rounded to int8: what that is predicted to cost, and when it is refused.
 
-A byte a value instead of two buys twice the ranks. What rounding takes must be less than that: the yardstick is the
-same correction, unrounded, cut to the bytes that the rounded one takes.
+A byte a value instead of two gives twice the ranks, and rounding must cost less than they gain: the rounded correction
+is compared with the same one, unrounded, cut to the bytes that the rounded one takes.
 """
 
 from __future__ import annotations
@@ -11,42 +11,42 @@ from dataclasses import replace
 
 from ..errors import RoundingError
 from ..factors.int8 import SCALE_BYTES, check_factor_dtype
-from .allocation import Offer, allocate, by_benefit
+from .allocation import GroupGains, allocate, by_benefit
 
-__all__ = ["NEGLIGIBLE", "check_rounding", "priced"]
+__all__ = ["NEGLIGIBLE", "check_rounding", "stored_as"]
 
 NEGLIGIBLE = 0.01
 """Share of what a correction gains, below which nobody minds a difference."""
 
 
-def priced(offers: Sequence[Offer], factor_dtype: str) -> Sequence[Offer]:
-    """What groups have to sell once their factors are stored as `factor_dtype`: in int8 a rank is about half as dear.
+def stored_as(group_gains: Sequence[GroupGains], factor_dtype: str) -> Sequence[GroupGains]:
+    """The same gains, and what a rank takes once factors are stored as `factor_dtype`: in int8 about half the bytes.
 
     Raises:
         ConfigError: `factor_dtype` is none of `FACTOR_DTYPES`.
     """
     check_factor_dtype(factor_dtype)
     if factor_dtype == "auto":
-        return offers
+        return group_gains
     return [
-        replace(offer, rank_bytes=offer.group.in_features + sum(offer.group.out_features) + SCALE_BYTES)
-        for offer in offers
+        replace(item, rank_bytes=item.group.in_features + sum(item.group.out_features) + SCALE_BYTES)
+        for item in group_gains
     ]
 
 
-def check_rounding(offers: Sequence[Offer], found: Sequence[Offer]) -> None:
+def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains]) -> None:
     """Refuse int8 factors that are predicted to gain less than unrounded ones in the same bytes.
 
     Args:
-        offers: of the groups, unrounded; where no gain was measured, nothing is predicted.
+        group_gains: of the groups, unrounded; where no gain was measured, nothing is predicted.
         found: of the same groups, rounded.
 
     Raises:
         RoundingError: by more than a hundredth of the whole; the message holds both predictions.
     """
-    available = sum(offer.rank_bytes * len(offer.gains) for offer in found)
-    unrounded = sum(step.gain for step in allocate(by_benefit(offers), available))
-    gain, whole = (sum(sum(offer.gains) for offer in several) for several in (found, offers))
+    available = sum(item.rank_bytes * len(item.gains) for item in found)
+    unrounded = sum(step.gain for step in allocate(by_benefit(group_gains), available))
+    gain, whole = (sum(sum(item.gains) for item in several) for several in (found, group_gains))
     if gain < unrounded - NEGLIGIBLE * whole:
         raise RoundingError(
             f"int8 factors are predicted to keep {gain / whole:.1%} of what these factors gain, and unrounded ones cut "

@@ -132,7 +132,7 @@ class TestPicture:
         self, correction: glowq.Correction, change: dict[str, Any]
     ) -> None:
         correction.config.record(**change)
-        files = card_files(correction.config, correction.offers)
+        files = card_files(correction.config, correction.group_gains)
         assert set(files) == {CARD}
         assert b"Predicted for fewer bytes" not in files[CARD]
         assert (b"Do not cut it" in files[CARD]) is ("distilled_steps" in change)

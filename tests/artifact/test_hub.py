@@ -269,7 +269,11 @@ class TestRefused:
             ("gated", "HubError", "other/gated is gated: ask for access at http"),
             ("gated base", "HubError", "other/gated is gated: ask for access at http"),
             ("pickles", "PickleRefusedError", r"as pytorch_model\.bin, a pickle"),
-            ("base in pickles", "PickleRefusedError", r"^other/pickled-base offers its weights as pytorch_model\.bin"),
+            (
+                "base in pickles",
+                "PickleRefusedError",
+                r"^other/pickled-base offers its weights as pytorch_model\.bin",
+            ),
         ],
     )
     def test_reading(self, read: dict[str, Any], step: str, kind: str, says: str) -> None:

@@ -146,7 +146,7 @@ class TestFiles:
         assert "seed 0" in text
         assert "glowq compare" in text
         assert "aser is the same solve as qera." in text
-        assert "Nothing bought by svd at 1%" in text
+        assert "Nothing chosen by svd at 1%" in text
 
     @pytest.mark.parametrize(("above", "shown"), [(0.9999, False), (1.0009, False), (1.0011, True)])
     def test_a_share_of_hardly_any_gap_is_not_shown(
@@ -208,7 +208,7 @@ class TestFiles:
         done = call(*command, "--methods", "glowq", "--budgets", "0.00001%,5%")
         assert done.exit_code == 0, done.stderr
         assert "by gain" in done.stdout
-        assert "Nothing bought by glowq at 0.00001%: one rank of the cheapest group takes" in done.stdout
+        assert "Nothing chosen by glowq at 0.00001%: one rank of the cheapest group takes" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ class TestInt8:
     def test_what_is_refused_says_why(self, command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
         monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
-        monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *offers: None)
+        monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *group_gains: None)
         result = result_of(*command, "--methods", "glowq", "--budgets", "9%", "--int8")
         (row,) = (row for row in result["rows"] if row["method"] == "glowq+int8")
         assert "rounding loses more than it wins" in row["reason"]

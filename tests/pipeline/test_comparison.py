@@ -142,9 +142,9 @@ class TestWholeGroups:
 
         groups = glowq.find_groups(model, {"input_ids": torch.zeros(1, 8, dtype=torch.int64)})
         ordered = sorted(groups, key=ratio, reverse=True)
-        bought = {factors.group for factors in grouped[1].factors}
-        assert bought == set(ordered[: len(bought)])
-        following = ordered[len(bought)]
+        chosen = {factors.group for factors in grouped[1].factors}
+        assert chosen == set(ordered[: len(chosen)])
+        following = ordered[len(chosen)]
         size = 2 * grouped[1].rank * sum((following.in_features, *following.out_features))
         assert grouped[1].factor_bytes <= grouped[1].budget_bytes < grouped[1].factor_bytes + size
 

@@ -11,7 +11,7 @@ from glowq import Correction, GlowQConfig
 from glowq.artifact.factor_files import describe_groups
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
-from glowq.pipeline.method_budgets import BUY, Entry, Terms, fixed_rank_within
+from glowq.pipeline.method_budgets import ALLOCATORS, BudgetContext, Entry, fixed_rank_within
 from glowq.solving.methods.base import Method, get_method
 
 # In values of two bytes, a rank of these takes 320, 120 and 160 bytes; they allow 80, 20 and 32 ranks.
@@ -47,8 +47,8 @@ def buy(
         config = GlowQConfig(format="correction", base_model=base_model, groups=describe_groups(factors))
         return Correction(factors, config, {}, 10**6)
 
-    terms = Terms(GROUPS, {f"{budget}B": budget for budget in budgets}, 2, solve, lambda: ratios)
-    return BUY["groups"](get_method(method), terms)[0], asked
+    context = BudgetContext(GROUPS, {f"{budget}B": budget for budget in budgets}, 2, solve, lambda: ratios)
+    return ALLOCATORS["groups"](get_method(method), context)[0], asked
 
 
 def names(entry: Entry) -> list[str]:
@@ -69,7 +69,7 @@ def test_the_rank_is_one_that_some_group_allows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "budget", "bought", "size"),
+    ("method", "budget", "chosen", "size"),
     [
         ("glowq-s", 640, ["a"], 640),  # scores 5, 4 and 1.5: "b+c" has more for its bytes, which is not asked
         ("glowq-s", 900, ["a", "b+c"], 880),
@@ -77,11 +77,11 @@ def test_the_rank_is_one_that_some_group_allows() -> None:
         ("glowq-s-ratio", 1199, ["b+c", "d"], 560),
     ],
 )
-def test_the_highest_scores_first(method: str, budget: int, bought: list[str], size: int) -> None:
+def test_the_highest_scores_first(method: str, budget: int, chosen: list[str], size: int) -> None:
     (entry,), asked = buy(method, budget)
     assert asked == [2]
-    assert (names(entry), entry.factor_bytes, entry.rank, entry.reason) == (bought, size, 2, None)
-    assert [factors.rank for factors in entry.factors] == [2] * len(bought)
+    assert (names(entry), entry.factor_bytes, entry.rank, entry.reason) == (chosen, size, 2, None)
+    assert [factors.rank for factors in entry.factors] == [2] * len(chosen)
     assert (entry.method, entry.allocation, entry.budget_bytes) == (method, "groups", budget)
 
 

@@ -11,31 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glowq.errors import ConfigError, RankError
-from glowq.selection.allocation import Offer
+from glowq.selection.allocation import GroupGains
 from glowq.selection.budget import RankRequest
 from glowq.selection.ranks import choose_ranks
-from support.gains import allowed, few, offers_of
+from support.gains import allowed, few, gains_of
 
 
-def choices(offers: list[Offer], step: int, cap: int | None) -> Iterator[tuple[int, float]]:
+def choices(group_gains: list[GroupGains], step: int, cap: int | None) -> Iterator[tuple[int, float]]:
     """(bytes, gain) of every choice of allowed ranks there is."""
     menus = [
-        [0, *allowed(len(offer.gains), min(offer.group.in_features, *offer.group.out_features), step, cap)]
-        for offer in offers
+        [0, *allowed(len(item.gains), min(item.group.in_features, *item.group.out_features), step, cap)]
+        for item in group_gains
     ]
     for ranks in product(*menus):
-        pairs = list(zip(offers, ranks, strict=True))
+        pairs = list(zip(group_gains, ranks, strict=True))
         yield sum(o.rank_bytes * rank for o, rank in pairs), sum(sum(o.gains[:rank]) for o, rank in pairs)
 
 
-def spent(offers: list[Offer], ranks: dict[str, int]) -> tuple[int, float]:
+def spent(group_gains: list[GroupGains], ranks: dict[str, int]) -> tuple[int, float]:
     """(bytes, gain) of one choice."""
-    pairs = [(offer, ranks.get(offer.group.name, 0)) for offer in offers]
+    pairs = [(item, ranks.get(item.group.name, 0)) for item in group_gains]
     return sum(o.rank_bytes * rank for o, rank in pairs), sum(sum(o.gains[:rank]) for o, rank in pairs)
 
 
 @st.composite
-def markets(draw: st.DrawFn, equal: bool = False) -> tuple[list[Offer], int, int | None]:
+def markets(draw: st.DrawFn, equal: bool = False) -> tuple[list[GroupGains], int, int | None]:
     """Up to three groups with whole gains, so that sums are exact; a step, and a cap or none."""
     count = draw(st.integers(1, 3))
     gains = [sorted(draw(st.lists(st.integers(0, 20), min_size=1, max_size=7)), reverse=True) for _ in range(count)]
@@ -44,104 +44,106 @@ def markets(draw: st.DrawFn, equal: bool = False) -> tuple[list[Offer], int, int
     step = draw(st.integers(1, 4))
     # At one price every step costs the same only if no shape ends between two multiples.
     largest = [draw(st.sampled_from([100, 100 if equal else len(gain)])) for gain in gains]
-    return offers_of(gains, prices, largest), step, draw(st.one_of(st.none(), st.integers(4, 8)))
+    return gains_of(gains, prices, largest), step, draw(st.one_of(st.none(), st.integers(4, 8)))
 
 
 class TestChoice:
     @few
     @given(market=markets(), available=st.integers(1, 120))
-    def test_bytes(self, market: tuple[list[Offer], int, int | None], available: int) -> None:
-        offers, step, cap = market
+    def test_bytes(self, market: tuple[list[GroupGains], int, int | None], available: int) -> None:
+        group_gains, step, cap = market
         request = RankRequest(budget=available, rank_step=step, max_rank=cap)
-        every = list(choices(offers, step, cap))
+        every = list(choices(group_gains, step, cap))
         gaining = [pair for pair in every if pair[1] > 0]
         if not gaining:
-            refused_or_nothing(offers, request)
+            refused_or_nothing(group_gains, request)
             return
         if all(price > available for price, _ in gaining):
             with pytest.raises(ConfigError, match="of the cheapest group takes"):
-                choose_ranks(offers, request, 1000, 0.0)
+                choose_ranks(group_gains, request, 1000, 0.0)
             return
-        ranks = choose_ranks(offers, request, 1000, 0.0)
-        price, gain = spent(offers, ranks)
+        ranks = choose_ranks(group_gains, request, 1000, 0.0)
+        price, gain = spent(group_gains, ranks)
         assert price <= available
-        for offer in offers:
-            menu = allowed(len(offer.gains), min(offer.group.in_features, *offer.group.out_features), step, cap)
-            rank = ranks.get(offer.group.name, 0)
+        for item in group_gains:
+            menu = allowed(len(item.gains), min(item.group.in_features, *item.group.out_features), step, cap)
+            rank = ranks.get(item.group.name, 0)
             assert rank == 0 or rank in menu
             further = [more for more in menu if more > rank]
             if further:  # what still fits is worth nothing
-                more = sum(offer.gains[rank : further[0]])
-                assert more == 0 or (further[0] - rank) * offer.rank_bytes > available - price
+                more = sum(item.gains[rank : further[0]])
+                assert more == 0 or (further[0] - rank) * item.rank_bytes > available - price
         # What no choice can do better by than the dearest step: the last bytes may buy less than the best.
         steps = [
-            sum(offer.gains[start : start + step]) for offer in offers for start in range(0, len(offer.gains), step)
+            sum(item.gains[start : start + step]) for item in group_gains for start in range(0, len(item.gains), step)
         ]
         assert max(found for cost, found in every if cost <= available) <= gain + max(steps)
 
     @few
-    @given(market=markets(equal=True), bought=st.integers(1, 12))
+    @given(market=markets(equal=True), chosen=st.integers(1, 12))
     def test_at_one_price_no_other_choice_gains_more(
-        self, market: tuple[list[Offer], int, int | None], bought: int
+        self, market: tuple[list[GroupGains], int, int | None], chosen: int
     ) -> None:
-        offers, step, cap = market
-        available = bought * step * offers[0].rank_bytes
-        every = list(choices(offers, step, cap))
+        group_gains, step, cap = market
+        available = chosen * step * group_gains[0].rank_bytes
+        every = list(choices(group_gains, step, cap))
         if max(gain for _, gain in every) == 0:
             return
-        ranks = choose_ranks(offers, RankRequest(budget=available, rank_step=step, max_rank=cap), 1000, 0.0)
-        assert spent(offers, ranks)[1] == max(gain for price, gain in every if price <= available)
+        ranks = choose_ranks(group_gains, RankRequest(budget=available, rank_step=step, max_rank=cap), 1000, 0.0)
+        assert spent(group_gains, ranks)[1] == max(gain for price, gain in every if price <= available)
 
     @few
     @given(market=markets(), percent=st.integers(1, 99))
-    def test_a_target(self, market: tuple[list[Offer], int, int | None], percent: int) -> None:
-        offers, step, cap = market
-        total = 1.25 * sum(sum(offer.gains) for offer in offers)
+    def test_a_target(self, market: tuple[list[GroupGains], int, int | None], percent: int) -> None:
+        group_gains, step, cap = market
+        total = 1.25 * sum(sum(item.gains) for item in group_gains)
         request = RankRequest(budget=f"recover {percent}%", rank_step=step, max_rank=cap)
-        every = list(choices(offers, step, cap))
+        every = list(choices(group_gains, step, cap))
         wanted = percent / 100 * total
         if max(gain for _, gain in every) < wanted or total == 0:
             with pytest.raises(ConfigError, match=r"out of reach|no group holds|nothing to recover"):
-                choose_ranks(offers, request, 1000, total)
+                choose_ranks(group_gains, request, 1000, total)
             return
-        ranks = choose_ranks(offers, request, 1000, total)
-        price, gain = spent(offers, ranks)
+        ranks = choose_ranks(group_gains, request, 1000, total)
+        price, gain = spent(group_gains, ranks)
         assert gain >= wanted
         fewest = min(cost for cost, found in every if found >= wanted)
-        assert fewest <= price < fewest + step * max(offer.rank_bytes for offer in offers)
+        assert fewest <= price < fewest + step * max(item.rank_bytes for item in group_gains)
 
     @few
     @given(market=markets(equal=True), percent=st.integers(1, 99))
     def test_at_one_price_no_other_choice_reaches_it_with_less(
-        self, market: tuple[list[Offer], int, int | None], percent: int
+        self, market: tuple[list[GroupGains], int, int | None], percent: int
     ) -> None:
-        offers, step, cap = market
-        every = list(choices(offers, step, cap))
+        group_gains, step, cap = market
+        every = list(choices(group_gains, step, cap))
         total = max(gain for _, gain in every)
         if total == 0:
             return
         request = RankRequest(budget=f"recover {percent}%", rank_step=step, max_rank=cap)
-        price, _ = spent(offers, choose_ranks(offers, request, 1000, total))
+        price, _ = spent(group_gains, choose_ranks(group_gains, request, 1000, total))
         assert price == min(cost for cost, found in every if found >= percent / 100 * total)
 
     @few
     @given(market=markets(), percent=st.integers(1, 99))
     def test_the_bytes_that_a_target_took_buy_the_same_ranks(
-        self, market: tuple[list[Offer], int, int | None], percent: int
+        self, market: tuple[list[GroupGains], int, int | None], percent: int
     ) -> None:
-        offers, step, cap = market
+        group_gains, step, cap = market
         limits: dict[str, Any] = {"rank_step": step, "max_rank": cap}
-        total = max(gain for _, gain in choices(offers, step, cap))
+        total = max(gain for _, gain in choices(group_gains, step, cap))
         if total == 0:
             return
-        ranks = choose_ranks(offers, RankRequest(budget=f"recover {percent}%", **limits), 1000, total)
-        assert choose_ranks(offers, RankRequest(budget=spent(offers, ranks)[0], **limits), 1000, total) == ranks
+        ranks = choose_ranks(group_gains, RankRequest(budget=f"recover {percent}%", **limits), 1000, total)
+        assert (
+            choose_ranks(group_gains, RankRequest(budget=spent(group_gains, ranks)[0], **limits), 1000, total) == ranks
+        )
 
     def test_ranks_go_where_the_gains_are(self) -> None:
-        offers = offers_of([[9, 8, 7, 1], [2, 1, 0, 0]], [64, 64], [8, 8])
+        group_gains = gains_of([[9, 8, 7, 1], [2, 1, 0, 0]], [64, 64], [8, 8])
 
         def ranks(budget: int, **limits: int) -> dict[str, int]:
-            return choose_ranks(offers, RankRequest(budget=budget, **limits), 10_000, 30)
+            return choose_ranks(group_gains, RankRequest(budget=budget, **limits), 10_000, 30)
 
         assert ranks(4 * 64) == {"g0": 3, "g1": 1}
         assert ranks(4 * 64, max_rank=2) == {"g0": 2, "g1": 2}
@@ -151,23 +153,23 @@ class TestChoice:
         assert ranks(99 * 64) == {"g0": 4, "g1": 2}  # no bytes for what gains nothing
 
     def test_a_shape_that_ends_between_two_multiples_may_be_used_up(self) -> None:
-        offers = offers_of([[9, 8, 7, 6, 5], [4, 4, 4, 4, 4]], [1, 1], [5, 8])
-        assert choose_ranks(offers, RankRequest(budget=99, rank_step=4), 100, 60) == {"g0": 5, "g1": 4}
-        assert choose_ranks(offers, RankRequest(budget=99, rank_step=4, max_rank=4), 100, 60) == {"g0": 4, "g1": 4}
-        assert choose_ranks(offers, RankRequest(budget=99, rank_step=8), 100, 60) == {"g0": 5}
+        group_gains = gains_of([[9, 8, 7, 6, 5], [4, 4, 4, 4, 4]], [1, 1], [5, 8])
+        assert choose_ranks(group_gains, RankRequest(budget=99, rank_step=4), 100, 60) == {"g0": 5, "g1": 4}
+        assert choose_ranks(group_gains, RankRequest(budget=99, rank_step=4, max_rank=4), 100, 60) == {"g0": 4, "g1": 4}
+        assert choose_ranks(group_gains, RankRequest(budget=99, rank_step=8), 100, 60) == {"g0": 5}
 
     def test_a_uniform_cut(self) -> None:
-        offers = offers_of([[9, 8, 7], [1]], [1, 1], [8, 8])
-        assert choose_ranks(offers, RankRequest(rank=2), 100, 60) == {"g0": 2, "g1": 1}
-        assert choose_ranks(offers, RankRequest(), 100, 60) == {"g0": 3, "g1": 1}
+        group_gains = gains_of([[9, 8, 7], [1]], [1, 1], [8, 8])
+        assert choose_ranks(group_gains, RankRequest(rank=2), 100, 60) == {"g0": 2, "g1": 1}
+        assert choose_ranks(group_gains, RankRequest(), 100, 60) == {"g0": 3, "g1": 1}
         with pytest.raises(RankError, match="rank must be at least 1, found 0"):
-            choose_ranks(offers, RankRequest(rank=0), 100, 60)
+            choose_ranks(group_gains, RankRequest(rank=0), 100, 60)
 
 
-def refused_or_nothing(offers: list[Offer], request: RankRequest) -> None:
+def refused_or_nothing(group_gains: list[GroupGains], request: RankRequest) -> None:
     """Groups gain nothing: an empty choice; they gain, but hold less than a step: refused."""
-    if any(gain for offer in offers for gain in offer.gains):
+    if any(gain for item in group_gains for gain in item.gains):
         with pytest.raises(ConfigError, match="no group holds"):
-            choose_ranks(offers, request, 1000, 0.0)
+            choose_ranks(group_gains, request, 1000, 0.0)
     else:
-        assert choose_ranks(offers, request, 1000, 0.0) == {}
+        assert choose_ranks(group_gains, request, 1000, 0.0) == {}

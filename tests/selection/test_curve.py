@@ -17,7 +17,7 @@ from glowq.selection.curve import budget_curve
 from glowq.selection.ranks import choose_ranks
 from support.cli import call, result_of
 from support.corrections import changed
-from support.gains import few, offers_of
+from support.gains import few, gains_of
 from support.tiny import corrected, tiny_llama
 
 
@@ -28,10 +28,10 @@ from support.tiny import corrected, tiny_llama
 )
 @few
 def test_every_point_is_what_its_budget_keeps(gains: list[list[int]], prices: list[int], base_bytes: int) -> None:
-    offers = offers_of([sorted(gain, reverse=True) for gain in gains], prices, [100] * 4)
+    group_gains = gains_of([sorted(gain, reverse=True) for gain in gains], prices, [100] * 4)
     total = 2.0 * sum(map(sum, gains)) + 1
-    points = budget_curve(offers, total, base_bytes)
-    whole = sum(offer.rank_bytes * len(offer.gains) for offer in offers)
+    points = budget_curve(group_gains, total, base_bytes)
+    whole = sum(item.rank_bytes * len(item.gains) for item in group_gains)
     if not any(map(any, gains)):
         assert points == []
         return
@@ -39,8 +39,8 @@ def test_every_point_is_what_its_budget_keeps(gains: list[list[int]], prices: li
     assert points[-1].predicted == pytest.approx(sum(map(sum, gains)) / total)
     assert 1 <= len(points) <= 12
     for point in points:
-        ranks = choose_ranks(offers, RankRequest(budget=point.bytes), base_bytes, total)
-        kept = sum(sum(offer.gains[: ranks.get(offer.group.name, 0)]) for offer in offers)
+        ranks = choose_ranks(group_gains, RankRequest(budget=point.bytes), base_bytes, total)
+        kept = sum(sum(item.gains[: ranks.get(item.group.name, 0)]) for item in group_gains)
         assert point.predicted == pytest.approx(kept / total)
     for small, large in pairwise(points):
         assert small.bytes <= large.bytes
@@ -48,15 +48,15 @@ def test_every_point_is_what_its_budget_keeps(gains: list[list[int]], prices: li
 
 
 def test_the_shares_are_round_and_about_even_in_their_logarithm() -> None:
-    points = budget_curve(offers_of([[9] * 50], [100], [100]), 1000, 100_000)
+    points = budget_curve(gains_of([[9] * 50], [100], [100]), 1000, 100_000)
     shares = [0.001, 0.0015, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05]
     assert [point.share_of_base for point in points] == shares
     assert [point.bytes for point in points] == [100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000]
 
 
 def test_nothing_is_predicted_of_what_was_not_measured() -> None:
-    assert budget_curve(offers_of([[0, 0]], [1], [8]), 0.0, 100) == []
-    assert budget_curve(offers_of([[2, 1]], [1], [8]), 3.0, 0) == []
+    assert budget_curve(gains_of([[0, 0]], [1], [8]), 0.0, 100) == []
+    assert budget_curve(gains_of([[2, 1]], [1], [8]), 3.0, 0) == []
 
 
 class TestInspect:

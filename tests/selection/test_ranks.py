@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from glowq.errors import ConfigError, RankError
 from glowq.selection.budget import RankRequest, parse_budget, parse_target
 from glowq.selection.ranks import candidate_ranks, choose_ranks, uniform_ranks
-from support.gains import allowed, few, groups_of, offers_of
+from support.gains import allowed, few, gains_of, groups_of
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ class TestCandidates:
 
 
 class TestRefused:
-    offers = offers_of([[3, 1], [5, 4, 0]], [70, 140], [30, 30])
+    group_gains = gains_of([[3, 1], [5, 4, 0]], [70, 140], [30, 30])
 
     @pytest.mark.parametrize(
         ("request_", "message"),
@@ -175,18 +175,18 @@ class TestRefused:
     )
     def test_with_what_would_do(self, request_: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            choose_ranks(self.offers, RankRequest(**request_), 10_000, 20)
+            choose_ranks(self.group_gains, RankRequest(**request_), 10_000, 20)
 
     @pytest.mark.parametrize("base_bytes", [9_999, 10_000, 10_001, 123_457])
     def test_the_share_named_is_enough(self, base_bytes: int) -> None:
         with pytest.raises(ConfigError) as refused:
-            choose_ranks(self.offers, RankRequest(budget=1), base_bytes, 20)
+            choose_ranks(self.group_gains, RankRequest(budget=1), base_bytes, 20)
         share = str(refused.value).partition("(")[2].partition(")")[0]
-        assert choose_ranks(self.offers, RankRequest(budget=share), base_bytes, 20)
+        assert choose_ranks(self.group_gains, RankRequest(budget=share), base_bytes, 20)
 
     def test_a_target_of_nothing(self) -> None:
         with pytest.raises(ConfigError, match="nothing to recover"):
-            choose_ranks(offers_of([[0, 0]], [1], [8]), RankRequest(budget="recover 50%"), 100, 0.0)
+            choose_ranks(gains_of([[0, 0]], [1], [8]), RankRequest(budget="recover 50%"), 100, 0.0)
 
     def test_before_anything_is_solved(self) -> None:
         groups, request = groups_of([(30, 30), (15, 20)]), RankRequest(budget="5.5%", rank_step=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 
 from glowq.factors.group import Group
-from glowq.selection.allocation import Offer
+from glowq.selection.allocation import GroupGains
 
 few = settings(derandomize=True, max_examples=150, deadline=None, database=None)
 
@@ -14,10 +14,10 @@ def groups_of(widths: list[tuple[int, int]]) -> list[Group]:
     return [Group(f"g{i}", (f"g{i}",), inputs, (outputs,), "") for i, (outputs, inputs) in enumerate(widths)]
 
 
-def offers_of(gains: list[list[int]], prices: list[int], largest: list[int]) -> list[Offer]:
+def gains_of(gains: list[list[int]], prices: list[int], largest: list[int]) -> list[GroupGains]:
     """One group an entry: what its ranks gain, what one costs, and the rank that its shape allows."""
     groups = groups_of([(most, most) for most in largest])
-    return [Offer(group, price, gain) for group, price, gain in zip(groups, prices, gains, strict=False)]
+    return [GroupGains(group, price, gain) for group, price, gain in zip(groups, prices, gains, strict=False)]
 
 
 def allowed(held: int, largest: int, step: int, cap: int | None) -> list[int]:

@@ -180,14 +180,15 @@ def _unread(method: str) -> dict[str, Any]:
 def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[str, Any]:
     from ...artifact.config import GlowQConfig
     from ...artifact.factor_files import stored_group
-    from ...selection.allocation import Offer
+    from ...selection.allocation import GroupGains
     from ...selection.curve import budget_curve
 
     config = GlowQConfig.from_dict({**stored, "base": None})  # the base's library need not be installed
     groups = [_group(model, name, group, headers) for name, group in (config.groups or {}).items()]
     factor_bytes = sum(group["bytes"] for group in groups)
-    offers = [
-        Offer(stored_group(group["name"], group), group["bytes"] // group["rank"], group["gains"]) for group in groups
+    group_gains = [
+        GroupGains(stored_group(group["name"], group), group["bytes"] // group["rank"], group["gains"])
+        for group in groups
     ]
     # A correction's base is another model, and dense weights are quantized no more.
     base = stored.get("base") or {}
@@ -204,7 +205,7 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
         "method": config.method,
         "seed": config.seed,
         "provenance": config.provenance.to_dict(),
-        "curve": [asdict(point) for point in budget_curve(offers, config.total, config.base_bytes or 0)],
+        "curve": [asdict(point) for point in budget_curve(group_gains, config.total, config.base_bytes or 0)],
         "groups": groups,
     }
 

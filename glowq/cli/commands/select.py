@@ -53,7 +53,7 @@ def select(
         if factor_dtype == "int8":
             cut = cut.to_int8()
         note = _note(whole.config, correction)
-        had = sum(sum(offer.gains) for offer in whole.factors.offers)
+        had = sum(sum(item.gains) for item in whole.factors.group_gains)
         kept = sum(float(entry.gains.sum()) for entry in cut.factors)
         provenance = cut.config.provenance
         command = command_line(output, "OUT2")
@@ -70,7 +70,7 @@ def select(
             "max_rank": max_rank,
             "factor_dtype": factor_dtype,
             "groups": len(cut.ranks),
-            "of_groups": len(whole.factors.offers),
+            "of_groups": len(whole.factors.group_gains),
             "ranks": cut.ranks,
             "factor_bytes": cut.factor_bytes,
             "of_factor_bytes": whole.factors.factor_bytes,

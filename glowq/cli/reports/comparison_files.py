@@ -89,7 +89,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         )
     for reason in dict.fromkeys(row["reason"] for row in result["rows"] if row["reason"] is not None):
         left_out = ", ".join(f"{row['method']} at {row['budget']}" for row in result["rows"] if row["reason"] == reason)
-        notes.append(f"Nothing bought by {left_out}: {reason}.")
+        notes.append(f"Nothing chosen by {left_out}: {reason}.")
     equal = {row["method"]: row["same_as"] for row in result["rows"] if row["same_as"] is not None}
     notes += [f"{method} is the same solve as {first}." for method, first in equal.items()]
     for model, tasks in result.get("tasks", {}).items():
