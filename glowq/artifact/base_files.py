@@ -54,14 +54,17 @@ def base_shards(folder: Path) -> list[str]:
     return checkpoint_files(folder)
 
 
-def model_shards(model: Any) -> list[str]:
+def model_shards(model: Any, revision: str | None) -> list[str]:
     """The shards that transformers loaded `model` from.
+
+    Args:
+        model: a transformers model.
+        revision: that it was loaded at; None for the main branch, or where it is a folder.
 
     Raises:
         ConfigError: they cannot be found any more.
     """
-    config = model.config
-    name, revision = getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None)
+    name = getattr(model.config, "_name_or_path", "")
     try:
         return checkpoint_files(local_snapshot(name, **({"revision": revision} if revision else {})))
     except GlowQError as error:

@@ -12,6 +12,7 @@ from .._version import __version__
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors
 from ..quantizers.registry import is_calibrated, stored_base
+from ..utils.hub import split_revision
 from .config import GlowQConfig
 from .correction import Correction
 from .factor_files import describe_groups
@@ -33,6 +34,7 @@ def stored_config(
     method: str,
     sequences: Tensor,
     seed: int,
+    revision: str | None = None,
 ) -> GlowQConfig:
     """What config.json will say of a correction, before its groups are known.
 
@@ -43,12 +45,13 @@ def stored_config(
         method: name of the solver method.
         sequences: the calibration text's token ids, shape (n, length).
         seed: of the calibration and the solver.
+        revision: branch, tag or commit that the model was loaded at from the Hub; None for its main branch.
 
     Raises:
         ConfigError: neither the model nor the reference says where the base can be loaded from again.
     """
     base = getattr(getattr(model, "config", None), "quantization_config", None)
-    name, revision = _base_identity(model, reference)
+    name, revision = _base_identity(model, reference, revision)
     return GlowQConfig(
         base=stored_base(base.base if isinstance(base, GlowQConfig) else base),
         method=method,
@@ -65,22 +68,24 @@ def stored_config(
     )
 
 
-def _base_identity(model: nn.Module, reference: Any) -> tuple[str, str | None]:
+def _base_identity(model: nn.Module, reference: Any, revision: str | None) -> tuple[str, str | None]:
     """Where the base can be loaded from again: the quantized model's own folder or Hub name, and the cached commit."""
     config: Any = getattr(model, "config", None)
     earlier = getattr(config, "quantization_config", None)
     if isinstance(earlier, GlowQConfig) and earlier.base_model is not None:
         # Loaded with a correction that was detached: its folder is no base.
         return earlier.base_model["name"], earlier.base_model["revision"]
-    name = getattr(config, "_name_or_path", "") or (reference if isinstance(reference, str) else "")
+    name = getattr(config, "_name_or_path", "")
+    if not name and isinstance(reference, str):
+        name, revision = split_revision(reference)
     if not name:
         raise ConfigError("the model does not know where it was loaded from; load it with from_pretrained.")
     if Path(name).is_file():
         name = str(Path(name).parent)  # HQQ's own loader names the config.json
     if Path(name).is_dir():
         return str(Path(name).resolve()), None
-    cached = try_to_load_from_cache(str(name), "config.json")
-    return str(name), Path(cached).parent.name if isinstance(cached, str) else None
+    cached = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    return str(name), Path(cached).parent.name if isinstance(cached, str) else revision
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:

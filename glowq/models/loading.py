@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError, GlowQError, ModelNotFoundError, one_line
 from ..utils.files import refuse_pickles
+from ..utils.hub import split_revision
 
 __all__ = [
     "load_config",
@@ -38,7 +39,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 def load_config(name: str, gguf_file: str | None = None) -> Any:
-    """The transformers config of a folder or Hub name, or of a GGUF file in it.
+    """The transformers config of a folder, "org/model" or "org/model@revision", or of a GGUF file in it.
 
     Raises:
         ModelNotFoundError: no such model.
@@ -53,11 +54,17 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
         _refuse_unnamed_gguf(Path(name))
     try:
         with loading(name):
-            return AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
+            return AutoConfig.from_pretrained(**_named(name), trust_remote_code=False, **_gguf(gguf_file))
     except ModelNotFoundError as error:
         if Path(name).is_dir():
             raise
         raise ModelNotFoundError(f"no folder {name!r}, and no such model within reach on the Hub; {error}") from error
+
+
+def _named(name: str) -> dict[str, str]:
+    """What `from_pretrained` is called with for a folder, "org/model" or "org/model@revision"."""
+    repository, revision = split_revision(name)
+    return {"pretrained_model_name_or_path": repository, **({"revision": revision} if revision else {})}
 
 
 def _gguf(file: str | None) -> dict[str, str]:
@@ -105,7 +112,7 @@ def load_model(
     if torch.cuda.is_available():
         options["device_map"] = "auto"
     with loading(name):
-        model = (auto_class or model_class(config)).from_pretrained(name, dtype="auto", **options)
+        model = (auto_class or model_class(config)).from_pretrained(**_named(name), dtype="auto", **options)
     prepare_model(model)
     return model.eval()
 
@@ -148,7 +155,7 @@ def load_tokenizer(*names: str | None) -> Any:
     for name in given:
         if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
             with loading(name):
-                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                return AutoTokenizer.from_pretrained(**_named(name), trust_remote_code=False)
     raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
 
 

@@ -33,7 +33,7 @@ class Reference:
     it is asked for.
 
     Args:
-        source: a model in memory, a folder, or a Hub name.
+        source: a model in memory, a folder, or a Hub name ("org/model" or "org/model@revision").
         model_class: the class to load a named model with: that of the quantized model.
         **hub_kwargs: e.g. `revision`.
     """
@@ -103,7 +103,7 @@ class Reference:
         if not found <= tolerance:
             raise ReferenceMismatchError(
                 f"the embeddings differ by {found:.1%}: the reference is another revision or a fine-tune of the model "
-                "that was quantized; give the revision that was quantized."
+                "that was quantized; give the revision that was quantized, as in reference='org/model@revision'."
             )
 
     def weight(self, name: str, shape: tuple[int, int]) -> Tensor:

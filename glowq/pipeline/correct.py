@@ -63,6 +63,7 @@ def correct(
     tokenizer: Any = None,
     resume: str | os.PathLike[str] | None = None,
     dense: bool = False,
+    revision: str | None = None,
     request: CorrectionRequest | None = None,
     **options: Any,
 ) -> Correction:
@@ -73,11 +74,14 @@ def correct(
 
     Args:
         model: quantized transformers model.
-        reference: the full-precision model that it was made from: a Hub name, a folder, or a model in memory.
+        reference: the full-precision model that it was made from: a folder, a Hub name ("org/model" or
+            "org/model@revision"), or a model in memory.
         tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
         resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
             dequantized on load, or fake-quantized ones. Every linear layer but the head is taken.
+        revision: branch, tag or commit that `model` was loaded at, where that was another than the Hub's main branch:
+            transformers does not keep it, and the correction has to name it.
         request: what the correction is to be; or its fields one by one, see `CorrectionRequest`:
         **options: rank, budget, rank_step, max_rank, method, calibration, calibration_tokens, sequence_length, distill,
             factor_dtype, seed.
@@ -120,7 +124,7 @@ def correct(
         ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, itemsize, shared=solver.shared)
     train, held = _parted(sequences, solver, ranks_asked, int8, seed)
     _check_token_count(train, ranks)
-    config = stored_config(model, reference, base_bytes, solver.name, sequences, seed)
+    config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision)
     try:
         with Reference(reference, type(model)) as source:
             source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})

@@ -24,14 +24,25 @@ from huggingface_hub.errors import (
 from ..errors import GlowQError, HubError, ModelNotFoundError, OutputError
 from .files import refuse_only_pickles
 
-__all__ = ["asking_hub", "local_snapshot"]
+__all__ = ["asking_hub", "local_snapshot", "split_revision"]
+
+
+def split_revision(name: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """The name and the revision of "org/model@revision"; a folder's name is all name.
+
+    Args:
+        name: folder or Hub name, with a branch, tag or commit behind an "@" or without.
+    """
+    text = os.fspath(name)
+    repository, _, revision = text.partition("@")
+    return (text, None) if not revision or os.path.exists(text) else (repository, revision)
 
 
 def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
     """The local folder of a model: the folder itself, or the Hub repository's safetensors, JSON and tokenizer files.
 
     Args:
-        name: folder or Hub name.
+        name: folder or Hub name, or "org/model@revision".
         **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
 
     Raises:
@@ -45,8 +56,9 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
         return Path(name)
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    pass
-
+    name, revision = split_revision(name)
+    if revision is not None:
+        hub_kwargs["revision"] = revision
     patterns = [
         "*.json",
         "model*.safetensors",

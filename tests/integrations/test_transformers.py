@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, pipeline
 from transformers.quantizers.base import HfQuantizer
 
 import glowq
-from glowq.errors import ConfigError, FingerprintError, UnsafePathError
+from glowq.errors import ConfigError, FingerprintError, ReferenceMismatchError, UnsafePathError
 from glowq.integrations.transformers.delegation import DelegatingHfQuantizer
 from glowq.integrations.transformers.quantizer import GlowQHfQuantizer
 from glowq.quantizers.model import quantized_modules, read_weight
@@ -25,6 +25,7 @@ from glowq.runtime.attach import attached
 from support.tiny import BASES, CALIBRATION, TEXTS, corrected, gap, load, logits, quantized, tiny_llama
 
 COMMIT = "a" * 40
+OTHER_COMMIT = "b" * 40
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +244,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    def publish(name: str, folder: Path) -> None:
+    def publish(name: str, folder: Path, revision: str = "main", commit: str = COMMIT) -> None:
         repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        shutil.copytree(folder, repository / "snapshots" / COMMIT)
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
 
     return publish
 
@@ -266,6 +267,37 @@ def test_a_hub_repository_names_its_base_and_that_ones_commit(source: Path, tmp_
     plain = quantized(source, "nf4")
     glowq.load_correction(plain, "me/correction")
     assert gap(plain, logits(model)) == 0.0
+
+
+@pytest.mark.parametrize("door", ["from_pretrained", "correct"])
+def test_a_pinned_revision_is_the_base(door: str, source: Path, tmp_path: Path, hub: Any) -> None:
+    """Not the main branch, whose weights are others."""
+    hub("me/base", tiny_llama(tmp_path / "main", seed=5))
+    hub("me/base", source, "v2", OTHER_COMMIT)
+    options: dict[str, Any] = {"calibration": TEXTS, "rank": 4, **CALIBRATION}
+    if door == "from_pretrained":
+        model = load("me/base", revision="v2", quantization_config=glowq.GlowQConfig(base="nf4", **options))
+        stored = model.config.quantization_config
+    else:
+        model = quantized("me/base", "nf4", revision="v2")
+        tokenizer = AutoTokenizer.from_pretrained("me/base", revision="v2")
+        found = glowq.correct(model, reference="me/base@v2", revision="v2", tokenizer=tokenizer, **options)
+        found.save_pretrained(tmp_path / "correction")
+        assert gap(load(tmp_path / "correction"), logits(model)) == 0.0
+        stored = found.config
+    assert (stored.base_model["name"], stored.base_model["revision"]) == ("me/base", OTHER_COMMIT)
+    model.save_pretrained(tmp_path / "full")
+    assert gap(load(tmp_path / "full"), logits(model)) == 0.0
+
+
+def test_another_revision_as_reference_is_refused_with_how_to_name_one(source: Path, tmp_path: Path, hub: Any) -> None:
+    hub("me/base", tiny_llama(tmp_path / "main", seed=5))
+    hub("me/base", source, "v2", OTHER_COMMIT)
+    options: dict[str, Any] = {"calibration": TEXTS, "rank": 4, **CALIBRATION}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with pytest.raises(ReferenceMismatchError, match=r"reference='org/model@revision'"):
+        glowq.correct(quantized(source, "nf4"), reference="me/base", tokenizer=tokenizer, **options)
+    assert glowq.correct(quantized(source, "nf4"), reference="me/base@v2", tokenizer=tokenizer, **options).factors
 
 
 def test_a_hub_repository_may_not_name_a_folder_of_this_machine(saved: Any, hub: Any) -> None:

@@ -14,6 +14,7 @@ from ...errors import OutputError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ...quantizers.registry import base_config, with_calibration
+from ...utils.hub import split_revision
 from ...utils.output import check_output, write_directory
 from .quantizer import correct
 
@@ -36,7 +37,7 @@ def correct_checkpoint(
     """Quantize a model if asked to, correct it, measure what that gave, and save it; all of it, or nothing.
 
     Args:
-        model: folder or Hub name.
+        model: folder or Hub name ("org/model" or "org/model@revision").
         output: folder to write; must be new, empty, or an earlier result.
         request: what the correction is to be. An eighth of its calibration text is held out and measured on.
         base: the quantizer, see `glowq.quantizers.registry.base_names`; "none" where the model is quantized already,
@@ -79,6 +80,7 @@ def correct_checkpoint(
         tokenizer=tokenizer,
         resume=kept if resume else None,
         dense=base == "dense",
+        revision=split_revision(model)[1],
         request=replace(request, calibration=train),
     )
     held_out = None if score is None else held_out_figures(score, corrected, held, request.seed)

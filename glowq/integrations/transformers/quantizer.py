@@ -145,11 +145,14 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         from transformers import AutoTokenizer
 
         source = model.config.name_or_path  # type: ignore[union-attr]
-        folder = os.path.dirname(self._shards[0])
+        folder = Path(self._shards[0]).parent
+        # In the Hub's cache a snapshot's folder has the name of its commit.
+        revision = folder.name if folder.parent.name == "snapshots" and not os.path.isdir(source) else None
         correct(
             model,
-            reference=folder if os.path.isfile(os.path.join(folder, "config.json")) else source,
-            tokenizer=AutoTokenizer.from_pretrained(source),
+            reference=folder if (folder / "config.json").is_file() else source,
+            tokenizer=AutoTokenizer.from_pretrained(source, revision=revision or "main"),
+            revision=revision,
             request=replace(self._request(), calibration=self._calibration),
         )
 
@@ -176,7 +179,9 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         rewritten = [name for name, backend in backends.items() if backend.saves == "files"]
         if not rewritten:
             return state
-        originals = original_tensors(self._shards or model_shards(model), rewritten)
+        originals = original_tensors(
+            self._shards or model_shards(model, (self.glowq_config.base_model or {}).get("revision")), rewritten
+        )
         names = set(rewritten)
         kept = {key: value for key, value in state.items() if key.rpartition(".")[0] not in names}
         return {**kept, **originals}
