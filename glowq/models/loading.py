@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
         with loading(name):
             return AutoConfig.from_pretrained(**_named(name), trust_remote_code=False, **_gguf(gguf_file))
     except ModelNotFoundError as error:
-        if Path(name).is_dir():
+        # transformers' own errors have no number; a number tells of a disk or a file that is there.
+        if Path(name).is_dir() or getattr(error.__cause__, "errno", None) not in (None, errno.ENOENT):
             raise
         raise ModelNotFoundError(f"no folder {name!r}, and no such model within reach on the Hub; {error}") from error
 

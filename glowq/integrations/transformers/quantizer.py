@@ -144,7 +144,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
     def _correct_now(self, model: nn.Module) -> None:
         from transformers import AutoTokenizer
 
-        source = model.config.name_or_path  # type: ignore[union-attr]
+        source = str(model.config.name_or_path)  # type: ignore[union-attr]
         folder = Path(self._shards[0]).parent
         # In the Hub's cache a snapshot's folder has the name of its commit.
         revision = folder.name if folder.parent.name == "snapshots" and not os.path.isdir(source) else None
