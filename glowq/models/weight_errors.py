@@ -67,8 +67,8 @@ class WeightErrors:
             pairs = [self._pair(name, shape) for name, shape in group.shapes.items()]
             before = _by_member(group, slopes(pairs, 1))
             raw.update(before)
-            folded = self._unfold_columns(group, pairs, rows[group.block])
-            rows[group.block].update(_by_member(group, slopes(pairs, 1)) if folded else before)
+            divided = self._divide_columns(group, pairs, rows[group.block])
+            rows[group.block].update(_by_member(group, slopes(pairs, 1)) if divided else before)
             errors[group.name] = torch.cat([weight.sub_(quantized) for weight, quantized in pairs])
         for group in groups:
             self._divide_rows(group, errors[group.name])
@@ -80,7 +80,7 @@ class WeightErrors:
         quantized = read_weight(self.backends[name], name, self.model.get_submodule(name))
         return self.reference.weight(name, shape).to(quantized.device), quantized
 
-    def _unfold_columns(self, group: Group, pairs: Sequence[Pair], earlier: Mapping[str, Slopes]) -> bool:
+    def _divide_columns(self, group: Group, pairs: Sequence[Pair], earlier: Mapping[str, Slopes]) -> bool:
         """Multiply what was folded into the group's columns into W of `pairs`; says whether there was anything."""
         layers = self._layers_before(group)
         plain = slopes(pairs, 0)

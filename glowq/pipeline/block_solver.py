@@ -56,7 +56,7 @@ class BlockSolver:
         outputs: Mapping[str, OutputMoment],
     ) -> None:
         self.model = model
-        self.unfolding = WeightErrors(model, reference, backends)
+        self.weight_errors = WeightErrors(model, reference, backends)
         self.method = method
         self.ranks = ranks
         self.seed = seed
@@ -83,7 +83,7 @@ class BlockSolver:
         return solved
 
     def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[GroupFactors]:
-        errors = self.unfolding.errors(groups)
+        errors = self.weight_errors.errors(groups)
         moments = dict.fromkeys(errors, Moments(tokens=0))
         if self.method.statistic == "none":
             bar.update()

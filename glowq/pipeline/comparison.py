@@ -232,14 +232,14 @@ def _solve_of(method: Method) -> tuple[Any, ...]:
     return method.solve, method.shared, method.statistic, method.two_sided
 
 
-def _error_ratios(unfolding: WeightErrors, trace: Trace) -> dict[str, float]:
+def _error_ratios(weight_errors: WeightErrors, trace: Trace) -> dict[str, float]:
     """Group name -> ||E||_F / ||W||_F, W being the reference's weight in the quantized model's channels."""
     ratios = {}
     for groups in stops_of(trace, {group.name for group in trace.groups}).values():
-        errors = unfolding.errors(groups)
+        errors = weight_errors.errors(groups)
         for group in groups:
-            modules = {name: unfolding.model.get_submodule(name) for name in group.members}
-            quantized = [read_weight(unfolding.backends[name], name, module) for name, module in modules.items()]
+            modules = {name: weight_errors.model.get_submodule(name) for name in group.members}
+            quantized = [read_weight(weight_errors.backends[name], name, module) for name, module in modules.items()]
             error = errors[group.name]
             ratios[group.name] = float(error.norm() / (error + torch.cat(quantized)).norm())
     return ratios

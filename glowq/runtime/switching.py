@@ -41,7 +41,7 @@ def set_enabled(model: nn.Module, enabled: bool, groups: Iterable[str] | None = 
     """Switch the correction of `model`, or that of some groups, on or off for good.
 
     A group that is off computes nothing and keeps its factors: `save_pretrained` stores them, and a saved model is
-    loaded with every group on. `dequantize` folds in what runs. A compiled model is compiled once more for each set of
+    loaded with every group on. `dequantize` merges what runs. A compiled model is compiled once more for each set of
     groups that it has not run with.
 
     Args:

@@ -15,14 +15,14 @@ from ...quantizers.base import Backend
 from ...quantizers.model import quantized_modules, read_weight
 from ...runtime.attach import attached, attached_factors, detach
 
-__all__ = ["cast", "fold", "running_factors"]
+__all__ = ["cast", "merge_into_dense", "running_factors"]
 
 
-def fold(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def merge_into_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every quantized module of `model` by one that holds its weight and its correction.
 
     The new modules are those that a model of this class has where nothing is quantized: `nn.Linear`, or GPT-2's
-    `Conv1D`. A group that is switched off is not folded in. Of the dense weights that are not yet in place, one at a
+    `Conv1D`. A group that is switched off is not merged. Of the dense weights that are not yet in place, one at a
     time is held.
 
     Args:

@@ -43,7 +43,7 @@ from ...runtime.attach import attach, attached, attached_factors, factor_dtype, 
 from ...runtime.fast_kernels import refuse_rewritten
 from ...utils.files import read_json
 from .delegation import DelegatingHfQuantizer, LibraryHfQuantizer, Refusal
-from .merge import fold
+from .merge import merge_into_dense
 
 __all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
 
@@ -188,7 +188,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """The dense model W' = Q + A B in place of the quantized one, for any base."""
-        fold(model, dtype)
+        merge_into_dense(model, dtype)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 

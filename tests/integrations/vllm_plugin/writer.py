@@ -29,7 +29,7 @@ from glowq.artifact.build import correction_of, stored_config
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
 from glowq.factors.rounding import rounded
-from glowq.integrations.transformers.merge import fold
+from glowq.integrations.transformers.merge import merge_into_dense
 from glowq.models.tracing import find_groups
 from glowq.quantizers.libraries.dense import adopt_dense as take
 from glowq.quantizers.model import packed_bytes, prepare_model
@@ -134,7 +134,7 @@ def exact(folder: Path, *, corrected: bool = True) -> Any:
     model = load(folder, dtype=torch.bfloat16)
     if not corrected:
         glowq.detach(model)
-    fold(model, torch.float32)
+    merge_into_dense(model, torch.float32)
     return nn.Module.float(model)  # which transformers does not know to be dense now
 
 
