@@ -33,7 +33,7 @@ class CorrectionRequest:
         distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
             to the reference's; 60 are good. The factors stay as many, and are no longer each group's own optimum.
         factor_dtype: "auto", the model's own, or "int8", half the bytes, so that a budget gives twice the ranks. What
-            that costs is measured on text that nothing was calibrated on.
+            that costs is measured on text that the factors were not calibrated on.
         seed: of the choice of sequences and of the solver.
 
     Raises:

@@ -63,7 +63,7 @@ def measure_groups(
         model: quantized, without a correction; left so.
         reference: the full-precision model.
         factors: in the order in which the forward calls their groups.
-        sequences: token ids that nothing was calibrated on, shape (n, length), int64.
+        sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
 
     Returns:
         Group name -> what was measured. Changes are those of a small step: a correction whose effect drowns in half

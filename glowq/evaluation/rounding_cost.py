@@ -38,7 +38,7 @@ def rounding_cost(
         found: the rounded factors.
         same_ranks: what was rounded.
         same_bytes: unrounded factors in as many bytes as `found` takes; empty where no rank fits.
-        sequences: token ids that nothing was calibrated on, shape (n, length), int64.
+        sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
 
     Returns:
         "tokens", and the mean divergence from the reference (nats a token; squared distance of an encoder's states) of
@@ -54,8 +54,8 @@ def rounding_cost(
     if figures["int8"] > min(figures["quantized"], figures["same_bytes"] + margin):
         raise RoundingError(
             f"int8 factors leave {figures['int8']:.4g} of the quantized model's divergence {figures['quantized']:.4g} "
-            f"(on {sequences.numel()} tokens that nothing was calibrated on), and unrounded ones in the same bytes "
-            f"{figures['same_bytes']:.4g}: rounding loses more than it wins. Correct without int8 factors."
+            f"(on {sequences.numel()} tokens that the factors were not calibrated on), and unrounded ones in the same "
+            f"bytes {figures['same_bytes']:.4g}: rounding loses more than it wins. Correct without int8 factors."
         )
     return {"tokens": sequences.numel(), **figures}
 

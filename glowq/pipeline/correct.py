@@ -179,7 +179,9 @@ def _parted(
     except CalibrationError as error:
         if not int8:
             raise
-        raise CalibrationError(f"int8 factors are measured on text that nothing is calibrated on: {error}") from error
+        raise CalibrationError(
+            f"int8 factors are measured on text that the factors are not calibrated on: {error}"
+        ) from error
 
 
 def _rounded(

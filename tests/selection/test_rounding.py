@@ -95,7 +95,9 @@ class TestCorrecting:
         monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
         monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
         monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *group_gains: None)
-        message = r"int8 factors leave \d.*nothing was calibrated on\), and unrounded ones in the same bytes \d"
+        message = (
+            r"int8 factors leave \d.*the factors were not calibrated on\), and unrounded ones in the same bytes \d"
+        )
         with pytest.raises(RoundingError, match=message):
             tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")
 
