@@ -14,6 +14,7 @@ __all__ = ["GroupFactors", "cut_group"]
 
 
 def cut_group(entry: GroupFactors, rank: int) -> GroupFactors:
+    """The first `rank` ranks of a group's factors; all of them where it holds no more."""
     lefts = {member: left[:, :rank].contiguous() for member, left in entry.lefts.items()}
     return replace(entry, right=entry.right[:rank].contiguous(), lefts=lefts, gains=entry.gains[:rank])
 

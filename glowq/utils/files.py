@@ -54,6 +54,11 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def refuse_only_pickles(where: str, names: Iterable[str]) -> None:
+    """Refuse a place `where` whose file `names` offer weights only as pickles.
+
+    Raises:
+        PickleRefusedError: weights in a format that can run code, and no safetensors.
+    """
     names = sorted(names)
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in names):
