@@ -27,7 +27,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def block_index(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Module name -> name of the repeated block it lies in; "" where it lies in none."""
+    """Module name -> name of the repeated block it lies in, or its own where it lies in none."""
     found = set(blocks(model))
     return {name: next((a for a in _ancestors(name, include_self=True) if a in found), name) for name in names}
 
