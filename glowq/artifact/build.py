@@ -12,7 +12,7 @@ from .._version import __version__
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors
 from ..quantizers.registry import is_calibrated, stored_base
-from ..utils.hub import split_revision
+from ..utils.names import split_revision
 from .config import GlowQConfig
 from .correction import Correction
 from .factor_files import describe_groups

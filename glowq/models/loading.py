@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, GlowQError, ModelNotFoundError, one_line
 from ..utils.files import refuse_pickles
-from ..utils.hub import split_revision
+from ..utils.names import split_revision
 
 __all__ = [
     "load_config",

@@ -23,19 +23,9 @@ from huggingface_hub.errors import (
 
 from ..errors import GlowQError, HubError, ModelNotFoundError, OutputError
 from .files import refuse_only_pickles
+from .names import split_revision
 
-__all__ = ["asking_hub", "local_snapshot", "split_revision"]
-
-
-def split_revision(name: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """The name and the revision of "org/model@revision"; a folder's name is all name.
-
-    Args:
-        name: folder or Hub name, with a branch, tag or commit behind an "@" or without.
-    """
-    text = os.fspath(name)
-    repository, _, revision = text.partition("@")
-    return (text, None) if not revision or os.path.exists(text) else (repository, revision)
+__all__ = ["asking_hub", "local_snapshot"]
 
 
 def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:

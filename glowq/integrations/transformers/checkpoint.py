@@ -14,7 +14,7 @@ from ...errors import OutputError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ...quantizers.registry import base_config, with_calibration
-from ...utils.hub import split_revision
+from ...utils.names import split_revision
 from ...utils.output import check_output, write_directory
 from .quantizer import correct
 

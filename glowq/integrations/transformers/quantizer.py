@@ -247,6 +247,7 @@ def load_correction(
             out of reach, or the correction holds no measured gains.
     """
     correction = Correction.from_pretrained(path, budget=budget, rank_step=rank_step, max_rank=max_rank, **hub_kwargs)
+    base_settings(correction.config.base)  # refuses a base whose library is not installed
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     if method_of(correction.config.base) == "dense":
