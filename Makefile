@@ -94,8 +94,8 @@ $(VLLM)/.ready: pyproject.toml tests/integrations/vllm_plugin/constraints.txt
 	@touch $@
 
 $(VLLM_CHECKPOINTS)/.ready: export HF_HUB_OFFLINE = 1
-$(VLLM_CHECKPOINTS)/.ready: tests/integrations/vllm_plugin/writer.py tests/support/bases.py tests/support/tiny.py tests/support/writers.py \
-    examples/stdlib-llama/model.safetensors | $(READY)
+$(VLLM_CHECKPOINTS)/.ready: tests/integrations/vllm_plugin/writer.py tests/support/bases.py tests/support/tiny.py \
+    tests/support/writers.py examples/stdlib-llama/model.safetensors | $(READY)
 	rm -rf $(VLLM_CHECKPOINTS)
 	$(BIN)/python tests/integrations/vllm_plugin/writer.py $(VLLM_CHECKPOINTS)
 	@touch $@

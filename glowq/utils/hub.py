@@ -1,4 +1,4 @@
-"""What the Hub, or the way to it, answers instead of files: as an error of ours that says what to do."""
+"""Files from the Hub, and what the Hub or the way to it answers instead: as an error of ours that says what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import GlowQError, HubError, ModelNotFoundError, OutputError
+from ..errors import ConfigError, GlowQError, HubError, ModelNotFoundError, OutputError
 from .files import refuse_only_pickles
 from .names import split_revision
 
@@ -36,6 +36,7 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
         **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
 
     Raises:
+        ConfigError: the name and `revision` name two revisions.
         ModelNotFoundError: neither a folder nor a repository of that name and revision, or the Hub may not be asked and
             the cache does not hold it.
         HubError: it is gated, the token is not valid, or the Hub cannot be reached.
@@ -44,10 +45,10 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
     """
     if os.path.isdir(name):
         return Path(name)
-    from huggingface_hub import HfApi, constants, snapshot_download
-
     name, revision = split_revision(name)
     if revision is not None:
+        if hub_kwargs.get("revision") not in (None, revision):
+            raise ConfigError(f"{name}@{revision} names another revision than revision={hub_kwargs['revision']!r}.")
         hub_kwargs["revision"] = revision
     patterns = [
         "*.json",
@@ -58,12 +59,12 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
         "*.txt",
         "*.jinja",
     ]
-    with asking_hub(os.fspath(name), hub_kwargs):
-        folder = Path(snapshot_download(os.fspath(name), allow_patterns=patterns, **hub_kwargs))
+    with asking_hub(name, hub_kwargs):
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **hub_kwargs))
         asked = not (constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only"))
         if asked and not any(folder.glob("*.safetensors")):
             api = HfApi(token=hub_kwargs.get("token"))
-            refuse_only_pickles(os.fspath(name), api.list_repo_files(os.fspath(name), revision=folder.name))
+            refuse_only_pickles(name, api.list_repo_files(name, revision=folder.name))
     return folder
 
 

@@ -300,6 +300,13 @@ def test_another_revision_as_reference_is_refused_with_how_to_name_one(source: P
     assert glowq.correct(quantized(source, "nf4"), reference="me/base@v2", tokenizer=tokenizer, **options).factors
 
 
+def test_two_revisions_at_once(saved: Any, hub: Any) -> None:
+    hub("me/correction", saved[2] / "correction")
+    assert glowq.Correction.from_pretrained("me/correction@main", revision="main").ranks == saved[1].ranks
+    with pytest.raises(ConfigError, match="me/correction@main names another revision than revision='v2'"):
+        glowq.Correction.from_pretrained("me/correction@main", revision="v2")
+
+
 def test_a_hub_repository_may_not_name_a_folder_of_this_machine(saved: Any, hub: Any) -> None:
     hub("me/correction", saved[2] / "correction")
     with pytest.raises(UnsafePathError, match=r"names the local folder .* as its base; refused"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -29,7 +28,6 @@ def run(
       glowq run -m lm_eval --model hf --model_args pretrained=corrected --tasks arc_easy
     """
     with session(False):
-        import_module("glowq.integrations.transformers")
         sys.path.insert(0, os.getcwd() if module else os.path.dirname(os.path.abspath(program)))
         _check(program, module)
     # A program's exit code and exceptions are its own: nothing here catches them.
