@@ -257,7 +257,7 @@ def test_an_awq_model_gets_back_what_it_really_lost(awq_checkpoint: Path, monkey
     models |= {name: awq_model(awq_checkpoint) for name in ("quantized", "unfolded", "raw")}
     settings: dict[str, Any] = {"calibration": "python-stdlib", "tokenizer": tokenizer, "rank": 8, **CALIBRATION}
     glowq.correct(models["unfolded"], reference=small_model(), **settings)
-    monkeypatch.setattr(Unfolding, "_unfold_columns", lambda *args: False)
+    monkeypatch.setattr(Unfolding, "_divide_columns", lambda *args: False)
     glowq.correct(models["raw"], reference=small_model(), **settings)
     scores = score_models(models, ids)
     lost = {name: float(scores[name].kl.mean()) for name in models}
