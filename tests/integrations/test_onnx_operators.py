@@ -210,10 +210,10 @@ def test_blocks_of_bitsandbytes_that_the_operator_does_not_take() -> None:
 def test_dense_weights_need_no_operator() -> None:
     from transformers import AutoModelForCausalLM
 
-    from glowq.quantizers.libraries.dense import mark_dense as mark
+    from glowq.quantizers.libraries.dense import mark_dense
 
     model = AutoModelForCausalLM.from_pretrained(small_model())
-    mark(model)
+    mark_dense(model)
     for name, backend in quantized_modules(model).items():
         assert operator_of(name, backend, model.get_submodule(name)) is None
 

@@ -19,8 +19,7 @@ from glowq.evaluation.scores import score_models
 from glowq.models.channel_scales import fit_columns, slopes
 from glowq.models.reference import Reference
 from glowq.models.tracing import trace_groups
-from glowq.models.weight_errors import WeightErrors as Unfolding
-from glowq.models.weight_errors import changed_layers
+from glowq.models.weight_errors import WeightErrors, changed_layers
 from glowq.quantizers.model import prepare_model, read_weight
 from support.bases import BASES, Base, rows, small_model
 from support.folded import (
@@ -89,7 +88,7 @@ def test_a_reference_on_disk_is_read_the_same(tmp_path: Path) -> None:
     groups = groups_of(quantize(model, 4))
     expected = unfolding(model, reference).errors(groups)
     with Reference(tmp_path, LlamaForCausalLM) as opened:
-        found = Unfolding(model, opened, unfolding(model, reference).backends)
+        found = WeightErrors(model, opened, unfolding(model, reference).backends)
         errors = found.errors(groups)
         assert all(parameter.is_meta for parameter in opened.model.parameters())
     assert all(torch.equal(errors[name], error) for name, error in expected.items())
@@ -121,7 +120,7 @@ def test_libraries_that_fold_nothing_are_corrected_as_they_are(base: Base) -> No
     backends = prepare_model(model)
     with Reference(small_model(), LlamaForCausalLM) as reference:
         reference.check_revision(model)
-        found = Unfolding(model, reference, backends)
+        found = WeightErrors(model, reference, backends)
         groups = trace_groups(model, {"input_ids": IDS}).groups
         errors = found.errors(groups)
         for group in groups:
@@ -232,7 +231,7 @@ def test_awq_by_its_own_library_is_unfolded(awq_checkpoint: Path) -> None:
     groups = trace_groups(model, {"input_ids": IDS}).groups
     with Reference(small_model(), LlamaForCausalLM) as reference:
         reference.check_revision(model)
-        found = Unfolding(model, reference, backends)
+        found = WeightErrors(model, reference, backends)
         errors = found.errors(groups)
         kept = set()
         for group in groups:
@@ -257,7 +256,7 @@ def test_an_awq_model_gets_back_what_it_really_lost(awq_checkpoint: Path, monkey
     models |= {name: awq_model(awq_checkpoint) for name in ("quantized", "unfolded", "raw")}
     settings: dict[str, Any] = {"calibration": "python-stdlib", "tokenizer": tokenizer, "rank": 8, **CALIBRATION}
     glowq.correct(models["unfolded"], reference=small_model(), **settings)
-    monkeypatch.setattr(Unfolding, "_divide_columns", lambda *args: False)
+    monkeypatch.setattr(WeightErrors, "_divide_columns", lambda *args: False)
     glowq.correct(models["raw"], reference=small_model(), **settings)
     scores = score_models(models, ids)
     lost = {name: float(scores[name].kl.mean()) for name in models}

@@ -21,7 +21,7 @@ from glowq.errors import FoldingError
 from glowq.evaluation.scores import score_models
 from glowq.models.reference import Reference
 from glowq.models.tracing import trace_groups
-from glowq.models.weight_errors import WeightErrors as Unfolding
+from glowq.models.weight_errors import WeightErrors
 from glowq.quantizers.base import Scheme
 from glowq.quantizers.model import prepare_model, quantized_modules, read_weight
 from glowq.quantizers.registry import method_of
@@ -135,7 +135,7 @@ def test_unfolding_finds_what_autoawq_folded(tensors: dict[str, Tensor]) -> None
     groups = trace_groups(model, {"input_ids": IDS}).groups
     with Reference(small_model(), LlamaForCausalLM) as reference:
         reference.check_revision(model)
-        found = Unfolding(model, reference, backends)
+        found = WeightErrors(model, reference, backends)
         errors = found.errors(groups)
     for group in groups:
         parts = errors[group.name].split(list(group.out_features))

@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 import glowq
 from glowq.cli.app import app
 from glowq.errors import ConfigError, FingerprintError, ReferenceMismatchError, UnsupportedModuleError
-from glowq.quantizers.libraries.dense import adopt_dense as take
-from glowq.quantizers.libraries.dense import mark_dense as mark
+from glowq.quantizers.libraries.dense import adopt_dense, mark_dense
 from glowq.quantizers.model import prepare_model, quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
 from support import writers
@@ -122,7 +121,7 @@ def test_a_gguf_weight_reads_as_the_gguf_library_dequantizes_it(folder: Path) ->
     from gguf import GGUFReader, quants
 
     model = opened(folder, "gguf")
-    take(model)
+    adopt_dense(model)
     tensors = {tensor.name: tensor for tensor in GGUFReader(folder / "gguf" / FILE).tensors}
     stored = tensors["blk.1.ffn_up.weight"]
     module = model.get_submodule(NAME)
@@ -138,7 +137,7 @@ def test_a_gguf_weight_reads_as_the_gguf_library_dequantizes_it(folder: Path) ->
 def test_the_head_is_left_alone_and_so_is_a_model_that_was_not_marked(folder: Path) -> None:
     model = opened(folder, "fake")
     assert prepare_model(model) == {}
-    mark(model)
+    mark_dense(model)
     found = prepare_model(model)
     assert len(found) == 14
     assert "lm_head" not in found

@@ -19,7 +19,7 @@ from transformers import (
 from glowq.factors.group import Group
 from glowq.models.reference import Reference
 from glowq.models.tracing import trace_groups
-from glowq.models.weight_errors import WeightErrors as Unfolding
+from glowq.models.weight_errors import WeightErrors
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -162,10 +162,10 @@ def groups_of(model: Any) -> list[Group]:
     return [group for group in trace_groups(model, {"input_ids": IDS}).groups if group.block != "lm_head"]
 
 
-def unfolding(model: Any, reference: Any) -> Unfolding:
+def unfolding(model: Any, reference: Any) -> WeightErrors:
     names = [name for group in groups_of(model) for name in group.members]
     plain: Any = dict.fromkeys(names, Plain())
-    return Unfolding(model, Reference(reference, type(model)), plain)
+    return WeightErrors(model, Reference(reference, type(model)), plain)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from glowq.factors.group import Group
 from glowq.factors.rounding import rounded
 from glowq.integrations.transformers.merge import merge_into_dense
 from glowq.models.tracing import find_groups
-from glowq.quantizers.libraries.dense import adopt_dense as take
+from glowq.quantizers.libraries.dense import adopt_dense
 from glowq.quantizers.model import packed_bytes, prepare_model
 from glowq.quantizers.registry import base_config
 from support import writers
@@ -172,7 +172,7 @@ def write(name: str, target: Path) -> None:
     prompts = ids[: len(ids) // PROMPT * PROMPT].reshape(-1, PROMPT)
     model = load(base, dtype="auto")
     if not hasattr(model.config, "quantization_config"):
-        take(model)
+        adopt_dense(model)
     prepare_model(model)
     size = packed_bytes(model)
     factors = random_factors(model, some_groups(model, prompts[:1]))
