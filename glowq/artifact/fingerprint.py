@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import FingerprintError
 from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend
 from .config import GlowQConfig
 
-__all__ = ["fingerprint", "verify_fingerprint"]
+__all__ = ["fingerprint", "same_weights", "shortened", "verify_fingerprint"]
 
 _SAMPLED_CODES = 4096
+_CODES_ONLY = "sha256"
+_WEIGHTS = "weights-sha256"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over a fixed sample of each quantized module's stored codes, its shape and its quantization settings.
+    """SHA-256 of what identifies the quantized weights of `model`, as "weights-sha256:<64 hexadecimal digits>".
 
-    Two models agree exactly when the correction of one is valid for the other: the same weights, quantized the same
-    way. Codes rather than dequantized values are taken, for those do not depend on the device that reads them; all
-    quantized modules rather than the corrected ones, so that a correction that was cut keeps its fingerprint.
+    It covers the name, shape and quantization settings of each quantized module, a fixed sample of its codes, and all
+    of its scales and offsets. Two models agree exactly when the correction of one is valid for the other. Stored values
+    are hashed rather than dequantized ones, because those depend on the device. Scales and offsets are rounded to
+    bfloat16 first, because a model can be loaded with them in another dtype. All quantized modules take part, also
+    those without a correction, so that a correction that was cut keeps its fingerprint.
     """
+    return _hash(model, _WEIGHTS)
 
+
+def same_weights(model: nn.Module, expected: str) -> bool:
+    """Whether `expected` is the fingerprint of `model`; those of glowq 0.1 ("sha256:...") cover no scales.
+
+    Raises:
+        FingerprintError: `expected` is not a fingerprint of a kind that this version of glowq computes.
+    """
+    kind = expected.partition(":")[0]
+    if kind not in (_CODES_ONLY, _WEIGHTS):
+        raise FingerprintError(
+            f"{expected!r} is not a fingerprint that this version of glowq computes ({_CODES_ONLY} or {_WEIGHTS}, a "
+            "colon and 64 digits): another model's file, a damaged one, or one of a newer glowq. Download it again, or "
+            "upgrade glowq."
+        )
+    return _hash(model, kind) == expected
+
+
+def shortened(stored: str) -> str:
+    """A fingerprint with its first twelve digits, for people to read."""
+    kind, _, digits = stored.partition(":")
+    return f"{kind}:{digits[:12]}..."
+
+
+def _hash(model: nn.Module, kind: str) -> str:
     digest = hashlib.sha256()
     for name, backend in sorted(quantized_modules(model).items()):
         module = model.get_submodule(name)
@@ -33,8 +63,19 @@ def fingerprint(model: nn.Module) -> str:
             for codes in backend.codes(module):
                 flat = codes.detach().reshape(-1)
                 step = max(1, flat.numel() // _SAMPLED_CODES)
-                digest.update(flat[::step].cpu().contiguous().numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+                digest.update(_bytes(flat[::step]))
+            if kind == _WEIGHTS:
+                for part in (*backend.scales(module), *backend.offsets(module)):
+                    digest.update(_bytes(part))
+    return f"{kind}:{digest.hexdigest()}"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """The values of a tensor of any shape, floats as bfloat16."""
+    flat = tensor.detach().reshape(-1)
+    if flat.is_floating_point():
+        flat = flat.to(torch.bfloat16).view(torch.int16)
+    return flat.cpu().contiguous().numpy().tobytes()
 
 
 def verify_fingerprint(model: nn.Module, config: GlowQConfig) -> None:
@@ -56,8 +97,8 @@ def verify_fingerprint(model: nn.Module, config: GlowQConfig) -> None:
                 f"{member} is not quantized here, but the correction was made for a quantized module. Load the model "
                 "with the base quantizer that config.json names."
             )
-    found = fingerprint(model)
-    if found != expected:
+    if not same_weights(model, str(expected)):
+        found = fingerprint(model)
         raise FingerprintError(
             f"the correction was made for quantized weights {expected}, but this model's are {found}: another model, "
             "another revision, other quantization settings, or weights quantized from another dtype than config.json "

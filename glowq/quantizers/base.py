@@ -94,11 +94,18 @@ class Backend(ABC):
 
     @abstractmethod
     def codes(self, module: Any) -> Sequence[Tensor]:
-        """The stored integers, any shapes: codes, zero points, column order. A fingerprint is taken of them."""
+        """The stored integers, any shapes: codes, zero points, column order. A fingerprint covers a sample of them.
+
+        Which tensors these are must never change: fingerprints of older corrections could no longer be compared.
+        """
 
     @abstractmethod
     def scales(self, module: Any) -> Sequence[Tensor]:
         """The stored scales, any shapes, float."""
+
+    def offsets(self, module: Any) -> Sequence[Tensor]:
+        """Zero points and other offsets that are neither in `codes` nor in `scales`, any shapes and dtypes."""
+        return []
 
     @abstractmethod
     def scheme(self, module: Any) -> Scheme:

@@ -244,7 +244,7 @@ class TestInspect:
         assert (found["kind"], found["method"], found["seed"]) == ("correction", "glowq", 0)
         assert found["base"]["settings"]["bnb_4bit_quant_type"] == "nf4"
         assert found["base_model"]["name"] == MODEL
-        assert found["base_model"]["fingerprint"].startswith("sha256:")
+        assert found["base_model"]["fingerprint"].startswith("weights-sha256:")
         assert {group["name"]: group["rank"] for group in found["groups"]} == made["ranks"]
         assert all(found[key] == made[key] for key in ("factor_bytes", "base_bytes", "overhead"))
         assert all(group["gain"] == sum(group["gains"]) > 0 for group in found["groups"])

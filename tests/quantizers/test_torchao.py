@@ -57,7 +57,7 @@ def test_float8_is_called_float8() -> None:
         assert torch.equal(read(layer), layer.weight.dequantize())
         (codes,) = backend.codes(layer)
         assert codes.dtype == torch.uint8
-        assert fingerprint(nn.Sequential(layer)).startswith("sha256:")
+        assert fingerprint(nn.Sequential(layer)).startswith("weights-sha256:")
 
 
 def test_a_float8_model_is_corrected_saved_and_loaded(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_int4_is_read_two_codes_a_byte() -> None:
     weight: Any = module.weight
     expected = dequantize(codes, weight.scale.float(), weight.zero_point.float(), 32)
     assert torch.equal(read(module), expected)
-    assert fingerprint(nn.Sequential(module)).startswith("sha256:")
+    assert fingerprint(nn.Sequential(module)).startswith("weights-sha256:")
     assert not backend.rounds_inputs(module)
 
 

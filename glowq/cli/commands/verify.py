@@ -67,10 +67,12 @@ def _run(name: str, model: Any) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> Any:
+    from ...artifact.fingerprint import shortened
+
     return grid(
         {
             "model": result["model"],
-            "made for": f"{result['base_model']}, {result['fingerprint'][:19]}...: these weights",
+            "made for": f"{result['base_model']}, {shortened(result['fingerprint'])}: these weights",
             "factors": f"{result['groups']} groups, {result['factor_bytes']:,} bytes, all finite",
             "runs": f"the correction moves its answers by {result['change']:.3g}",
         }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..._version import __version__
 from ...artifact.build import correction_of, stored_config
 from ...artifact.correction import Correction
-from ...artifact.fingerprint import fingerprint
+from ...artifact.fingerprint import fingerprint, same_weights
 from ...artifact.provenance import Provenance
 from ...errors import ConfigError, CorrectionError, FingerprintError, NonFiniteError, UnsupportedModuleError
 from ...factors.factors import GroupFactors
@@ -77,11 +77,11 @@ def import_adapter(
             "(--base nf4, for example); if its float weights hold quantized values, pass dense=True (--base dense)."
         )
     check_scales(model)
-    found = fingerprint(model)
-    if read.fingerprint not in (None, found):
+    if read.fingerprint is not None and not same_weights(model, read.fingerprint):
         raise FingerprintError(
             f"the adapter {read.name} was exported for quantized weights {read.fingerprint}, but this model's are "
-            f"{found}: another model, another revision, or other quantization settings. Name the base that it names."
+            f"{fingerprint(model)}: another model, another revision, or other quantization settings. Name the "
+            "base that it names."
         )
     pairs = _on_modules(read, model)
     trace = trace_groups(model, example_inputs(model))

@@ -83,6 +83,10 @@ class BitsAndBytes4Bit(Backend):
         state = self._state(module)
         return [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
 
+    def offsets(self, module: Any) -> list[Tensor]:
+        state = self._state(module)
+        return [state.offset] if state.nested else []
+
     def scheme(self, module: Any) -> Scheme:
         state = self._state(module)
         return Scheme(state.quant_type, 4, state.blocksize, ("double quantization",) if state.nested else ())

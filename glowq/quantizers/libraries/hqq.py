@@ -72,6 +72,9 @@ class HQQ(Backend):
             return [meta["meta_scale"]["scale"]]
         return [meta["scale"] if "scale" in meta else meta["zero_scale"][1]]
 
+    def offsets(self, module: Any) -> list[Tensor]:
+        return [tensor for tensor in _tensors(self._meta(module)) if tensor.is_floating_point()]
+
     def scheme(self, module: Any) -> Scheme:
         meta = self._meta(module)
         details = [] if meta["axis"] == 1 else ["groups across rows"]

@@ -56,6 +56,10 @@ class Quanto(Backend):
     def scales(self, module: Any) -> list[Tensor]:
         return [self._portable(module)._scale]
 
+    def offsets(self, module: Any) -> list[Tensor]:
+        shift = getattr(self._portable(module), "_shift", None)
+        return [shift] if shift is not None and shift.is_floating_point() else []
+
     def scheme(self, module: Any) -> Scheme:
         weight = self._quantized(module)
         group = getattr(weight, "_group_size", None)

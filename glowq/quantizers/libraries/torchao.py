@@ -80,6 +80,10 @@ class TorchAO(Backend):
     def scales(self, module: Any) -> list[Tensor]:
         return [_known(module).scale]
 
+    def offsets(self, module: Any) -> list[Tensor]:
+        zeros = self._zero_points(module)
+        return [] if zeros is None else [zeros]
+
     def scheme(self, module: Any) -> Scheme:
         weight = _known(module)
         rows, block = _block(weight.block_size, module.weight.shape)
