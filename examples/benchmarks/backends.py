@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
-from glowq.evaluation.bootstrap import bootstrap
+from glowq.evaluation.intervals import bootstrap
 from glowq.evaluation.scores import Score, perplexity, perplexity_ratio, recovered
 from glowq.pipeline.comparison import compare_methods, score_entries
 from glowq.pipeline.method_budgets import Entry

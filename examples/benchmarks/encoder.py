@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import glowq
 from glowq.data.text import read_texts
-from glowq.evaluation.bootstrap import bootstrap
+from glowq.evaluation.intervals import bootstrap
 from glowq.quantizers.model import prepare_model
 from glowq.quantizers.registry import base_config
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..solving.moments import LowRankMoment
-from ..utils.precision import bfloat16_products
 
 __all__ = ["SKETCH_RANK", "GradientProduct", "GradientSketch"]
 
@@ -81,10 +80,9 @@ class GradientProduct:
     def add(self, rows: Tensor) -> None:
         """Count one gradient a row, shape (tokens, O)."""
         single = rows.float()
-        with bfloat16_products(rows.dtype):
-            for start in range(0, single.shape[1], _COLUMNS):
-                block = slice(start, start + _COLUMNS)
-                self._sum[block, start:].addmm_(single[:, block].T, single[:, start:])
+        for start in range(0, single.shape[1], _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            self._sum[block, start:].addmm_(single[:, block].T, single[:, start:])
 
     @property
     def diagonal(self) -> Tensor:

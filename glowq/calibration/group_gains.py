@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..data.tokens import batches
-from ..evaluation.bootstrap import Interval
+from ..evaluation.intervals import Interval, mean_interval
 from ..evaluation.divergence import answer, divergences
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
@@ -30,6 +30,7 @@ from ..utils.logging import progress
 __all__ = ["Measured", "calibrated", "measure_groups"]
 
 _BATCH_TOKENS = 512
+_PART = 32  # consecutive tokens whose benefits are one value of an interval: those of neighbours depend on each other
 _AUDIBLE = 4e-3  # nats; half precision rounds anew after every change, however small
 _LOUDEST = 32.0  # most that a correction is amplified
 
@@ -40,7 +41,8 @@ class Measured:
 
     Attributes:
         change: divergence of the answers from those without it, per token, in nats or squared distance.
-        benefit: how much nearer they come to the reference's, in the same unit, with its 95% interval.
+        benefit: how much nearer they come to the reference's, in the same unit, with its 95% interval over parts of
+            32 tokens (of an encoder: over sequences).
         unit: NATS, or SQUARED_DISTANCE of an encoder's states.
     """
 
@@ -110,7 +112,10 @@ def calibrated(factors: Sequence[GroupFactors], measured: Mapping[str, Measured]
 
 @dataclass(frozen=True)
 class _Samples:
-    """Per batch: change with the correction as it is and amplified (with the square of how much), and the benefit."""
+    """Per batch: change with the correction as it is and amplified (with the square of how much), and the benefit.
+
+    A batch's benefits have shape (batch, length), of an encoder (batch, 1).
+    """
 
     changes: list[float]
     loud: list[tuple[float, float]]
@@ -121,10 +126,9 @@ class _Samples:
         if self.loud:
             louder = math.fsum(found for found, _ in self.loud) - change
             change = max(0.0, louder / math.fsum(power - 1 for _, power in self.loud)) * len(self.loud)
-        benefits = torch.cat(self.benefits).double()
-        mean = float(benefits.mean())
-        spread = 1.96 * float(benefits.std(correction=1)) / math.sqrt(len(benefits)) if len(benefits) > 1 else math.inf
-        return Measured(change / len(self.changes), Interval(mean, mean - spread, mean + spread), unit)
+        parts = max(1, self.benefits[0].shape[1] // _PART)
+        benefits = torch.cat([part.mean(1) for part in torch.cat(self.benefits).double().tensor_split(parts, dim=1)])
+        return Measured(change / len(self.changes), mean_interval(benefits), unit)
 
 
 def _measure(
@@ -139,7 +143,8 @@ def _measure(
     given = prefix.answer(inputs, entry)
     change = float(divergences(plain, given).mean())
     samples.changes.append(change)
-    samples.benefits.append((before - divergences(wanted, given)).cpu())
+    benefit = (before - divergences(wanted, given)).cpu()
+    samples.benefits.append(benefit.reshape(len(plain[0]), -1))
     if samples.loud or (len(samples.changes) == 1 and change < _AUDIBLE):
         power = samples.loud[0][1] if samples.loud else min(_LOUDEST**2, max(4.0, _AUDIBLE / max(change, 1e-12)))
         louder = {member: left * math.sqrt(power) for member, left in entry.lefts.items()}

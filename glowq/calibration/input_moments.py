@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, NonFiniteError
 from ..factors.group import Group
 from ..solving.moments import Moments
-from ..utils.precision import bfloat16_products
 
 __all__ = ["BROKEN", "Feed", "MomentCollector", "collecting"]
 
@@ -60,12 +59,9 @@ class MomentCollector:
         if self.error is not None:
             square = torch.linalg.vector_norm(single).to(torch.float64).square()
             self._square = square if self._square is None else self._square.add_(square)
-        with bfloat16_products(rows.dtype):
-            # Exact for S. E and E x are rounded, which costs the residual less than 1e-5 (tests/test_statistics.py).
-            seen = single if self.error is None else single @ self.error.to(rows.device).T
-            product = seen.T @ seen
+        seen = single if self.error is None else single @ self.error.to(rows.device).T
         # Products in float32, sums over batches in float64: long calibrations lose no digits.
-        product = product.to(torch.float64)
+        product = (seen.T @ seen).to(torch.float64)
         self._matrix = product if self._matrix is None else self._matrix.add_(product)
 
     def _add_magnitude(self, sequences: Tensor, keep: Tensor | None) -> None:

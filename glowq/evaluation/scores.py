@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.tokens import batches
 from ..errors import EvaluationError, NonFiniteError
 from ..utils.logging import progress
-from .bootstrap import Interval, bootstrap
+from .intervals import Interval, bootstrap
 
 __all__ = ["Score", "perplexity", "perplexity_ratio", "recovered", "score_models"]
 

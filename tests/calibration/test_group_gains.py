@@ -80,10 +80,23 @@ def test_changes_and_benefits_are_those_of_whole_forwards(
         assert measured.unit == "nats"
         assert measured.change == pytest.approx(float(kl(plain, given).mean()), rel=1e-3)
         assert measured.benefit.value == pytest.approx(float(benefit.mean()), rel=1e-3, abs=1e-7)
-        spread = 1.96 * float(benefit.std()) / math.sqrt(len(benefit))
-        assert measured.benefit.high - measured.benefit.value == pytest.approx(spread, rel=1e-3)
+        sequences = benefit.reshape(ids.shape).mean(1)  # shorter than a part: each is one independent value
+        spread = 2.5706 * float(sequences.std()) / math.sqrt(len(sequences))  # Student's t, 5 degrees of freedom
+        assert measured.benefit.high - measured.benefit.value == pytest.approx(spread, rel=2e-3)
     assert torch.equal(log_chances(model, ids), plain)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_tokens_of_one_sequence_are_not_independent(
+    pair: tuple[nn.Module, nn.Module], random_factors: Factory
+) -> None:
+    """The same text twice is not more evidence: repeated tokens have benefits that depend on each other."""
+    reference, model = pair
+    ids = torch.randint(1, 64, (1, 4), generator=torch.Generator().manual_seed(3)).repeat(1, 8)  # one part
+    entry = random_factors(find_groups(model, {"input_ids": ids})[0], scale=0.2)
+    found = measure_groups(model, reference, [entry], ids)[entry.group.name]
+    assert found.benefit.low == -math.inf and found.benefit.high == math.inf
+    assert not found.harms
 
 
 def test_a_small_change_is_told_from_rounding(pair: tuple[nn.Module, nn.Module], random_factors: Factory) -> None:
@@ -135,8 +148,9 @@ def states(model: nn.Module, ids: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share their weights: its block runs again
-def test_an_encoder_is_measured_by_its_states(kind: str, ids: Tensor, random_factors: Factory) -> None:
+def test_an_encoder_is_measured_by_its_states(kind: str, random_factors: Factory) -> None:
     torch.manual_seed(0)
+    ids = torch.randint(1, 64, (24, 16))
     model: Any = BertModel(BertConfig(**ENCODER)) if kind == "bert" else AlbertModel(AlbertConfig(**ENCODER))
     model.eval()
     factors = [random_factors(group, scale=0.2) for group in find_groups(model, {"input_ids": ids})]

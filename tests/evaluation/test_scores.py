@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from glowq.errors import EvaluationError, NonFiniteError
-from glowq.evaluation.bootstrap import Interval, bootstrap
+from glowq.evaluation.intervals import Interval, bootstrap
 from glowq.evaluation.scores import Score, perplexity, perplexity_ratio, recovered, score_models
 from support.tiny import load, quantized, seeded
 

@@ -27,7 +27,7 @@ from glowq.calibration.input_moments import MomentCollector
 from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.errors import CalibrationError, ConfigError, NoGainError, UnsupportedModuleError
-from glowq.evaluation.bootstrap import Interval
+from glowq.evaluation.intervals import Interval
 from glowq.evaluation.scores import Score, recovered, score_models
 from glowq.models.tracing import trace_groups
 from glowq.runtime.attach import attached

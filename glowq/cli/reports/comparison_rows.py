@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...evaluation.figures import finite
 
 if TYPE_CHECKING:
-    from ...evaluation.bootstrap import Interval
+    from ...evaluation.intervals import Interval
     from ...evaluation.scores import Score
     from ...pipeline.comparison import Comparison
     from ...pipeline.method_budgets import Entry
@@ -68,7 +68,7 @@ def _row(entry: Entry, base_bytes: int, scores: Mapping[str, Score], seed: int) 
 
 
 def _own(score: Score, seed: int) -> dict[str, Any]:
-    from ...evaluation.bootstrap import bootstrap
+    from ...evaluation.intervals import bootstrap
 
     found = {
         "perplexity": bootstrap(lambda means: means[..., 0].exp(), score.nll[:, None], seed=seed),

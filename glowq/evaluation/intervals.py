@@ -1,0 +1,73 @@
+"""95% intervals of what was measured on text: percentile bootstrap over sequences, and Student's t of a mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Interval", "bootstrap", "mean_interval"]
+
+_NORMAL = 1.959964  # 97.5% quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def bootstrap(
+    statistic: Callable[[Tensor], Tensor], columns: Tensor, *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap over sequences, all columns resampled together (paired).
+
+    Args:
+        statistic: means of the columns, shape (..., k) -> figure, shape (...).
+        columns: one row a sequence, shape (n, k), float64.
+        resamples: how often n rows are drawn with replacement.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = columns.shape[0]
+    rows = torch.randint(count, (resamples, count), generator=generator)
+    draws = statistic(columns[rows].mean(1))
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return Interval(float(statistic(columns.mean(0))), low, high)
+
+
+def mean_interval(values: Tensor) -> Interval:
+    """The mean of independent values, with Student's t interval; of fewer than three values it is infinitely wide.
+
+    Args:
+        values: shape (n,), n >= 1, float64.
+    """
+    mean, count = float(values.mean()), len(values)
+    if count < 3:
+        return Interval(mean, -math.inf, math.inf)
+    spread = _student(count - 1) * float(values.std(correction=1)) / math.sqrt(count)
+    return Interval(mean, mean - spread, mean + spread)
+
+
+def _student(freedom: int) -> float:
+    """97.5% quantile of Student's t; 3% too small at 2 degrees of freedom, exact to four digits from 7 on.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    z = _NORMAL
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, start=1))
