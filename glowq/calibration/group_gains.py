@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..data.tokens import batches
-from ..evaluation.intervals import Interval, mean_interval
 from ..evaluation.divergence import answer, divergences
+from ..evaluation.intervals import Interval, mean_interval
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
 from ..models.forward import evaluating, replaced_forward, to_model

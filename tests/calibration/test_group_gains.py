@@ -87,15 +87,14 @@ def test_changes_and_benefits_are_those_of_whole_forwards(
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_tokens_of_one_sequence_are_not_independent(
-    pair: tuple[nn.Module, nn.Module], random_factors: Factory
-) -> None:
+def test_tokens_of_one_sequence_are_not_independent(pair: tuple[nn.Module, nn.Module], random_factors: Factory) -> None:
     """The same text twice is not more evidence: repeated tokens have benefits that depend on each other."""
     reference, model = pair
     ids = torch.randint(1, 64, (1, 4), generator=torch.Generator().manual_seed(3)).repeat(1, 8)  # one part
     entry = random_factors(find_groups(model, {"input_ids": ids})[0], scale=0.2)
     found = measure_groups(model, reference, [entry], ids)[entry.group.name]
-    assert found.benefit.low == -math.inf and found.benefit.high == math.inf
+    assert found.benefit.low == -math.inf
+    assert found.benefit.high == math.inf
     assert not found.harms
 
 
