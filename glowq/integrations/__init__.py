@@ -1,3 +1,3 @@
-"""Doors to other projects, a folder or a file each; the other packages never import this one.
+"""Integrations with other projects, one folder or file for each project. Of the other packages only `cli` imports them.
 
-A door may import the core packages, and of the other doors only `transformers` and `export`."""
+An integration may import the core packages, and of the other integrations only `transformers` and `export`."""

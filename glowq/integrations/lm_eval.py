@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on models that are in memory."""
+"""Run tasks of lm-evaluation-harness on models that are already in memory."""
 
 from __future__ import annotations
 
@@ -18,44 +18,48 @@ if TYPE_CHECKING:
 __all__ = ["check_tasks", "run_tasks"]
 
 
-_Z95 = 1.96  # standard errors in half a 95% interval
+_Z95 = 1.96  # half the width of a normal 95% interval, in standard errors
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse early what could only fail at the end.
+    """Check that lm-evaluation-harness has these tasks, so that a wrong name fails before the work starts.
 
     Raises:
-        ConfigError: lm-evaluation-harness is not installed, or knows no task, group or tag of such a name.
+        ConfigError: lm-evaluation-harness is not installed, or has no task, group or tag with one of these names.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install lm_eval")
     known = _task_manager().all_tasks
     for name in tasks:
-        if name not in known and not Path(name).is_file():  # a task may be a YAML file of one's own
+        if name not in known and not Path(name).is_file():  # a task can also be the path of a YAML file
             near = get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"lm-evaluation-harness knows no task {name!r}; `lm-eval ls tasks` lists them all.{hint}")
+            raise ConfigError(f"lm-evaluation-harness has no task {name!r}; `lm-eval ls tasks` lists them all.{hint}")
 
 
 @cache
 def _task_manager() -> Any:
-    """The harness's index of all its tasks, which takes seconds to build."""
+    """The harness's index of all its tasks; cached, because building it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> dict[str, dict[str, Any]]:
-    """Every task's figures, task -> metric -> {"value", "ci95"}; the interval is normal, None without an error of it.
+    """Run tasks on a model.
 
     Args:
-        model: transformers model, with whatever correction it carries.
-        tokenizer: its tokenizer.
-        tasks: names that lm-evaluation-harness knows.
-        seed: of few-shot examples and everything else that it draws.
+        model: a transformers model, with or without a correction.
+        tokenizer: the tokenizer of the model.
+        tasks: names of tasks, groups or tags of lm-evaluation-harness, or paths of YAML files.
+        seed: seed of the few-shot examples and of every other random choice.
+
+    Returns:
+        Task -> metric -> {"value", "ci95"}. "ci95" is a 95% interval by the normal distribution, [low, high]; it is
+        None where the harness gives no standard error.
 
     Raises:
-        EvaluationError: a task is unknown, or its data cannot be had.
+        EvaluationError: a task is unknown, or its data cannot be loaded.
     """
     import torch
     from lm_eval import simple_evaluate
@@ -64,7 +68,8 @@ def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
         options = {"tasks": tasks, "task_manager": _task_manager(), "log_samples": False, **seeds}
-        # In bfloat16, which is the harness's way with such models, sums of log-probabilities round to whole numbers.
+        # By default the harness computes log-probabilities in the model's dtype. In bfloat16 their sums would be
+        # rounded to whole numbers.
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype=torch.float32), **options
         )
@@ -74,12 +79,15 @@ def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> 
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Of "acc,none" and "acc_stderr,none": {"acc": {...}}, or {"acc,flexible": {...}} where a filter is named."""
+    """Convert the harness's metrics of one task: "acc,none" and "acc_stderr,none" become {"acc": {...}}.
+
+    The name of a filter stays in the key: {"acc,flexible": {...}}.
+    """
     figures = {}
     for key, value in metrics.items():
         metric, _, chosen = key.partition(",")
         if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue  # names, and how many documents there were
+            continue  # a name, the number of documents, or a standard error
         error = metrics.get(f"{metric}_stderr,{chosen}")
         half = _Z95 * error if isinstance(error, int | float) else None
         figures[metric if chosen == "none" else key] = {

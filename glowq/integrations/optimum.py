@@ -1,6 +1,6 @@
-"""optimum's exporter step: `main_export`, and what `TasksManager` is told of it.
+"""The exporter "glowq" of optimum: `main_export`, and its registration with `TasksManager`.
 
-Installed as `optimum.exporters.glowq` as well, where optimum's users look for an exporter.
+`optimum.exporters.glowq`, where users of optimum look for an exporter, has the same names.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ EXPORTER = "glowq"
 
 
 class GlowQExporterConfig(ExporterConfig):  # type: ignore[misc]
-    """What optimum asks of a model that is corrected: the inputs of a forward, whatever the architecture."""
+    """Describes the inputs of a forward to optimum. They are the same for every architecture."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
-        """Input name -> axis -> its name."""
+        """Input name -> axis -> name of the axis."""
         axes = {0: "batch_size", 1: "sequence_length"}
         return {"input_ids": axes, "attention_mask": axes}
 
 
 def register() -> None:
-    """Tell `TasksManager` of the exporter "glowq" for every text model that transformers has; again does nothing."""
+    """Register the exporter "glowq" with `TasksManager` for every text model of transformers.
+
+    A second call does nothing.
+    """
     declare = TasksManager.create_register(EXPORTER)
     tasks: dict[str, Any] = {"text-generation": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     tasks["feature-extraction"] = MODEL_MAPPING_NAMES
@@ -49,20 +52,20 @@ def register() -> None:
 def main_export(
     model_name_or_path: str, output: str | os.PathLike[str], *, task: str = "auto", **options: Any
 ) -> dict[str, Any]:
-    """Quantize a model if asked to, correct it, and save the result; the same as `glowq correct`.
+    """Quantize a model if asked to, correct it, and save the result, as `glowq correct` does.
 
     Args:
-        model_name_or_path: folder or Hub name.
+        model_name_or_path: folder or Hub name of the model.
         output: folder to write; must be new, empty, or an earlier result.
-        task: "text-generation" or "feature-extraction", as optimum calls them; "auto" takes the class in config.json.
-        **options: of `glowq.integrations.transformers.checkpoint.correct_checkpoint`, and the fields of
+        task: "text-generation" or "feature-extraction" (optimum's names); "auto" takes the class in config.json.
+        **options: options of `glowq.integrations.transformers.checkpoint.correct_checkpoint`, and fields of
             `CorrectionRequest`; `calibration` is required.
 
     Returns:
         See `correct_checkpoint`.
 
     Raises:
-        ConfigError: the task is none that this model can be corrected for.
+        ConfigError: the model cannot be corrected for this task.
         GlowQError: see `correct_checkpoint`.
     """
     register()
@@ -78,8 +81,8 @@ def main_export(
     except (KeyError, ValueError) as error:
         known = TasksManager._SUPPORTED_MODEL_TYPE.get(model_type, {}).get(EXPORTER, {})
         raise ConfigError(
-            f"a {model_type} model cannot be corrected for the task {task!r}; it can for "
-            f"{', '.join(known) or 'none'}. Leave out --task for the class that its config.json names."
+            f"a {model_type} model cannot be corrected for the task {task!r}; possible tasks: "
+            f"{', '.join(known) or 'none'}. Without --task, glowq takes the class that its config.json names."
         ) from error
     auto_class = TasksManager.get_model_class_for_task(task, model_type=model_type)
     return correct_checkpoint(model_name_or_path, output, auto_class=auto_class, **options)

@@ -74,7 +74,7 @@ def test_an_unknown_task_is_refused_before_anything_is_loaded(command: list[Any]
     absent = [part if part != command[1] else "no/such-model" for part in command]
     done = call(*absent, "--tasks", f"hellaswag,{name}")
     assert done.exit_code == 1
-    expected = f"lm-evaluation-harness knows no task '{name}'; `lm-eval ls tasks` lists them all.{near}\n"
+    expected = f"lm-evaluation-harness has no task '{name}'; `lm-eval ls tasks` lists them all.{near}\n"
     assert done.stderr.endswith(expected)
 
 

@@ -1,4 +1,4 @@
-"""The whole step, from a model's name to a saved correction: what `glowq correct` and optimum's exporter run."""
+"""All steps from a model's name to a saved correction, as `glowq correct` and optimum's exporter run them."""
 
 from __future__ import annotations
 
@@ -34,26 +34,32 @@ def correct_checkpoint(
     resume: bool = False,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model if asked to, correct it, measure what that gave, and save it; all of it, or nothing.
+    """Quantize a model if asked to, correct it, measure it on held-out text, and save it.
+
+    The output folder is written completely or not at all.
 
     Args:
         model: folder or Hub name ("org/model" or "org/model@revision").
         output: folder to write; must be new, empty, or an earlier result.
-        request: what the correction is to be. An eighth of its calibration text is held out and measured on.
-        base: the quantizer, see `glowq.quantizers.registry.base_names`; "none" where the model is quantized already,
-            "dense" where its float weights hold quantized values.
-        reference: the full-precision model; `model` unless that is quantized already.
-        format: "correction" (small, its base by reference) or "full" (in one piece); None takes the small one where
-            the base can be named.
-        gguf_file: GGUF file in the folder, with base "dense".
-        auto_class: transformers class to load the model with; None takes what its config names.
-        resume: keep finished blocks in `<output>.resume` until the whole is done, and go on from what is there.
+        request: how to correct the model. An eighth of its calibration text is held out for the measurement.
+        base: name of the quantizer, see `glowq.quantizers.registry.base_names`; "none" if the model is quantized
+            already, "dense" if its float weights hold quantized values.
+        reference: folder or Hub name of the full-precision model. None takes `model`, which must then hold the
+            full-precision weights.
+        format: "correction" (the factors, and the name of the base) or "full" (quantized weights and factors in one
+            checkpoint). None takes "correction" if the base can be loaded by its name, otherwise "full".
+        gguf_file: GGUF file in the folder `model`, for base "dense".
+        auto_class: transformers class to load the model with; None takes the class that its config names.
+        resume: store finished blocks in `<output>.resume` until the result is saved, and reuse the blocks that are
+            already there.
         command: the exact command line, for the model card.
 
     Returns:
-        "output", "groups", "ranks", "factor_bytes", "base_bytes", "overhead", "predicted" (in the unit "gains"),
-        "calibration_tokens", "factor_dtype", "int8" (see `glowq.evaluation.rounding_cost`; None where factors are
-        not rounded), "held_out" (None where the model predicts no next token) and "seed".
+        "output", "groups" (number of groups), "ranks" (group name -> rank), "factor_bytes", "base_bytes", "overhead"
+        (`factor_bytes` as a share of `base_bytes`), "predicted" (share of the predicted loss that the factors remove,
+        or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype", "int8" (measured cost of rounding,
+        see `glowq.evaluation.rounding_cost`; None if the factors are not rounded), "held_out" (perplexities; None if
+        the model does not predict the next token) and "seed".
 
     Raises:
         GlowQError: see `glowq.correct`, `glowq.models.loading` and `glowq.utils.output.write_directory`.
@@ -107,7 +113,7 @@ def correct_checkpoint(
 
 
 def _check_kept(folder: Path) -> None:
-    """The folder is removed in the end: it must hold nothing but finished blocks."""
+    """Refuse a folder that holds anything but finished blocks, because it is deleted at the end."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.suffix not in (".json", ".safetensors", ".tmp"):
             raise OutputError(

@@ -1,4 +1,4 @@
-"""Transformers quantizers that answer for another one, or for a library that transformers was never asked about."""
+"""Two transformers quantizers: one delegates to another, one is for models that transformers did not quantize."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _KEPT = {"requires_calibration", "remove_quantization_config", "get_modules_to_n
 
 
 class DelegatingHfQuantizer(HfQuantizer):
-    """Every public attribute is that of `base`, whatever this version of transformers knows of.
+    """Delegates every public attribute and method of `HfQuantizer` to `base`, except those in `_KEPT`.
+
+    The names are read from `HfQuantizer`, so that the class fits every version of transformers.
 
     Attributes:
-        base: the quantizer that answers; subclasses set it.
+        base: the quantizer that is delegated to; subclasses set it.
     """
 
     base: Any
@@ -32,7 +34,7 @@ def _method(name: str) -> Any:
         return getattr(self.base, name)(*args, **kwargs)
 
     method.__name__ = name
-    method.__doc__ = "The base's answer."
+    method.__doc__ = "Delegated to `base`."
     return method
 
 
@@ -44,10 +46,10 @@ DelegatingHfQuantizer.__abstractmethods__ = frozenset()
 
 
 class Refusal:
-    """A no to "can this model be saved?" that says why as soon as it counts.
+    """A result of `is_serializable` that raises `ConfigError` when it is used as a truth value.
 
-    transformers asks every model, and then does not look at the answer for one with a PEFT adapter, of which it saves
-    the adapter alone: to raise at the question would refuse that too.
+    transformers calls `is_serializable` for every model, but ignores the result for a model with a PEFT adapter,
+    because it then saves only the adapter. If `is_serializable` itself raised, the adapter could not be saved either.
     """
 
     def __init__(self, message: str) -> None:
@@ -58,13 +60,16 @@ class Refusal:
 
 
 class LibraryHfQuantizer(HfQuantizer):
-    """Refuses what transformers would otherwise do in silence: save tensors that nothing can load again."""
+    """The quantizer of a model that its own library quantized; it refuses to save the model.
+
+    Without it, transformers would silently save tensors that cannot be loaded again.
+    """
 
     def __init__(self) -> None:
         super().__init__(None, pre_quantized=True)  # type: ignore[arg-type]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
-        """Never, but for an adapter; says what can be done."""
+        """A `Refusal`, whose message says what to do instead."""
         return Refusal(
             "this model was quantized by its own library and not by transformers, so that it cannot be saved in one "
             "piece. Save its correction (Correction.save_pretrained), and the base as its library does."
@@ -72,5 +77,5 @@ class LibraryHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Transformers was never asked."""
+        """True, because transformers sets no limit for a model that it did not quantize."""
         return True

@@ -1,4 +1,4 @@
-"""A corrected model as a dense one: W' = Q + A B in place of every quantized module."""
+"""Merge a correction into dense weights: W' = Q + A B replaces the weight of every quantized module."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ __all__ = ["cast", "merge_into_dense", "running_factors"]
 
 
 def merge_into_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every quantized module of `model` by one that holds its weight and its correction.
+    """Replace every quantized module of `model` by a dense one with the weight W' = Q + A B.
 
-    The new modules are those that a model of this class has where nothing is quantized: `nn.Linear`, or GPT-2's
-    `Conv1D`. A group that is switched off is not merged. Of the dense weights that are not yet in place, one at a
-    time is held.
+    The dense modules have the class that they have in an unquantized model: `nn.Linear`, or `Conv1D` in GPT-2. A group
+    that is switched off is not merged. Modules are replaced one by one, so that at most one weight is in memory both
+    quantized and dense.
 
     Args:
-        dtype: of the new weights; the model's own unless given.
+        model: quantized, with or without a correction.
+        dtype: dtype of the new weights; None takes the model's own.
 
     Raises:
-        ExportError: a quantized module has no place in a dense model of this class.
+        ExportError: a dense model of this class has no linear layer under the name of a quantized module.
         NonFiniteError: a weight is too large for `dtype`.
     """
     dtype = dtype or getattr(model, "dtype", None) or torch.float32
@@ -37,12 +38,12 @@ def merge_into_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None
     detach(model)
     plain = _plain(model)
     for name, backend in quantized_modules(model).items():
-        place = _place(plain, name) if plain is not None else nn.Linear
-        model.set_submodule(name, _dense(backend, name, model.get_submodule(name), factors.get(name), dtype, place))
+        kind = _dense_class(plain, name) if plain is not None else nn.Linear
+        model.set_submodule(name, _dense(backend, name, model.get_submodule(name), factors.get(name), dtype, kind))
 
 
 def running_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Member name -> left (o, r) and right factor (r, d) of every group that is switched on."""
+    """Member name -> (left factor (o, r), right factor (r, d)), for every group that is switched on."""
     running = {group for group, container in attached(model).items() if container.enabled}
     return {
         member: (left, entry.right)
@@ -53,10 +54,10 @@ def running_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in another dtype.
+    """Convert `tensor` to another dtype.
 
     Raises:
-        NonFiniteError: a value is too large for it.
+        NonFiniteError: a value is too large for `dtype`.
     """
     found = tensor.to(dtype)
     if not bool(torch.isfinite(found).all()):
@@ -68,7 +69,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(model: nn.Module) -> nn.Module | None:
-    """The same class of model without quantization, without weights; None for what is no transformers model."""
+    """An unquantized model of the same class on the meta device; None if `model` is not a transformers model."""
     if not isinstance(model, PreTrainedModel):
         return None
     config = copy.deepcopy(model.config)
@@ -78,17 +79,17 @@ def _plain(model: nn.Module) -> nn.Module | None:
         return type(model)(config)
 
 
-def _place(plain: nn.Module, name: str) -> type[nn.Module]:
+def _dense_class(plain: nn.Module, name: str) -> type[nn.Module]:
     try:
-        place = type(plain.get_submodule(name))
+        kind = type(plain.get_submodule(name))
     except AttributeError:
-        place = type(None)  # type: ignore[assignment]
-    if not issubclass(place, nn.Linear | Conv1D):
+        kind = type(None)  # type: ignore[assignment]
+    if not issubclass(kind, nn.Linear | Conv1D):
         raise ExportError(
             f"{name} is quantized, but a dense {type(plain).__name__} has no linear layer of that name: its library "
             "rearranged the model. Save the corrected model in one piece instead (model.save_pretrained)."
         )
-    return place
+    return kind
 
 
 def _dense(
@@ -97,7 +98,7 @@ def _dense(
     module: nn.Module,
     factors: tuple[Tensor, Tensor] | None,
     dtype: torch.dtype,
-    place: type[nn.Module],
+    kind: type[nn.Module],
 ) -> nn.Module:
     weight = read_weight(backend, name, module)
     if factors is not None:
@@ -107,7 +108,7 @@ def _dense(
     weight = cast(name, weight, dtype)
     bias: Any = module.bias
     with torch.device("meta"):
-        if issubclass(place, Conv1D):
+        if issubclass(kind, Conv1D):
             dense: nn.Module = Conv1D(out_features, in_features)
             weight = weight.T.contiguous()
         else:

@@ -1,8 +1,8 @@
-"""glowq as a transformers quantizer: it holds the base's quantizer, lets it work, and adds the correction.
+"""The transformers quantizer of corrected models: it delegates to the base's quantizer and adds the correction.
 
-`hf_quantizer.quantization_config` stays the base's (transformers, peft and accelerate read its quant_method);
-GlowQConfig lives in `model.config.quantization_config`. Factors are read by glowq itself, never by the weight
-loader: a missing factor there is only a warning and uninitialized memory.
+`hf_quantizer.quantization_config` is the base's config, because transformers, PEFT and accelerate read its
+`quant_method`. `GlowQConfig` is in `model.config.quantization_config`. glowq reads the factors itself, because the
+weight loader of transformers only warns about a missing tensor and leaves its memory uninitialized.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ _P = ParamSpec("_P")
 
 
 class GlowQHfQuantizer(DelegatingHfQuantizer):
-    """Delegates to the base quantizer; see the module's text."""
+    """Delegates to the base's quantizer, and attaches the correction; see the docstring of this module."""
 
     requires_calibration = False
-    _base_folder: Path | None = None  # where the base's files are, if the correction's folder holds only the correction
-    _shards: Sequence[str] = ()  # what the loader read
-    _factors: Sequence[GroupFactors] = ()  # read from files, to be attached when the base is loaded
+    _base_folder: Path | None = None  # folder of the base, if the correction is stored without its base
+    _shards: Sequence[str] = ()  # the files that the weight loader reads
+    _factors: Sequence[GroupFactors] = ()  # read from the files, attached after the base is loaded
     _calibration: Any = None  # text or token ids to correct with while loading
 
     def __init__(self, quantization_config: GlowQConfig, **kwargs: Any) -> None:
@@ -64,8 +64,8 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         config = quantization_config
         if config.base is None and config.is_stored:
             raise ConfigError(
-                "this correction's base says in no config.json how it is quantized; transformers cannot load it. Load "
-                "the base as the library that quantized it does, then call glowq.load_correction(model, path)."
+                "no config.json says how this correction's base is quantized, so transformers cannot load it. Load the "
+                "base with the library that quantized it, then call glowq.load_correction(model, path)."
             )
         if config.base is None:
             raise ConfigError(
@@ -83,12 +83,12 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         self._use(base_settings(config.base))
         if not self.pre_quantized and calibration is None and is_calibrated(self.quantization_config):
             raise ConfigError(
-                f"{method_of(config.base)} needs text to quantize, which a correction does not hold: quantize the "
-                "model, save it, and name the saved folder."
+                f"{method_of(config.base)} needs text to quantize, and a correction holds no text: quantize the model "
+                "first, save it, and load the saved folder instead."
             )
 
     def _use(self, base: Any) -> None:
-        """Delegate to the quantizer of `base` from now on."""
+        """From now on, delegate to the quantizer of the quantization config `base`."""
         backend = backend_of(base)
         if backend is not None:
             check_installed(backend, f"a {method_of(base)} model")
@@ -98,7 +98,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
     def preprocess_model(
         self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Let the loader read the base's shards where only the correction was named, then let the base do its work."""
+        """Read stored factors, make the weight loader read the base's shards, and run the base's own preprocessing."""
         if checkpoint_files is None:
             raise ConfigError("glowq corrects checkpoints: load the model with from_pretrained(name_or_path).")
         refuse_unsafe(checkpoint_files, model.config.name_or_path, self.glowq_config)
@@ -107,7 +107,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             ignored = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, FACTOR_KEYS}
         if self._base_folder is not None:
-            # The loader reads this very list object.
+            # Changed in place, because the weight loader reads this list object.
             checkpoint_files[:] = base_shards(self._base_folder)
         self._shards = list(checkpoint_files)
         if not self.pre_quantized and is_calibrated(self.quantization_config):
@@ -115,7 +115,10 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         self.base.preprocess_model(model, dtype, checkpoint_files=checkpoint_files, **kwargs)
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Let the base finish, close its traps, then attach the correction: stored, named, or made now."""
+        """Run the base's own postprocessing, make its modules safe to read and run, and attach the correction.
+
+        The correction comes from the loaded files, from the folder or Hub name in `GlowQConfig`, or is computed now.
+        """
         self.base.postprocess_model(model, **kwargs)
         self.quantization_config = _base_of(model, self.quantization_config)
         prepare_model(model)
@@ -132,11 +135,11 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         return model
 
     def _quantize_with_calibration(self, model: nn.Module) -> None:
-        """Let the base quantize with the very sequences that the correction is made of."""
+        """Let the base calibrate its quantization on the same sequences as the correction."""
         from transformers import AutoTokenizer
 
         name = model.config.name_or_path  # type: ignore[union-attr]
-        with torch.device("cpu"):  # transformers builds the model on the meta device meanwhile
+        with torch.device("cpu"):  # transformers creates tensors on the meta device at this point
             tokenizer = AutoTokenizer.from_pretrained(name)
             self._calibration = pipeline.calibration_sequences(model, self._request(), tokenizer)
         self._use(with_calibration(self.quantization_config, self._calibration))
@@ -146,7 +149,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
 
         source = str(model.config.name_or_path)  # type: ignore[union-attr]
         folder = Path(self._shards[0]).parent
-        # In the Hub's cache a snapshot's folder has the name of its commit.
+        # In the Hub's cache, the folder of a snapshot is named after its commit.
         revision = folder.name if folder.parent.name == "snapshots" and not os.path.isdir(source) else None
         correct(
             model,
@@ -157,15 +160,16 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         )
 
     def _request(self) -> CorrectionRequest:
-        """What was asked for; only a configuration that stores a correction asks for nothing."""
+        """The request in the config. It is None only for a stored correction, for which this is not called."""
         assert self.glowq_config.request is not None
         return self.glowq_config.request
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-        """The base's keys exactly as it writes them, the factors under the names that every correction file uses."""
+        """The base's tensors under the base's names, and the factors under the names that correction files use."""
         refuse_rewritten(model)
         factors = factor_tensors(attached_factors(model))
-        # Saving asks for this first: a model that was detached since is stored as the plain base that it is again.
+        # Saving calls this method before it writes config.json. If the correction was detached, the model is saved as
+        # its plain base.
         config: Any = model.config
         config.quantization_config = self.glowq_config if factors else self.quantization_config
         with set_aside(model):
@@ -174,7 +178,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         return {**self._with_original(model, state), **factors}, metadata
 
     def _with_original(self, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-        """The state, with what a library rewrites in memory taken from the checkpoint that was loaded."""
+        """The state, with the loaded checkpoint's tensors for modules that a library rewrites in memory."""
         backends = quantized_modules(model) if self.pre_quantized else {}
         rewritten = [name for name, backend in backends.items() if backend.saves == "files"]
         if not rewritten:
@@ -187,13 +191,13 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         return {**kept, **originals}
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """The dense model W' = Q + A B in place of the quantized one, for any base."""
+        """Replace the quantized modules by dense ones with the correction merged, W' = Q + A B, for any base."""
         merge_into_dense(model, dtype)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
-        """Whether the model can be saved in one piece: the base's answer, a no with what can be done instead."""
+        """Whether the model can be saved in one piece: the base's result, or a `Refusal` that says what to do."""
         found = self.base.is_serializable(*args, **kwargs)
         return found if isinstance(found, Refusal) or found else self._refusal()
 
@@ -215,7 +219,7 @@ def _adopting(solve: Callable[_P, Correction]) -> Callable[_P, Correction]:
     return correct
 
 
-correct = _adopting(pipeline.correct)  # what `glowq.correct` is: afterwards the model saves itself with its correction
+correct = _adopting(pipeline.correct)  # this is `glowq.correct`; the model's `save_pretrained` then stores the factors
 
 
 def load_correction(
@@ -230,24 +234,24 @@ def load_correction(
     """Attach a saved correction to a quantized model that is already in memory.
 
     Args:
-        model: quantized, or dequantized while loading, as the correction's base was.
+        model: the correction's base: a quantized model, or one that was dequantized while loading.
         path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
-        budget: cut the correction to a share of the quantized weights ("1%"), to a size ("200MB"), or to what recovers
-            a share of the predicted loss ("recover 80%"); nothing else of it is read.
-        rank_step, max_rank: of that cut, see `Correction.cut`.
-        **hub_kwargs: e.g. `revision`, `token`.
+        budget: cut the correction to a share of the quantized weights' bytes ("1%"), to a size ("200MB"), or to the
+            ranks that recover a share of the predicted loss ("recover 80%"). Only the ranks that are kept are read.
+        rank_step, max_rank: limits of that cut, see `Correction.cut`.
+        **hub_kwargs: passed on to `Correction.from_pretrained`, e.g. `revision`, `token`.
 
     Returns:
-        The correction as attached.
+        The attached correction.
 
     Raises:
         CorrectionError: corrupt files, or a factor is missing, extra or misshaped.
         FingerprintError: the correction was made for other quantized weights.
         ConfigError: the model carries a correction already; or the budget is too small, larger than the correction, or
-            out of reach, or the correction holds no measured gains.
+            a share that cannot be recovered; or the correction holds no measured gains.
     """
     correction = Correction.from_pretrained(path, budget=budget, rank_step=rank_step, max_rank=max_rank, **hub_kwargs)
-    base_settings(correction.config.base)  # refuses a base whose library is not installed
+    base_settings(correction.config.base)  # raises if the base's library is not installed
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     if method_of(correction.config.base) == "dense":
@@ -258,7 +262,7 @@ def load_correction(
 
 
 def adopt(model: nn.Module, config: GlowQConfig) -> None:
-    """Make an attached model save itself as a self-contained glowq model."""
+    """Make `save_pretrained` of a model with an attached correction write both the base and the correction."""
     base = getattr(model, "hf_quantizer", None) or LibraryHfQuantizer()
     model_config: Any = model.config
     stored = config.with_format("full")
@@ -266,20 +270,21 @@ def adopt(model: nn.Module, config: GlowQConfig) -> None:
     if isinstance(base, GlowQHfQuantizer):
         base.glowq_config = stored
     elif isinstance(base, HfQuantizer):
-        kind: Any = GlowQHfQuantizer  # whose abstract methods are the base's
+        kind: Any = GlowQHfQuantizer  # Any, because mypy sees abstract methods, which are delegated to the base
         quantizer = kind.__new__(kind)
         quantizer.base = base
         quantizer.glowq_config = stored
         quantizer.quantization_config = stored.base
         quantizer.pre_quantized = base.pre_quantized
         model.hf_quantizer = quantizer
-    if stored.base is not None:  # else the library saves the model, and its config.json must go on naming no other
+    # Without a config of the base, the base's library saves the model, and config.json must not name glowq.
+    if stored.base is not None:
         model_config.quantization_config = stored
     _drop_irreversible_conversions(model)
 
 
 def _base_of(model: nn.Module, fallback: Any) -> Any:
-    """The base's quantization config as its library left it in the model's, without the text that it quantized with."""
+    """The base's quantization config, as its library left it in the model's config, without its calibration text."""
     found = getattr(model.config, "quantization_config", None)
     base = fallback if found is None or isinstance(found, (GlowQConfig, dict)) else found
     return stored_base(base)
@@ -294,7 +299,7 @@ def _attach_all(model: nn.Module, config: GlowQConfig, factors: Sequence[GroupFa
 
 
 def _drop_irreversible_conversions(model: nn.Module) -> None:
-    """transformers cannot reverse a base's load conversions; left in place, saving the model again would raise."""
+    """Remove the base's load conversions: transformers cannot reverse them, so saving the model would raise."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions:
         model._weight_conversions = [  # type: ignore[assignment]

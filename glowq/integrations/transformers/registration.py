@@ -1,8 +1,8 @@
 """Make "glowq" a quantization method of transformers, without importing transformers.
 
-transformers has no plug-in entry point, and its registry of quantizers imports every quantization library that is
-installed, which takes seconds. So glowq adds itself to the registry when something else imports it, as the first
-`from_pretrained` does; where it is imported already, at once.
+transformers has no entry point for plugins, and its registry of quantizers imports every quantization library that is
+installed, which takes seconds. So glowq does not import the registry: it adds itself as soon as other code imports the
+registry, for example the first `from_pretrained`, or at once if the registry is imported already.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def register_with_transformers() -> None:
-    """Register glowq's config and quantizer, now or as soon as transformers' registry is imported; again does nothing.
+    """Register glowq's config and quantizer, now or as soon as transformers' registry is imported.
 
-    HQQ and packed compressed-tensors models get quantizers of ours too, where transformers loads them wrongly.
+    glowq also registers its own quantizers for HQQ and packed compressed-tensors models, some of which transformers
+    loads wrongly. A second call does nothing.
     """
     registry = sys.modules.get(_REGISTRY)
     if registry is not None and not getattr(registry.__spec__, "_initializing", False):
@@ -33,12 +34,12 @@ def register_with_transformers() -> None:
 
 
 class _Finder:
-    """Finds transformers' registry where Python does, and registers glowq once it has been executed."""
+    """An import hook that finds transformers' registry as Python does, and registers glowq after executing it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The registry's spec, whose loader registers glowq at its end; None for every other module."""
+        """The registry's spec, whose loader registers glowq after it executes the module; None for other modules."""
         if fullname != _REGISTRY:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -47,7 +48,7 @@ class _Finder:
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            # What the libraries say of optional kernels that they do not find is nothing that a user could act on.
+            # Hide the libraries' messages about missing optional kernels: a user can do nothing about them.
             with quiet("torchao", "torch.utils._pytree"):
                 execute(module)
             _register(module)
@@ -64,7 +65,7 @@ def _register(registry: ModuleType) -> None:
     from ...quantizers.registry import own_quantizers
 
     class GlowQHfQuantizer(registry.HfQuantizer):  # type: ignore[name-defined, misc]
-        """Makes the real quantizer, whose module is imported when the first corrected model is loaded."""
+        """Creates the real quantizer, whose module is imported only when the first corrected model is loaded."""
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             from .quantizer import GlowQHfQuantizer
