@@ -1,3 +1,3 @@
-"""Export formats by name, and the one that needs no other project: dense weights with the correction merged in.
+"""Export formats by name, and the one format that needs no other project: dense weights with the correction merged.
 
 May import the core packages and `integrations.transformers`."""

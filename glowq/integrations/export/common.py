@@ -1,4 +1,4 @@
-"""What every way out needs of a corrected model: load it by name, run it once, compare what it says."""
+"""What every exporter needs: load a corrected model by name, run it once, and compare outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["difference", "first_output", "load_corrected", "stored_correction"]
 
 
 def stored_correction(source: str) -> GlowQConfig:
-    """What config.json of a corrected model, in either saved form, says of its correction; no weight is read.
+    """The glowq config in config.json of a corrected model, in either saved form; no weight is read.
 
     Raises:
         ExportError: the model carries no correction.
@@ -30,7 +30,7 @@ def stored_correction(source: str) -> GlowQConfig:
 
 
 def load_corrected(source: str) -> Any:
-    """A corrected model, ready to run, by the name of either saved form.
+    """Load a corrected model, in either saved form, ready to run.
 
     Raises:
         ExportError: the model carries no correction.
@@ -40,21 +40,21 @@ def load_corrected(source: str) -> Any:
 
 
 def first_output(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """The first output of a forward (logits; an encoder's states), float32 on the CPU."""
+    """The first output of a forward (logits, or an encoder's hidden states), float32 on the CPU."""
     with torch.no_grad():
         found: Tensor = model(**inputs)[0]
     return found.float().cpu()
 
 
 def difference(found: Tensor, expected: Tensor) -> dict[str, float]:
-    """How far outputs lie from those that they should be.
+    """The difference between computed and expected outputs.
 
     Args:
         found, expected: same shape, float.
 
     Returns:
-        "max_difference", the largest absolute one, and "relative_difference", the root mean square of the difference
-        as a share of that of `expected`.
+        "max_difference", the largest absolute difference, and "relative_difference", the root mean square of the
+        difference divided by the root mean square of `expected`.
     """
     gap = (found.double() - expected.double()).abs()
     scale = expected.double().square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)

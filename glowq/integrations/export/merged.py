@@ -1,4 +1,4 @@
-"""One dense model, W' = Q + A B: transformers loads it without glowq and without the library that quantized it."""
+"""Export as a dense model, W' = Q + A B: transformers loads it without glowq and without the quantization library."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("this/repository", dtype="auto")
 ```"""
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_TOLERANCE = 0.1  # of outputs: many kernels compute in bfloat16 or float16, whatever the model's dtype
+_TOLERANCE = 0.1  # relative difference of outputs; many kernels compute in bfloat16 or float16 for any model dtype
 
 
 def write(source: str, folder: Path, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """Write the dense model, its generation config and its tokenizer.
 
-    The model is folded module by module, so that the most memory is that of the dense model; to check it, the
-    corrected model is loaded once more beside it.
+    The correction is merged module by module, so that merging needs no more memory than the dense model. For the
+    check, the corrected model is loaded a second time beside the dense one.
 
     Args:
-        source: folder or Hub name of a corrected model, either form.
-        folder: empty.
-        dtype: of every weight, "bfloat16", "float16" or "float32".
+        source: folder or Hub name of a corrected model, in either saved form.
+        folder: an empty folder to write to.
+        dtype: dtype of every weight: "bfloat16", "float16" or "float32".
 
     Returns:
-        "dtype", "weight_bytes", and "check": "weight_error", the largest error of a weight as a share of what rounding
-        to `dtype` allows, and how far the outputs lie from the corrected model's.
+        "dtype", "weight_bytes", and "check", which holds "weight_error" (the largest error of a weight, divided by the
+        error that rounding to `dtype` allows), the differences between the outputs of the dense and the corrected
+        model (see `difference`), and "tolerance".
 
     Raises:
-        ConfigError: no such dtype.
-        ExportError: the model carries no correction, a quantized module has no place in a dense model, or what was
-            written differs from the corrected model by more than rounding.
+        ConfigError: unknown `dtype`.
+        ExportError: the model carries no correction, a dense model has no linear layer under the name of a quantized
+            module, or the dense model differs from the corrected model by more than rounding.
         NonFiniteError: a weight is too large for `dtype`.
     """
     if dtype not in _DTYPES:
@@ -70,10 +71,11 @@ def write(source: str, folder: Path, *, dtype: str = "bfloat16") -> dict[str, An
 def _check(
     source: str, folder: Path, kind: Any, dtype: torch.dtype, inputs: dict[str, Any], expected: Tensor
 ) -> dict[str, Any]:
-    """Load what was written with transformers alone: no weight may be further off than rounding, nor the outputs.
+    """Load the dense model with transformers alone, and compare its weights and outputs with the corrected model's.
 
     Raises:
-        ExportError: a tensor is missing, unexpected or another one, or the model says something else.
+        ExportError: a tensor is missing, unexpected or of another shape, or weights or outputs differ by more than
+            rounding.
     """
     corrected = load_corrected(source)
     with loading(str(folder)):
@@ -86,9 +88,10 @@ def _check(
     figures = difference(first_output(merged, inputs), expected)
     if not (worst <= 1 and figures["relative_difference"] <= _TOLERANCE):
         raise ExportError(
-            f"the dense model is not the corrected one: a weight is off by {worst:.3g} times what rounding to "
-            f"{str(dtype).removeprefix('torch.')} allows, outputs by {figures['relative_difference']:.3g} of their "
-            f"size, where another kernel explains {_TOLERANCE}. Please report it, with the name of the model."
+            f"the dense model differs from the corrected one: the largest error of a weight is {worst:.3g} times what "
+            f"rounding to {str(dtype).removeprefix('torch.')} allows, and outputs differ by "
+            f"{figures['relative_difference']:.3g} of their size, of which other kernels explain at most "
+            f"{_TOLERANCE}. Please report it, with the name of the model."
         )
     size = sum(parameter.nbytes for parameter in merged.parameters())
     return {"weight_bytes": size, "check": {"weight_error": worst, **figures, "tolerance": _TOLERANCE}}
@@ -96,9 +99,9 @@ def _check(
 
 @torch.no_grad()
 def _weight_errors(corrected: nn.Module, merged: nn.Module, dtype: torch.dtype) -> dict[str, float]:
-    """Module or parameter name -> its largest error as a share of what rounding allows.
+    """Module or parameter name -> its largest error, divided by the error that rounding allows.
 
-    A weight is computed again in float64. Folding rounds Q, A B and their sum to float32, and the sum to `dtype`.
+    The expected weight is computed in float64. Merging rounds Q, A B and their sum to float32, then the sum to `dtype`.
     """
     factors, errors = running_factors(corrected), {}
     single, half = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps / 2
@@ -112,7 +115,7 @@ def _weight_errors(corrected: nn.Module, merged: nn.Module, dtype: torch.dtype) 
             slack += (right.shape[0] + 2) * (left.abs() @ right.abs())
         module: Any = merged.get_submodule(name)
         found = (module.weight.T if isinstance(module, Conv1D) else module.weight).double()
-        # Below the smallest normal number rounding is absolute.
+        # Below the smallest normal number, the bound on the rounding error is absolute and not relative.
         allowed = half * weight.abs() + single * slack + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         errors[name] = float(((found - weight).abs() / allowed).max())
         bias: Any = corrected.get_submodule(name).bias

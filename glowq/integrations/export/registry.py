@@ -1,14 +1,14 @@
-"""The ways out: `export` writes a corrected model in another project's format, checked against the model itself.
+"""`export` writes a corrected model in another project's format, and checks the result against the corrected model.
 
-An exporter is a file of this folder with one function:
+An exporter is a module that `TARGETS` names, with one function:
 
     write(source: str, folder: Path, *, <its options>) -> dict[str, Any]
 
-It reads the corrected model `source` (folder or Hub name, either saved form), writes into `folder` (empty), and checks
-what it wrote against the corrected model in memory: it raises `ExportError` if they differ, and returns what a user
-wants to know as JSON, "check" with the measured differences among it. The same source gives the same files. An
-exporter that writes no README.md of its own says in two texts what its files are and how they are run, `WHAT` and
-`USE`, and gets one.
+The function reads the corrected model `source` (folder or Hub name, in either saved form), writes into the empty folder
+`folder`, and compares the written files with the corrected model in memory. It raises `ExportError` if they differ. It
+returns facts for the user that can be stored as JSON, with the measured differences under "check". The same source
+always gives the same files. If an exporter writes no README.md, its module has two texts from which `export` writes
+one: `WHAT` (what the files are) and `USE` (how to run them).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .common import stored_correction
 
 __all__ = ["TARGETS", "check_options", "export"]
 
-TARGETS: Mapping[str, str] = {  # what --to takes -> the module that writes it
+TARGETS: Mapping[str, str] = {  # value of --to -> module of the exporter
     "merged": ".merged",
     "onnx": "..onnx.exporter",
     "peft": "..peft.exporter",
@@ -37,25 +37,25 @@ TARGETS: Mapping[str, str] = {  # what --to takes -> the module that writes it
 
 
 def export(source: str, to: str, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Write a corrected model in another project's format; all of it, or nothing.
+    """Write a corrected model in another project's format. The output folder is written completely or not at all.
 
     Args:
         source: folder or Hub name of a saved correction or of a self-contained corrected model.
         to: one of `TARGETS`.
         output: folder to write; must be new, empty, or an earlier export.
-        **options: those of the exporter, see its `write`.
+        **options: options of the exporter, see its `write`.
 
     Returns:
-        "to", "output", "bytes" (of all files), "files" (name -> bytes), and what the exporter says: "check" among it.
+        "to", "output", "bytes" (of all files), "files" (name -> bytes), and what the exporter returns, such as "check".
 
     Raises:
-        ConfigError: no such target, or an option that it does not take.
-        ExportError: the model has no form in that format, or what was written differs from the model.
+        ConfigError: unknown target, or an option that the target does not take.
+        ExportError: the format cannot hold this model, or the written files differ from the corrected model.
         OutputError: the folder holds other files, cannot be written, or the disk is full.
     """
     write = check_options(to, options)
     target = Path(output)
-    check_output(target, kind=Kind.EXPORT)  # before hours of work
+    check_output(target, kind=Kind.EXPORT)  # refuse an unsuitable folder now, not after hours of work
     facts: dict[str, Any] = {}
 
     def fill(folder: Path) -> None:
@@ -74,10 +74,10 @@ def export(source: str, to: str, output: str | Path, **options: Any) -> dict[str
 
 
 def check_options(to: str, options: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
-    """The `write` function of target `to`, once it is known to take `options`.
+    """Check that target `to` takes `options`, and return its `write` function.
 
     Raises:
-        ConfigError: no such target, or an option that it does not take.
+        ConfigError: unknown target, or an option that the target does not take.
     """
     if to not in TARGETS:
         near = get_close_matches(to, TARGETS, n=1)

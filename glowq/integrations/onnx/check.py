@@ -1,4 +1,4 @@
-"""What ONNX Runtime computes from the written files, against the corrected model in memory."""
+"""Compare what ONNX Runtime computes from the written files with the corrected model in memory."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from .graph import MODEL_FILE, TRANSPOSED, Interface
 __all__ = ["check", "operator_counts", "right_factor_nodes", "run", "session"]
 
 LARGEST_DIFFERENCE = 1e-4
-"""Of an output, absolute: what float32 sums in another order may differ by."""
+"""Largest allowed absolute difference of an output: float32 sums in another order of summation differ by less."""
 GREEDY_TOKENS = 12
 _SHAPES = ((1, 0, 1), (1, 0, 7), (2, 6, 1), (3, 5, 4))  # sequences, tokens in the cache, new tokens
-_PADDED = 2  # tokens of the first sequence of several
+_PADDED = 2  # padding tokens in the first sequence, where there are several sequences
 
 
 def check(folder: Path, model: Any, interface: Interface) -> dict[str, Any]:
-    """Compare at several shapes, with a cache and without, with padding, and token by token.
+    """Compare outputs at several shapes, with and without a cache and padding, and decode token by token.
 
     Args:
-        folder: holds the graph.
-        model: the corrected model in float32, as `onnx_operators.use_operators` left it.
+        folder: the folder that holds the graph.
+        model: the corrected model in float32, as `glowq.integrations.onnx.operators.use_operators` left it.
+        interface: the inputs and outputs of the graph.
 
     Returns:
-        "max_difference" and "relative_difference" of the outputs, "shapes" that they were compared at,
-        "right_factor_nodes" and "groups", and for a decoder "greedy_tokens" that were equal.
+        "max_difference" and "relative_difference" of the outputs, "shapes" (all compared shapes), "groups" (number of
+        groups), "right_factor_nodes" (number of nodes that compute a right product), and for a decoder "greedy_tokens"
+        (number of decoded tokens, all equal).
 
     Raises:
-        ExportError: ONNX Runtime cannot run the graph, or computes something else; a right product is not shared.
+        ExportError: ONNX Runtime cannot run the graph, its outputs differ from the model's, or a right product is not
+            shared.
     """
     graph = _read(folder)
     nodes = right_factor_nodes(graph, model)
@@ -44,8 +47,9 @@ def check(folder: Path, model: Any, interface: Interface) -> dict[str, Any]:
     if odd:
         group, (rights, lefts) = next(iter(odd.items()))
         raise ExportError(
-            f"group {group!r} has {rights} products with its right factor in the graph and {lefts} with the first left "
-            "one, expected as many: its members do not share it. Please report it, with the name of the model."
+            f"group {group!r} has {rights} products with its right factor in the graph and {lefts} with its first left "
+            "factor, expected equal numbers of at least 1: its members do not share the right product. Please report "
+            "it, with the name of the model."
         )
     running = session(folder)
     generator = torch.Generator().manual_seed(0)
@@ -70,24 +74,25 @@ def session(folder: Path, threads: int = 0) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Args:
-        threads: 0 lets ONNX Runtime choose.
+        folder: the folder that holds the graph.
+        threads: number of threads; 0 lets ONNX Runtime choose.
 
     Raises:
-        ExportError: ONNX Runtime refuses the graph.
+        ExportError: ONNX Runtime cannot load the graph.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # it also raises what it logs
+    options.log_severity_level = 4  # only fatal errors: ONNX Runtime raises the other errors as well
     try:
         return onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no base but this
+    except Exception as error:  # the error classes of ONNX Runtime have no other common base
         raise ExportError(_refused(error)) from error
 
 
 def run(running: Any, interface: Interface, tensors: list[Tensor]) -> list[Tensor]:
-    """The outputs, those of the cache last, for inputs in the interface's order.
+    """Run the graph on inputs in the interface's order; in the outputs, those of the cache come last.
 
     Raises:
         ExportError: an operator fails.
@@ -105,16 +110,21 @@ def _refused(error: Exception) -> str:
     import onnxruntime
 
     return (
-        f"ONNX Runtime {onnxruntime.__version__} cannot run the graph: {one_line(error)[:300]}. Install a newer one "
-        "(2-bit codes need 1.25, 2-bit codes with zero points between them 1.31), or export with --to merged."
+        f"ONNX Runtime {onnxruntime.__version__} cannot run the graph: {one_line(error)[:300]}. Install a newer "
+        "version (2-bit codes need 1.25, 2-bit codes with fractional zero points need 1.31), or export with --to "
+        "merged."
     )
 
 
 def right_factor_nodes(graph: Any, model: Any) -> Mapping[str, tuple[int, int]]:
-    """Group name -> how many products with its right factor an `onnx.GraphProto` holds, and with its first left one.
+    """Count the products with the right factor and with the first left factor of each group in an `onnx.GraphProto`.
 
-    Both are one, or as many as a forward runs the layer: some models run one layer several times. Only groups that are
-    switched on.
+    If the members share the right product, both counts are the number of times that a forward runs the layer: one, or
+    more in models that run one layer several times.
+
+    Returns:
+        Group name -> (products with the right factor, products with the first left factor), for every group that is
+        switched on.
     """
     users = defaultdict(list)
     for node in graph.node:
@@ -138,7 +148,7 @@ def right_factor_nodes(graph: Any, model: Any) -> Mapping[str, tuple[int, int]]:
 
 
 def operator_counts(folder: Path) -> dict[str, int]:
-    """Operator -> how many nodes of the written graph are one, of ONNX Runtime's own operators."""
+    """Operator -> number of its nodes in the written graph, for ONNX Runtime's own operators."""
     return dict(sorted(Counter(node.op_type for node in _read(folder).node if node.domain).items()))
 
 
@@ -151,7 +161,10 @@ def _read(folder: Path) -> Any:
 def _text(
     shape: tuple[int, int, int], vocabulary: int, interface: Interface, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random ids and their mask, the first of several sequences padded on the side where the model expects it."""
+    """Random token ids and their attention mask.
+
+    Of several sequences the first one is padded: on the left for a decoder, on the right for an encoder.
+    """
     sequences, cached, tokens = shape
     ids = torch.randint(0, vocabulary, (sequences, cached + tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -171,7 +184,7 @@ def _inputs(interface: Interface, ids: Tensor, mask: Tensor) -> dict[str, Tensor
 
 
 def _by_model(model: Any, interface: Interface, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the model says of tokens that are no padding, in one forward without a cache, as one row of numbers."""
+    """The model's outputs for all tokens but padding, from one forward without a cache, as a vector."""
     options: dict[str, Any] = {} if interface.cache is None else {"use_cache": False}
     with torch.no_grad():
         found = model(**_inputs(interface, ids, mask), return_dict=True, **options)
@@ -179,7 +192,10 @@ def _by_model(model: Any, interface: Interface, ids: Tensor, mask: Tensor) -> Te
 
 
 def _by_runtime(running: Any, interface: Interface, ids: Tensor, mask: Tensor, cached: int) -> Tensor:
-    """The same of the graph: the first `cached` tokens in one run, the others in a second with what that kept."""
+    """The graph's outputs for the same tokens, as a vector.
+
+    The first `cached` tokens go into one run, the others into a second run with the cache of the first.
+    """
     if interface.cache is None:
         return _unpadded(run(running, interface, list(_inputs(interface, ids, mask).values())), mask)
     parts, kept = [], interface.cache.tensors(len(ids), 0)
@@ -197,7 +213,10 @@ def _unpadded(outputs: list[Tensor], mask: Tensor) -> Tensor:
 
 
 def _greedy(running: Any, model: Any, interface: Interface) -> int:
-    """Decode from the cache by ONNX Runtime, without one by the model, and count the tokens.
+    """Decode greedily, with ONNX Runtime and a cache and with the model without a cache.
+
+    Returns:
+        The number of decoded tokens.
 
     Raises:
         ExportError: a token differs.

@@ -1,7 +1,7 @@
-"""A corrected model as an ONNX graph for ONNX Runtime and onnxruntime-genai.
+"""Export a corrected model as an ONNX graph for ONNX Runtime and onnxruntime-genai.
 
-Quantized layers become ONNX Runtime's own operators, which take the quantized weights as they are; each group's right
-product is one node of the graph. Everything else is float32.
+Quantized layers become ONNX Runtime's own operators for quantized weights, and the right product of each group is one
+node of the graph. Everything else is float32.
 """
 
 from __future__ import annotations
@@ -58,21 +58,22 @@ _TESTED = {
 
 
 def write(source: str, folder: Path) -> dict[str, Any]:
-    """Write model.onnx, model.onnx.data, config.json and the tokenizer, for a decoder genai_config.json as well.
+    """Write model.onnx, model.onnx.data, config.json and the tokenizer, and for a decoder genai_config.json.
 
     Args:
-        source: folder or Hub name of a corrected text decoder or text encoder, either form.
-        folder: empty.
+        source: folder or Hub name of a corrected text decoder or text encoder, in either saved form.
+        folder: an empty folder to write to.
 
     Returns:
-        "inputs" and "outputs" (names, without the cache), "operators" (name -> nodes), "genai" (whether
-        genai_config.json was written), "kernel_difference" (how far the model in float32 lies from what the base's
-        library computes in its own dtype, as a share of the outputs), and "check", see `onnx_check.check`.
+        "inputs" and "outputs" (names, without those of the cache), "operators" (name -> number of nodes), "genai"
+        (whether genai_config.json was written), "kernel_difference" (difference between the outputs in float32 and the
+        outputs that the base's library computes in its own dtype, as a share of the outputs), and "check", see
+        `glowq.integrations.onnx.check.check`.
 
     Raises:
-        ConfigError: a package is not installed.
+        ConfigError: a package that the export needs is not installed.
         ExportError: the model carries no correction; ONNX Runtime has no operator for a module's packing; torch cannot
-            export the architecture; or what ONNX Runtime computes is not what the model does.
+            export the architecture; or ONNX Runtime computes other outputs than the model.
     """
     _check_packages()
     correction = stored_correction(source)
@@ -83,7 +84,7 @@ def write(source: str, folder: Path) -> dict[str, Any]:
     hold_as_floats(model)
     interface = describe(model, tokenizer)
     silent = [group for group, container in attached(model).items() if not bool(container.right.factor.any())]
-    set_enabled(model, False, groups=silent)  # nodes that add zero
+    set_enabled(model, False, groups=silent)  # their nodes would only add zero
     inputs = example_inputs(model)
     as_is = first_output(model, inputs)
     use_operators(model)
@@ -91,7 +92,7 @@ def write(source: str, folder: Path) -> dict[str, Any]:
     export_graph(model, interface, folder)
     figures = check(folder, model, interface)
     config = copy.deepcopy(model.config)
-    del config.quantization_config  # what loads this folder quantizes nothing
+    del config.quantization_config  # a program that loads this folder must not quantize anything
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {

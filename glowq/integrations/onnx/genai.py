@@ -1,4 +1,4 @@
-"""genai_config.json: how onnxruntime-genai runs a decoder's graph."""
+"""Write genai_config.json, which onnxruntime-genai needs to run a decoder's graph."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _SEARCH = ("do_sample", "num_beams", "repetition_penalty", "temperature", "top_k
 
 
 def write_genai_config(folder: Path, model: Any, interface: Interface) -> bool:
-    """Write genai_config.json for a decoder; returns whether it did.
+    """Write genai_config.json for a decoder, and return whether it was written.
 
-    Not for a decoder whose layers keep keys and values of different shapes: onnxruntime-genai knows one shape only.
+    It is not written for an encoder, nor for a decoder whose keys and values have different shapes in different layers:
+    onnxruntime-genai supports one shape only.
     """
     if interface.cache is None or len({shape for pair in interface.cache.shapes for shape in pair}) > 1:
         return False
@@ -49,7 +50,7 @@ def write_genai_config(folder: Path, model: Any, interface: Interface) -> bool:
     }
     found = {
         "model": {
-            "type": "decoder",  # whatever the architecture: the graph is all that there is to know
+            "type": "decoder",  # for every architecture, because the graph itself describes the architecture
             "context_length": length,
             "vocab_size": text.vocab_size,
             **{name: value for name, value in ids.items() if value is not None},

@@ -1,7 +1,7 @@
-"""A corrected model in memory as an ONNX graph: what goes in and out of it, and torch's exporter around it.
+"""Write a corrected model in memory as an ONNX graph: find its inputs and outputs, and run torch's exporter.
 
-The correction needs nothing of its own: its hooks are traced like the model's code, and their slot gives every member
-of a group the one right product that was traced for the first.
+The correction needs no extra code. torch's exporter traces its hooks like the model's own code, and all members of a
+group use the right product that is traced for the first member.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ MODEL_FILE = "model.onnx"
 TRANSPOSED = ".transposed"
 _WRAPPED = "wrapped"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_EXAMPLE = (2, 5, 3)  # sequences, tokens in the cache, new tokens: sizes 0 and 1 would be taken for fixed
+_EXAMPLE = (2, 5, 3)  # sequences, tokens in the cache, new tokens; torch would treat sizes 0 and 1 as fixed
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values that a decoder keeps.
+    """The keys and values in a decoder's cache.
 
     Attributes:
-        shapes: (heads, size of a head) of every layer's keys and of its values.
+        shapes: for every layer, (heads, size of a head) of its keys and of its values.
     """
 
     shapes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
     def names(self, prefix: str) -> list[str]:
-        """`<prefix>.<layer>.key` and `.value` of every layer, in the order of the graph."""
+        """`<prefix>.<layer>.key` and `<prefix>.<layer>.value` for every layer, in the order of the graph."""
         return [f"{prefix}.{layer}.{kind}" for layer in range(len(self.shapes)) for kind in ("key", "value")]
 
     def tensors(self, sequences: int, tokens: int) -> list[Tensor]:
-        """Zeros, each of shape (sequences, heads, tokens, size of a head), float32, in the order of the names."""
+        """Float32 tensors of zeros, shape (sequences, heads, tokens, size of a head), in the order of `names`."""
         return [torch.zeros(sequences, heads, tokens, size) for pair in self.shapes for heads, size in pair]
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What goes into a graph and comes out, by the names that optimum and ONNX Runtime's generate() use.
+    """The inputs and outputs of a graph, with the names that optimum and ONNX Runtime's generate() use.
 
     Attributes:
-        inputs: names of the int64 inputs, the first is input_ids.
-        outputs: names of the outputs but those of the cache.
-        cache: of a decoder; None of an encoder.
+        inputs: names of the int64 inputs; input_ids comes first.
+        outputs: names of the outputs, without those of the cache.
+        cache: the cache of a decoder; None for an encoder.
     """
 
     inputs: tuple[str, ...]
@@ -74,7 +74,7 @@ class Interface:
         return [] if self.cache is None else self.cache.names("present")
 
     def example(self) -> list[Tensor]:
-        """Inputs to trace with, those of the cache last."""
+        """Example inputs for tracing; those of the cache come last."""
         sequences, cached, tokens = _EXAMPLE if self.cache is not None else (_EXAMPLE[0], 0, _EXAMPLE[1])
         made = {
             "input_ids": torch.ones(sequences, tokens, dtype=torch.int64),
@@ -86,7 +86,7 @@ class Interface:
         return [*(made[name] for name in self.inputs), *past]
 
     def dynamic_axes(self) -> list[dict[int, str]]:
-        """The axes of every input that may be of any size, and their names."""
+        """For every input, axis of variable size -> name of the axis."""
         whole = "total_sequence_length" if self.cache is not None else "sequence_length"
         token = {0: "batch_size", 1: "sequence_length"}
         axes = [{0: "batch_size", 1: whole} if name == "attention_mask" else token for name in self.inputs]
@@ -94,7 +94,7 @@ class Interface:
 
 
 class Traced(nn.Module):
-    """A model with the inputs and outputs of an `Interface`, by position."""
+    """A model whose inputs and outputs are those of an `Interface`, passed by position."""
 
     def __init__(self, model: nn.Module, interface: Interface) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Traced(nn.Module):
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Outputs in the interface's order, those of the cache last."""
+        """Outputs in the interface's order; those of the cache come last."""
         from transformers import DynamicCache
 
         named: dict[str, Any] = dict(zip(self.interface.inputs, tensors, strict=False))
@@ -111,7 +111,7 @@ class Traced(nn.Module):
             found = self.wrapped(**named, return_dict=True)
             return tuple(found[name] for name in self.interface.outputs)
         past = tensors[len(self.interface.inputs) :]
-        cache: Any = DynamicCache()  # not one made from the config: that would forget what slides out of a window
+        cache: Any = DynamicCache()  # without the config, which could make a cache that drops tokens outside a window
         for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(key, value, layer)
         found = self.wrapped(**named, past_key_values=cache, use_cache=True, return_dict=True)
@@ -120,15 +120,15 @@ class Traced(nn.Module):
 
 
 def describe(model: Any, tokenizer: Any) -> Interface:
-    """The interface of a model, told by one forward.
+    """Find the interface of a model by running one forward.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: its `model_input_names` say what an encoder is fed.
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer, whose `model_input_names` are the inputs of an encoder.
 
     Raises:
-        ExportError: the model reads no token ids, is an encoder with a decoder, or keeps something else than keys and
-            values (a state-space or linear attention).
+        ExportError: the model reads no token ids, is an encoder with a decoder, or caches something other than keys and
+            values (state-space models, linear attention).
     """
     kind, taken = type(model).__name__, inspect.signature(model.forward).parameters
     if model.config.is_encoder_decoder or "input_ids" not in taken:
@@ -166,10 +166,13 @@ def export_graph(model: nn.Module, interface: Interface, folder: Path) -> None:
     """Write `model.onnx` and `model.onnx.data` into `folder`.
 
     Args:
-        model: in float32, its quantized modules replaced by operators.
+        model: the model in float32, with operators in place of its quantized modules.
+        interface: its inputs and outputs.
+        folder: the folder to write to.
 
     Raises:
-        ExportError: torch cannot trace the model or has no ONNX form of an operator; names both.
+        ExportError: torch cannot trace the model, or has no ONNX form of an operator; the message names the module and
+            the operator.
     """
     traced = Traced(model, interface)
     with _quiet(), torch.no_grad():
@@ -187,18 +190,19 @@ def export_graph(model: nn.Module, interface: Interface, folder: Path) -> None:
             assert program is not None
             _name_transposed(program.model)
             program.optimize()
-        except Exception as error:  # torch.onnx turns whatever goes wrong inside into errors of its own
+        except Exception as error:  # torch.onnx wraps every failure in error classes of its own
             raise ExportError(
-                f"{type(model).__name__} does not export: {_blame(error, model)}. Export it with --to merged."
+                f"{type(model).__name__} does not export: {_failure(error, model)}. Export it with --to merged."
             ) from error
         _strip(program.model)
         program.save(folder / MODEL_FILE, external_data=True)
 
 
 def _name_transposed(graph_model: Any) -> None:
-    """Give parameters the model's own names; the optimizer transposes weights for good and would number them.
+    """Give parameters the names that they have in the model, and name transposed weights after their parameters.
 
-    A weight that several calls use is transposed once.
+    The optimizer of the graph stores weights transposed and would number them. A weight that several calls use is
+    transposed once.
     """
     graph = graph_model.graph
     first: dict[str, Any] = {}
@@ -216,7 +220,7 @@ def _name_transposed(graph_model: Any) -> None:
 
 
 def _strip(graph_model: Any) -> None:
-    """Without paths of this machine and traces of its stack, the same model gives the same bytes anywhere."""
+    """Remove file paths and stack traces, so that the same model gives the same bytes on every machine."""
     values = [*graph_model.graph.inputs, *graph_model.graph.initializers.values()]
     for node in graph_model.graph.all_nodes():
         node.metadata_props.clear()
@@ -228,17 +232,17 @@ def _strip(graph_model: Any) -> None:
     graph_model.metadata_props.clear()
 
 
-def _blame(error: BaseException, model: nn.Module) -> str:
-    """In which module the export stopped, at which operator, and why, on one line."""
+def _failure(error: BaseException, model: nn.Module) -> str:
+    """The module and the operator at which the export failed, and the reason, in one line."""
     causes = [error]
     while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None and deeper not in causes:
         causes.append(deeper)
     names = {id(module): name for name, module in model.named_modules()}
     module = operator = None
     for frame in (frame for cause in causes for frame in _frames(cause)):
-        module = names.get(id(frame.f_locals.get("self")), module)  # while it runs the model's own code
+        module = names.get(id(frame.f_locals.get("self")), module)  # the failure is in the model's own code
         node = frame.f_locals.get("node")
-        if isinstance(node, torch.fx.Node) and node.op == "call_function":  # while it translates what was traced
+        if isinstance(node, torch.fx.Node) and node.op == "call_function":  # the failure is in the translation to ONNX
             operator = str(node.target)
             called = node.meta.get("nn_module_stack") or {"": ("", None)}
             module = str(list(called.values())[-1][0]).removeprefix(f"{_WRAPPED}.")
@@ -255,7 +259,7 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter says much that its user can do nothing about."""
+    """Context without the exporter's warnings, which a user can do nothing about."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

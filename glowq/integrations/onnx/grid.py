@@ -1,7 +1,7 @@
-"""A quantized weight as the grid behind it, (codes - zero points) * scales, told from the weight and its scales alone.
+"""Find the grid of a quantized weight, (codes - zero points) * scales, from the weight and its scales alone.
 
-So every library's integers need one reader only: how it orders and packs its codes and zero points does not matter, for
-codes and zero points that give the same weight are as good as its own.
+So one function works for the integers of every library, in whatever order and packing the library stores them. The
+codes and zero points that are found may differ from the library's own, but they give the same weight.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 
 __all__ = ["BLOCKS", "Grid", "fit_grid", "is_rounding_of"]
 
-BLOCKS = (16, 32, 64, 128, 256)  # values that share a scale in ONNX Runtime's operators
+BLOCKS = (16, 32, 64, 128, 256)  # block sizes of ONNX Runtime's operators: values that share a scale
 _ROUNDED_TO = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Codes, scales and zero points of a weight Q, cut into blocks of a size that the operators take.
+    """Codes, scales and zero points of a weight Q, in blocks of a size that the operators support.
 
     Attributes:
-        bits: of a code.
-        block: values of one row that share a scale and a zero point.
+        bits: bits per code.
+        block: block size: the number of values of one row that share a scale and a zero point.
         codes: uint8, below 2^bits, shape (out_features, in_features).
         scales: float32, shape (out_features, ceil(in_features / block)).
-        zeros: zero points, uint8 where they are whole numbers, else float32, shape of the scales; None where each is
-            the middle code 2^(bits - 1).
+        zeros: zero points, shape of `scales`, uint8 if they are whole numbers, otherwise float32; None if every zero
+            point is the middle code 2^(bits - 1).
     """
 
     bits: int
@@ -40,19 +40,20 @@ class Grid:
 
 
 def fit_grid(weight: Tensor, scales: Tensor, bits: int, group_size: int | None) -> Grid | None:
-    """The grid whose values, rounded as the library rounds them, are the very values of `weight`.
+    """Find the grid whose values, rounded as the library rounds them, equal `weight`.
 
-    Whole zero points are tried first and give the weight exactly. Zero points between the codes (HQQ, quanto) are the
-    ones nearest to the weight: within its own rounding, for a weight in bfloat16 does not tell them any closer.
+    Zero points that are whole numbers are tried first; with them the grid gives the weight exactly. Fractional zero
+    points (HQQ, quanto) are estimated from the weight, and the grid matches the weight up to the weight's own rounding:
+    a weight in bfloat16 does not determine them more precisely.
 
     Args:
-        weight: what the library multiplies by, float32, shape (out_features, in_features).
-        scales: one a group, by row or by column as the library keeps them, any shape; or a single one.
-        bits: of a code.
-        group_size: values of a row that share a scale, a multiple of 16; None: the whole row.
+        weight: the weight that the library multiplies by, float32, shape (out_features, in_features).
+        scales: one scale per group, in the order of rows or of columns, any shape; or a single scale.
+        bits: bits per code.
+        group_size: number of values of a row that share a scale, a multiple of 16; None for the whole row.
 
     Returns:
-        None where there is no such grid.
+        The grid, or None if there is none.
     """
     outputs, inputs = weight.shape
     size = group_size or inputs
@@ -65,7 +66,7 @@ def fit_grid(weight: Tensor, scales: Tensor, bits: int, group_size: int | None) 
         steps = F.pad(weight, (0, groups * size - inputs), value=math.nan).unflatten(1, (groups, size)).double()
         wide = by_row.double().unsqueeze(-1)
         steps = torch.where(wide == 0, torch.where(steps.isnan(), math.nan, 0.0), steps / wide)
-        found = _whole(weight, steps, wide, bits) or _between(weight, steps, wide, bits)
+        found = _with_whole_zeros(weight, steps, wide, bits) or _with_fractional_zeros(weight, steps, wide, bits)
         if found is not None:
             return _in_blocks(*found, by_row.float(), bits, size, inputs)
     return None
@@ -76,8 +77,15 @@ def is_rounding_of(weight: Tensor, exact: Tensor) -> bool:
     return any(torch.equal(exact.to(dtype).float(), weight) for dtype in _ROUNDED_TO)
 
 
-def _whole(weight: Tensor, steps: Tensor, wide: Tensor, bits: int) -> tuple[Tensor, Tensor | None] | None:
-    """Codes and whole zero points, if steps (out_features, groups, size; NaN is padding) are whole numbers."""
+def _with_whole_zeros(weight: Tensor, steps: Tensor, wide: Tensor, bits: int) -> tuple[Tensor, Tensor | None] | None:
+    """Codes and zero points that are whole numbers; None if `steps` are not whole numbers.
+
+    Args:
+        weight: see `fit_grid`.
+        steps: weight divided by scale, float64, shape (out_features, groups, size), NaN for padding.
+        wide: scales, float64, shape (out_features, groups, 1).
+        bits: bits per code.
+    """
     whole = steps.round()
     if not is_rounding_of(weight, (whole * wide).flatten(1)[:, : weight.shape[1]].float()):
         return None
@@ -93,10 +101,10 @@ def _whole(weight: Tensor, steps: Tensor, wide: Tensor, bits: int) -> tuple[Tens
     return codes.nan_to_num(0).to(torch.uint8), zeros.to(torch.uint8)
 
 
-def _between(weight: Tensor, steps: Tensor, wide: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
-    """Codes and zero points that are no whole numbers."""
+def _with_fractional_zeros(weight: Tensor, steps: Tensor, wide: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
+    """Codes and fractional zero points, or None if no such grid gives the weight; see `_with_whole_zeros`."""
     turn = 2 * math.pi * steps
-    offset = torch.atan2(turn.sin().nanmean(-1), turn.cos().nanmean(-1)) / (2 * math.pi)  # of a whole number
+    offset = torch.atan2(turn.sin().nanmean(-1), turn.cos().nanmean(-1)) / (2 * math.pi)  # mean fractional part
     codes = (steps - offset.unsqueeze(-1)).round()
     lowest, _ = _range(codes)
     codes = codes - lowest.unsqueeze(-1)
@@ -105,7 +113,7 @@ def _between(weight: Tensor, steps: Tensor, wide: Tensor, bits: int) -> tuple[Te
     zeros = (codes - steps).nanmean(-1).float()
     exact = ((codes - zeros.double().unsqueeze(-1)) * wide).flatten(1)[:, : weight.shape[1]]
     largest = (steps.abs() * wide.abs()).nan_to_num(0).amax(-1, keepdim=True).expand_as(steps)
-    # Libraries round the difference and the product, each to its dtype.
+    # Libraries round twice: the difference of code and zero point, and its product with the scale.
     bound = 2 * torch.finfo(_dtype_of(weight)).eps * largest.flatten(1)[:, : weight.shape[1]]
     if bool(((exact - weight).abs() > bound).any()):
         return None
@@ -113,16 +121,16 @@ def _between(weight: Tensor, steps: Tensor, wide: Tensor, bits: int) -> tuple[Te
 
 
 def _in_blocks(codes: Tensor, zeros: Tensor | None, scales: Tensor, bits: int, size: int, inputs: int) -> Grid:
-    """The grid of groups as one of blocks: each group becomes the fewest blocks that the operators take."""
+    """Split groups into blocks, as few blocks per group as the operators' block sizes allow."""
     block = min(size & -size, BLOCKS[-1])
-    block = block if block in BLOCKS else 32  # a whole row of any length: its last block may be a part of one
+    block = block if block in BLOCKS else 32  # the group is a whole row of any length: its last block may be shorter
     group = torch.arange(0, inputs, block) // size
     zeros = None if zeros is None else zeros[:, group].contiguous()
     return Grid(bits, block, codes.flatten(1)[:, :inputs].contiguous(), scales[:, group].contiguous(), zeros)
 
 
 def _range(steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of each group, NaN left out."""
+    """Smallest and largest value of each group, NaN ignored."""
     return steps.nan_to_num(math.inf).amin(-1), steps.nan_to_num(-math.inf).amax(-1)
 
 

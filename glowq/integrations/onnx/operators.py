@@ -1,7 +1,8 @@
 """Quantized linear modules as ONNX Runtime's own operators: MatMulNBits for integers, MatMulBnb4 for nf4 and fp4.
 
-An operator computes the same in two places: in the graph by ONNX Runtime's kernel, from its packed tensors; in memory
-by a dense product with what those very tensors stand for. So a model that holds operators is the one to check against.
+An operator computes the same product in two ways: in the graph, ONNX Runtime's kernel reads its packed tensors; in
+memory, it unpacks the same tensors and computes a dense product. So a model that holds operators gives the outputs that
+the graph must give.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from .grid import BLOCKS, Grid, fit_grid, is_rounding_of
 __all__ = ["MatMulBnb4", "MatMulNBits", "Operator", "operator_of", "use_operators"]
 
 _BITS = (2, 4, 8)
-_TABLES = {"fp4": 0, "nf4": 1}  # what MatMulBnb4 calls them
+_TABLES = {"fp4": 0, "nf4": 1}  # format -> MatMulBnb4's attribute quant_type
 _INSTEAD = "Export it with --to merged, or correct another base"
 
 
 class Operator(nn.Module, ABC):
-    """A linear layer y = Q x + b, Q quantized, float32.
+    """A linear layer y = Q x + b in float32, where Q is quantized.
 
     Attributes:
         kind: the operator's name in ONNX Runtime's domain com.microsoft.
-        shape: of Q, (out_features, in_features).
+        shape: shape of Q, (out_features, in_features).
     """
 
     kind: ClassVar[str]
@@ -61,7 +62,7 @@ class Operator(nn.Module, ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Q as the packed tensors say it, float32, shape (out_features, in_features)."""
+        """Q from the packed tensors, float32, shape (out_features, in_features)."""
 
     @abstractmethod
     def operands(self) -> list[Tensor]:
@@ -73,13 +74,13 @@ class Operator(nn.Module, ABC):
 
 
 class MatMulNBits(Operator):
-    """Q = (codes - zero points) * scales, in blocks along the rows; codes of 2, 4 or 8 bits.
+    """Q = (codes - zero points) * scales, with one scale per block of a row; codes of 2, 4 or 8 bits.
 
     Attributes:
-        codes: packed, lowest bits first, uint8, shape (out_features, blocks, block * bits / 8).
+        codes: packed codes, lowest bits first, uint8, shape (out_features, blocks, block * bits / 8).
         scales: float32, shape (out_features, blocks).
-        zeros: packed like the codes, uint8, shape (out_features, ceil(blocks * bits / 8)); or one float32 a block; or
-            None where each is the middle code.
+        zeros: zero points, packed like the codes, uint8, shape (out_features, ceil(blocks * bits / 8)); or not packed,
+            float32, shape (out_features, blocks); or None if every zero point is the middle code.
     """
 
     kind = "MatMulNBits"
@@ -118,12 +119,12 @@ class MatMulNBits(Operator):
 
 
 class MatMulBnb4(Operator):
-    """bitsandbytes' nf4 and fp4, its bytes as they are; scales of double quantization become single ones.
+    """bitsandbytes' nf4 and fp4, with the same packed codes; scales with double quantization are dequantized.
 
     Attributes:
-        codes: two codes a byte over the flattened weight, uint8, shape (out_features * in_features / 2,).
-        absmax: scale of each block, float32.
-        table: the value of each code, shape (16,); the operator has its own.
+        codes: two codes per byte of the flattened weight, uint8, shape (out_features * in_features / 2,).
+        absmax: one scale per block, float32.
+        table: the value of each code, shape (16,), for the dense product; ONNX Runtime has its own table.
     """
 
     kind = "MatMulBnb4"
@@ -150,9 +151,10 @@ class MatMulBnb4(Operator):
 
 
 def use_operators(model: nn.Module) -> None:
-    """Put an operator in the place of every quantized module of `model`, and everything else into float32 on the CPU.
+    """Replace every quantized module of `model` by an operator, and convert everything else to float32 on the CPU.
 
-    The correction stays attached. All operators are made before the first module is replaced.
+    The correction stays attached. All operators are made before the first module is replaced, so that an error leaves
+    the model unchanged.
 
     Raises:
         ExportError, BackendError, NonFiniteError: see `operator_of`.
@@ -166,26 +168,27 @@ def use_operators(model: nn.Module) -> None:
             operator._forward_hooks_with_kwargs = module._forward_hooks_with_kwargs
             model.set_submodule(name, operator)
     remove_hook_from_module(model, recurse=True)
-    nn.Module.to(model, "cpu", torch.float32)  # transformers' own refuses: it takes the model for a quantized one
+    nn.Module.to(model, "cpu", torch.float32)  # PreTrainedModel.to would refuse, as it does for quantized models
     model.eval()
 
 
 def operator_of(name: str, backend: Backend, module: nn.Module) -> Operator | None:
-    """The operator that stands for a quantized module.
+    """Make the operator that replaces a quantized module.
 
     Args:
         name: full module name, for messages.
-        backend: the module's.
+        backend: the backend of the module.
+        module: the quantized module.
 
     Returns:
-        None where the module's weight is a dense one, which needs no operator.
+        The operator, or None if the module's weight is dense and needs no operator.
 
     Raises:
-        ExportError: ONNX Runtime has no operator for the module's packing, or its tensors do not give the weight that
-            the module's library multiplies by.
+        ExportError: ONNX Runtime has no operator for the module's packing, or the operator would not compute with the
+            weight that the module's library multiplies by.
         BackendError, NonFiniteError: the weight cannot be read, see `glowq.quantizers.model.read_weight`.
     """
-    weight = read_weight(backend, name, module)  # first: it checks the scales
+    weight = read_weight(backend, name, module)  # called first, because it checks the scales
     with align_module_device(module), torch.no_grad():
         scheme, scales = backend.scheme(module), backend.scales(module)
         if not scales:
@@ -223,7 +226,7 @@ def _four_bit_floats(
 
 
 def _refuse(name: str, backend: Backend, module: Any, scheme: Scheme) -> None:
-    """Say no to a packing that no operator takes."""
+    """Refuse a packing that no operator supports."""
     if backend.rounds_inputs(module):
         raise ExportError(
             f"{name} ({scheme}): its {backend.name} kernel rounds its inputs too, which no float32 graph does. "
@@ -231,7 +234,7 @@ def _refuse(name: str, backend: Backend, module: Any, scheme: Scheme) -> None:
         )
     if "act-order" in scheme.details:
         raise ExportError(
-            f"{name} ({scheme}): its columns are in act-order (desc_act, g_idx), which MatMulNBits has no place for. "
+            f"{name} ({scheme}): its columns are in act-order (desc_act, g_idx), which MatMulNBits does not support. "
             f"{_INSTEAD}, for GPTQ one with desc_act=False."
         )
     if scheme.bits not in _BITS:
@@ -250,7 +253,7 @@ def _refuse(name: str, backend: Backend, module: Any, scheme: Scheme) -> None:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below 2^bits, uint8, as bytes along the last dimension, lowest bits first."""
+    """Pack uint8 codes below 2^bits into bytes along the last dimension, lowest bits first."""
     each = 8 // bits
     padded = F.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
     shifted = padded << torch.arange(0, 8, bits, dtype=torch.uint8)
@@ -258,6 +261,6 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """What `_pack` packed, and its padding."""
+    """The codes that `_pack` packed, with its padding."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
