@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[Change, type[GlowQError], str]] = {
     "modules": (setting("modules_to_save", ["lm_head"]), ConfigError, "modules_to_save is .*replaces whole modules"),
     "tokens": (setting("trainable_token_indices", [1]), ConfigError, "trainable_token_indices is .*embeddings"),
     "experts": (setting("target_parameters", ["x"]), ConfigError, "target_parameters is .*experts"),
-    "unknown": (setting("use_qalora", True), ConfigError, "use_qalora is True.*does not know"),
+    "unknown": (setting("use_qalora", True), ConfigError, "use_qalora is True.*does not support"),
     "pissa": (setting("init_lora_weights", "pissa_niter_4"), ConfigError, "'pissa_niter_4', which changes the base"),
     "another-kind": (setting("peft_type", "LOHA"), ConfigError, "is a LOHA adapter"),
     "another-rank": (setting("r", 3), CorrectionError, "has rank 4, and its adapter_config.json says 3"),

@@ -1,3 +1,3 @@
-"""Corrections as PEFT adapters, written and read.
+"""Write corrections as PEFT adapters, and read adapters as corrections.
 
 May import the core packages, `integrations.transformers` and `integrations.export`."""

@@ -1,4 +1,4 @@
-"""LoRA adapters in files: adapter_config.json and adapter_model.safetensors, read and checked; nothing of a model."""
+"""Read and check the files of a LoRA adapter, adapter_config.json and adapter_model.safetensors, without a model."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
-_REFUSED = {  # field of adapter_config.json -> why W + s B A is not all that the adapter means
+_REFUSED = {  # field of adapter_config.json -> why an adapter that uses it does more than W + s B A
     "bias": "it changes biases",
     "fan_in_fan_out": "its weights are stored transposed",
     "layer_replication": "it replicates layers",
     "lora_bias": "lora_B has a bias",
     "modules_to_save": "it replaces whole modules",
-    "target_parameters": "it changes parameters that no linear module owns, as those of experts",
+    "target_parameters": "it changes parameters that belong to no linear module, such as those of experts",
     "trainable_token_indices": "it replaces embeddings",
     "use_dora": "DoRA rescales the whole weight",
 }
-_INITIALS = (True, False, None, "gaussian", "eva", "orthogonal", "loftq")  # others change the base, which is not here
-_HARMLESS = {  # they say how it was trained, what it is for, or what is looked up elsewhere
+_INITIALS = (True, False, None, "gaussian", "eva", "orthogonal", "loftq")  # the others change the base's weights
+_HARMLESS = {  # fields about training or use, and fields that are read elsewhere in this file
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -71,10 +71,10 @@ class Adapter:
     """A LoRA adapter.
 
     Attributes:
-        name: folder or Hub name, as it was given.
-        base_model: what its config calls its base.
-        fingerprint: of the base's quantized weights, where `glowq export` wrote the adapter.
-        pairs: module name -> lora_A (r, d) as stored, and lora_B (o, r) times the module's scale in float64.
+        name: folder or Hub name, as the caller gave it.
+        base_model: name of the base in the adapter's config.
+        fingerprint: fingerprint of the base's quantized weights if `glowq export` wrote the adapter, otherwise None.
+        pairs: module name -> (lora_A (r, d) as stored, lora_B (o, r) times the module's scale, float64).
     """
 
     name: str
@@ -84,13 +84,13 @@ class Adapter:
 
 
 def read_adapter(path: str | os.PathLike[str], **hub_kwargs: Any) -> Adapter:
-    """Read an adapter that does nothing but add lora_B lora_A, scaled, to linear weights.
+    """Read a LoRA adapter that only adds the scaled product lora_B lora_A to the weights of linear modules.
 
     Raises:
         ModelNotFoundError: no such folder or Hub name, or it holds no adapter.
         PickleRefusedError: its weights are a pickle.
-        ConfigError: it is no LoRA adapter, or does more.
-        CorrectionError: its files are corrupt, or its tensors are not what its config says.
+        ConfigError: it is not a LoRA adapter, or it changes the model in another way too.
+        CorrectionError: its files are corrupt, or its tensors do not fit its config.
     """
     folder, name = local_snapshot(path, **hub_kwargs), os.fspath(path)
     refuse_pickles(folder)
@@ -128,7 +128,7 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
     for field, value in sorted(settings.items()):
         if not value or value == "none" or field in _HARMLESS:
             continue
-        reason = _REFUSED.get(field, "glowq does not know what that does to the weights")
+        reason = _REFUSED.get(field, "glowq does not support this field, which may change the weights")
         raise ConfigError(f"{name} cannot be a correction: {field} is {value!r} in its {ADAPTER_CONFIG}: {reason}.")
     initial = settings.get("init_lora_weights")
     if initial not in _INITIALS:
@@ -141,7 +141,7 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
 def _pair(name: str, module: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     a, b = found.get("A"), found.get("B")
     if a is None or b is None:
-        raise CorrectionError(f"{name} holds one of lora_A and lora_B of {module!r}; the adapter is incomplete.")
+        raise CorrectionError(f"{name} holds only one of lora_A and lora_B of {module!r}; the adapter is incomplete.")
     if (
         a.dim() != 2
         or b.dim() != 2
@@ -157,9 +157,9 @@ def _pair(name: str, module: str, found: Mapping[str, Tensor], settings: Mapping
 
 
 def _is_of_gptqmodel(settings: Mapping[str, Any]) -> bool:
-    """Whether GPTQModel wrote the config, whose EoRA knows no alpha, also where a module has a rank of its own.
+    """Whether GPTQModel wrote the config. Its EoRA does not scale by alpha, even if modules have different ranks.
 
-    PEFT writes every field, null where it is not set, and newer ones its version.
+    PEFT writes every field, with null for fields that are not set, and newer versions of PEFT write "peft_version".
     """
     return "peft_version" not in settings and None not in settings.values()
 

@@ -1,4 +1,4 @@
-"""The quantized model that an adapter goes onto: where it is, what quantizes it, and what to type to load it."""
+"""The base of an adapter: where its files are, how it is quantized, and the code that loads it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["Base", "find_base", "load_base"]
 
 @dataclass(frozen=True)
 class Base:
-    """A base, not loaded.
+    """The base of an adapter, not loaded.
 
     Attributes:
-        name, revision: where anybody loads it from.
-        folder: its files here.
-        quantization: what it is quantized with while loading; None where its files hold what is needed.
-        unpacks: whether its modules get the weights that PEFT looks for at the first forward (compressed-tensors).
+        name, revision: Hub name and revision, or folder, from which users load the base.
+        folder: local folder with its files.
+        quantization: quantization config to load the base with; None if its files need none.
+        unpacks: whether the weights that PEFT reads exist only after a first forward (compressed-tensors).
     """
 
     name: str
@@ -42,7 +42,11 @@ class Base:
     unpacks: bool
 
     def load_code(self, model: Any) -> str:
-        """The lines of Python that load it, as `base`; `model` is one of its class and dtype."""
+        """Python code that loads the base into the variable `base`.
+
+        Args:
+            model: a model of the base's class and dtype.
+        """
         causal = model.can_generate() and not model.config.is_encoder_decoder
         kind = "AutoModelForCausalLM" if causal else type(model).__name__
         options = [repr(self.name), f'dtype="{str(model.dtype).removeprefix("torch.")}"']
@@ -65,11 +69,12 @@ class Base:
 
 
 def find_base(source: str, config: GlowQConfig, base_model: str | None) -> Base:
-    """The base of the corrected model `source`.
+    """Find the base of the corrected model `source`.
 
     Args:
-        config: what its config.json says of the correction.
-        base_model: folder or Hub name to take instead of what `config` names.
+        source: folder or Hub name of the corrected model.
+        config: the glowq config in its config.json.
+        base_model: folder or Hub name of the base, if it is not the one that `config` names.
 
     Raises:
         ExportError: the base is stored nowhere, or cannot be loaded without the correction.
@@ -82,7 +87,7 @@ def find_base(source: str, config: GlowQConfig, base_model: str | None) -> Base:
         try:
             folder = base_folder(config)
         except ConfigError as error:
-            raise ExportError(f"{error} An adapter needs a base in files: --base-model names one.") from error
+            raise ExportError(f"{error} An adapter needs a base in files: name one with --base-model.") from error
         name, revision = stored["name"], stored["revision"]
     is_quantized = getattr(load_config(str(folder)), "quantization_config", None) is not None
     if is_quantized or method_of(config.base) == "dense":
@@ -90,22 +95,22 @@ def find_base(source: str, config: GlowQConfig, base_model: str | None) -> Base:
     settings = base_settings(config.base)
     if is_calibrated(settings):
         raise ExportError(
-            f"the base of {source} was quantized in memory ({method_of(config.base)}) and its files are nowhere but in "
-            f"{source} itself, which PEFT cannot load. Save it: model = {_auto(source)}.from_pretrained({source!r}); "
+            f"the base of {source} was quantized in memory ({method_of(config.base)}) and is stored only in {source} "
+            f"itself, which PEFT cannot load. Save it: model = {_class_name(source)}.from_pretrained({source!r}); "
             "glowq.detach(model); model.save_pretrained('base'). Then give --base-model base."
         )
     return Base(name, revision, folder, settings, unpacks=False)
 
 
-def _auto(source: str) -> str:
+def _class_name(source: str) -> str:
     return model_class(load_config(source)).__name__
 
 
 def load_base(base: Base, config: GlowQConfig, dtype: torch.dtype) -> Any:
-    """The base without any correction, ready to run; checked to be the one that the correction was made for.
+    """Load the base without any correction, ready to run, and check that the correction was made for it.
 
     Raises:
-        FingerprintError: it is another one.
+        FingerprintError: the correction was made for other quantized weights.
     """
     options: dict[str, Any] = {} if base.quantization is None else {"quantization_config": base.quantization}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The README.md of an exported adapter: what it is, and exactly what to type."""
+"""The README.md of an exported adapter: what the adapter is, and the code that loads it."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def adapter_card(base: Base, model: Any) -> str:
     """Text of README.md.
 
     Args:
-        base: what the adapter goes onto.
-        model: of the base's class and dtype.
+        base: the base of the adapter.
+        model: a model of the base's class and dtype.
     """
     is_local = Path(base.name).is_absolute()
     data = ModelCardData(

@@ -1,6 +1,7 @@
-"""A correction as a PEFT LoRA adapter: lora_A = right factor, lora_B = left factor, alpha = rank, module by module.
+"""Export a correction as a PEFT LoRA adapter: in each module lora_A = right factor, lora_B = left factor, alpha = rank.
 
-Every module of an adapter has a lora_A of its own: what a group shares is stored and computed once for each member.
+Every module of an adapter has a lora_A of its own. So the right factor that a group shares is stored once for each
+member, and the right product is computed once for each member.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .card import adapter_card
 
 __all__ = ["write"]
 
-_ROUNDINGS = 8  # by so many of an output's own the orders of summation of two programs may differ
+_ROUNDINGS = 8  # allowed relative difference of outputs, in units of the dtype's eps: orders of summation differ
 
 _Pairs = dict[str, tuple[Tensor, Tensor]]  # module name -> lora_A (r, d) and lora_B (o, r)
 
@@ -42,24 +43,27 @@ def write(
     max_rank: int | None = None,
     base_model: str | None = None,
 ) -> dict[str, Any]:
-    """Write adapter_config.json, adapter_model.safetensors and a README.md that says what to type.
+    """Write adapter_config.json, adapter_model.safetensors and a README.md with the code that loads the adapter.
 
     Args:
-        source: folder or Hub name of a corrected model, either form.
-        folder: empty.
-        pad_ranks: zeros up to the largest rank in every module, for engines that know one rank (SGLang, vLLM).
-        fill_modules: zeros for quantized modules without a correction, for engines that ask for all (GPTQModel).
-        max_rank: the engine's limit; a larger rank is refused.
-        base_model: folder or Hub name of the base, where it is not what the correction names.
+        source: folder or Hub name of a corrected model, in either saved form.
+        folder: an empty folder to write to.
+        pad_ranks: fill the factors of every module with zeros up to the largest rank, for engines that support only
+            one rank (SGLang, vLLM).
+        fill_modules: write factors of zeros for quantized modules without a correction, for engines that need factors
+            for every module (GPTQModel).
+        max_rank: largest rank that the engine supports; a larger rank is refused.
+        base_model: folder or Hub name of the base, if it is not the one that the correction names.
 
     Returns:
-        "base_model", "fingerprint" (of its quantized weights), "modules", "least_rank", "largest_rank",
-        "adapter_bytes" and "shared_bytes" (of the factors here and in the correction), and "check".
+        "base_model", "fingerprint" (of the base's quantized weights), "modules" (number of modules), "least_rank",
+        "largest_rank", "adapter_bytes" (bytes of the adapter's factors), "shared_bytes" (bytes of the same factors in
+        the correction), and "check" (differences of outputs, and "tolerance").
 
     Raises:
         ConfigError: PEFT is not installed.
         ExportError: the model carries no correction, a rank is above `max_rank`, the base is stored nowhere, PEFT
-            cannot load the adapter, or its outputs are not the corrected model's.
+            cannot load the adapter, or its outputs differ from the corrected model's.
         FingerprintError: `base_model` is not the base of this correction.
     """
     if importlib.util.find_spec("peft") is None:
@@ -83,13 +87,13 @@ def write(
     del model
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     tensors = {f"{KEY_PREFIX}{name}.lora_B.weight": b for name, (_, b) in pairs.items()}
-    # In a file no two tensors share their memory.
+    # Copied, because safetensors refuses tensors that share memory, as the members of a group share a right factor.
     tensors |= {f"{KEY_PREFIX}{name}.lora_A.weight": a.clone() for name, (a, _) in pairs.items()}
     (folder / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     ranks = sorted(a.shape[0] for a, _ in pairs.values())
     return {
         "base_model": base.name,
-        "fingerprint": (config.base_model or {})["fingerprint"],  # with which `import_adapter` knows the base again
+        "fingerprint": (config.base_model or {})["fingerprint"],  # `import_adapter` compares it with the model's
         "modules": len(pairs),
         "least_rank": ranks[0],
         "largest_rank": ranks[-1],
@@ -115,7 +119,7 @@ def _check_ranks(source: str, config: GlowQConfig, max_rank: int | None) -> None
 
 
 def _zeros(model: Any, pairs: _Pairs) -> _Pairs:
-    """Rank 1 of zeros for every quantized module that has no factors."""
+    """Factors of rank 1, all zeros, for every quantized module that has no factors."""
     dtype = next(iter(pairs.values()))[0].dtype
     shapes = {
         name: backend.features(model.get_submodule(name))
@@ -137,7 +141,7 @@ def _wider(factor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def _settings(model: Any, pairs: _Pairs) -> dict[str, Any]:
-    """What adapter_config.json says, but for the base."""
+    """The content of adapter_config.json, without the fields that name the base."""
     ranks = {name: a.shape[0] for name, (a, _) in sorted(pairs.items())}
     largest = max(ranks.values())
     patterns = {name: rank for name, rank in ranks.items() if rank != largest}
@@ -152,7 +156,7 @@ def _settings(model: Any, pairs: _Pairs) -> dict[str, Any]:
         "lora_alpha": largest,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": list(ranks),  # full names: the last part of one may also be that of a module left alone
+        "target_modules": list(ranks),  # full names, because PEFT would match a last part in other modules too
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -161,10 +165,10 @@ def _settings(model: Any, pairs: _Pairs) -> dict[str, Any]:
 
 
 def _check(folder: Path, base: Any, pairs: _Pairs, inputs: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:
-    """Load the adapter with PEFT: the factors must be there bit for bit, and what the model says but for rounding.
+    """Load the adapter with PEFT: its factors must be equal bit for bit, and the outputs up to rounding.
 
     Raises:
-        ExportError: PEFT cannot load it, or it says something else.
+        ExportError: PEFT cannot load the adapter, or its factors or the outputs differ.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -191,13 +195,13 @@ def _check(folder: Path, base: Any, pairs: _Pairs, inputs: Mapping[str, Any], ex
     tolerance = _ROUNDINGS * torch.finfo(dtype).eps
     if not figures["relative_difference"] <= tolerance:
         raise ExportError(
-            f"through PEFT the model says something else than glowq's: the outputs differ by up to "
-            f"{figures['max_difference']:.3g}, {figures['relative_difference']:.3g} of their size, where rounding "
-            f"explains {tolerance:.3g}. Please report it, with the name of the model."
+            f"with PEFT the model computes other outputs than the corrected model: they differ by up to "
+            f"{figures['max_difference']:.3g} ({figures['relative_difference']:.3g} of their size), and rounding "
+            f"explains at most {tolerance:.3g}. Please report it, with the name of the model."
         )
     return {**figures, "tolerance": tolerance}
 
 
 def _same(found: Iterable[Any], expected: Iterable[Tensor]) -> bool:
-    """Equal values; PEFT keeps an adapter in float32, which holds every factor exactly."""
+    """Whether all values are equal. PEFT keeps an adapter in float32, which holds every factor exactly."""
     return all(torch.equal(*(tensor.double() for tensor in pair)) for pair in zip(found, expected, strict=True))

@@ -1,6 +1,6 @@
-"""A correction from a LoRA adapter: what EoRA, QERA, LoftQ and `glowq export --to peft` write.
+"""Read a LoRA adapter of EoRA, QERA, LoftQ or `glowq export --to peft` as a correction.
 
-Modules of one input-sharing group that hold the very same lora_A become one shared group again.
+Modules that read the same input and hold equal lora_A become one group with a shared right factor again.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ def import_adapter(
     dense: bool = False,
     **hub_kwargs: Any,
 ) -> Correction:
-    """Read a LoRA adapter as a correction of `model`, which stays as it is.
+    """Read a LoRA adapter as a correction of `model`, without attaching it.
 
     Args:
-        adapter: folder or Hub name of an adapter_config.json and an adapter_model.safetensors.
-        model: the quantized transformers model that the adapter was made for. LoftQ changes the base as well: there it
-            is the model that LoftQ saved.
-        tokenizer: saved with the correction; or None.
-        dense: the model's plain float weights are its base, see `glowq.correct`.
-        **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`.
+        adapter: folder or Hub name, with adapter_config.json and adapter_model.safetensors.
+        model: the quantized transformers model that the adapter was made for. LoftQ changes the base as well, so for
+            its adapters this is the model that LoftQ saved.
+        tokenizer: the tokenizer to save with the correction, or None.
+        dense: whether the base of the adapter has plain float weights, see `glowq.correct`.
+        **hub_kwargs: passed on to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`.
 
     Returns:
-        The correction, not attached: its right factor is lora_A, its left factors are lora_B alpha / r (rsLoRA:
-        alpha / sqrt(r)), in the model's dtype. What adds nothing (padding, modules of zeros) is left out. Its gains
-        are zero, for nobody measured them: it can be saved and loaded, and not be cut to a budget.
+        The correction. Its right factors are lora_A, and its left factors are lora_B times alpha / r (rsLoRA:
+        alpha / sqrt(r)), in the model's dtype. Ranks and modules of zeros, such as padding, are left out. The gains
+        are not measured and are zero: the correction can be saved and loaded, but it cannot be cut to a budget.
 
     Raises:
         ModelNotFoundError: no such adapter.
-        PickleRefusedError: its weights are a pickle (adapter_model.bin).
-        ConfigError: it is no LoRA adapter, does more than add lora_B lora_A to weights (the message names what), adds
-            nothing at all, or `model` carries a correction.
-        CorrectionError: its files are corrupt, or do not fit the model's modules.
-        FingerprintError: `glowq export` wrote it for other quantized weights.
+        PickleRefusedError: the adapter's weights are a pickle (adapter_model.bin).
+        ConfigError: the adapter is not a LoRA adapter, does more than add lora_B lora_A to weights (the message names
+            what), or adds nothing at all; or `model` carries a correction already.
+        CorrectionError: the adapter's files are corrupt, or do not fit the model's modules.
+        FingerprintError: `glowq export` wrote the adapter for other quantized weights.
         NonFiniteError: a factor holds NaN or Inf, or is too large for the model's dtype.
-        UnsupportedModuleError: it names a module that is not quantized or cannot be corrected.
+        UnsupportedModuleError: the adapter has factors of a module that is not quantized or cannot be corrected.
     """
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
@@ -80,8 +80,8 @@ def import_adapter(
     if read.fingerprint is not None and not same_weights(model, read.fingerprint):
         raise FingerprintError(
             f"the adapter {read.name} was exported for quantized weights {read.fingerprint}, but this model's are "
-            f"{fingerprint(model)}: another model, another revision, or other quantization settings. Name the "
-            "base that it names."
+            f"{fingerprint(model)}: another model, another revision, or other quantization settings. Load the base "
+            "that the adapter was exported for."
         )
     pairs = _on_modules(read, model)
     trace = trace_groups(model, example_inputs(model))
@@ -90,7 +90,9 @@ def import_adapter(
     parts = (_factors(group, pairs, dtype) for group in _groups(trace, pairs))
     factors = [entry for entry in parts if entry is not None]
     if not factors:
-        raise ConfigError(f"the adapter {read.name} adds nothing: every lora_B or lora_A is zero. Was it ever made?")
+        raise ConfigError(
+            f"the adapter {read.name} adds nothing: every lora_B or lora_A is zero. Was it ever trained or computed?"
+        )
     base_bytes = packed_bytes(model)
     config = stored_config(model, None, base_bytes, "imported", torch.empty(0, 0), 0)
     config.provenance = Provenance(glowq=__version__, gains=GainUnit.UNMEASURED, adapter_base=read.base_model)
@@ -101,7 +103,7 @@ _Pairs = Mapping[str, tuple[Tensor, Tensor]]  # module name -> right factor (r, 
 
 
 def _on_modules(read: Adapter, model: nn.Module) -> _Pairs:
-    """The adapter's factors under the model's own names; GPTQModel writes names in lower case.
+    """The adapter's factors by the model's own module names; GPTQModel writes names in lower case.
 
     Raises:
         CorrectionError: the model has no such module.
@@ -123,7 +125,7 @@ def _on_modules(read: Adapter, model: nn.Module) -> _Pairs:
 
 
 def _check_modules(read: Adapter, pairs: _Pairs, model: nn.Module, trace: Trace) -> None:
-    """Refuse factors that no corrected module could take."""
+    """Refuse factors of modules that cannot be corrected, and factors of another shape than the module."""
     shapes = {name: shape for group in trace.groups for name, shape in group.shapes.items()}
     for name, (right, left) in pairs.items():
         if name not in shapes:
@@ -140,7 +142,7 @@ def _check_modules(read: Adapter, pairs: _Pairs, model: nn.Module, trace: Trace)
 
 
 def _groups(trace: Trace, pairs: _Pairs) -> Iterator[Group]:
-    """The groups of the adapter: members that read the same input and hold the same lora_A."""
+    """The groups of the adapter: modules that read the same input and hold equal lora_A."""
     for group in trace.groups:
         alike: list[list[str]] = []
         for member in (member for member in group.members if member in pairs):
@@ -160,7 +162,7 @@ def _part(group: Group, members: Sequence[str]) -> Group:
 
 
 def _factors(group: Group, pairs: _Pairs, dtype: torch.dtype) -> GroupFactors | None:
-    """The group's factors in `dtype`, without ranks that add nothing; None where none is left."""
+    """The group's factors in `dtype`, without ranks of zeros; None if no rank is left."""
     right = pairs[group.members[0]][0].to(dtype)
     lefts = {member: pairs[member][1].to(dtype) for member in group.members}
     for name, factor in {

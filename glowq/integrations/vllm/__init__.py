@@ -1,6 +1,7 @@
-"""glowq as a vLLM plugin: `vllm serve` of a corrected model in either saved form; vLLM calls `register`.
+"""The vLLM plugin: `vllm serve` runs a corrected model in either saved form. vLLM calls `register`.
 
-May import the core packages; vllm only inside functions, for an entry point is imported by every vLLM process.
+May import the core packages. `register` imports vllm only when it is called, because every vLLM process imports this
+package as an entry point.
 """
 
 from .plugin import register

@@ -1,4 +1,4 @@
-"""glowq's quantization in vLLM: the base's own, and which of the model's layers carry a correction."""
+"""glowq's quantization config for vLLM: the base's own config, and the layers of the model that carry a correction."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .linear import GlowQLinearMethod
 
 __all__ = ["LOAD_FORMAT", "GlowQQuantizationConfig"]
 
-LOAD_FORMAT = "auto"  # vLLM's default, whose loader glowq extends
+LOAD_FORMAT = "auto"  # vLLM's default load format, whose loader glowq extends
 
 
 class GlowQQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
-    """What vLLM asks of a quantization is answered by the base's; every corrected layer gets its factors besides.
+    """Delegates to the base's quantization config in vLLM, and adds the factors to every corrected layer.
 
     Attributes:
-        stored: what config.json says of the correction, without its base, whose library vLLM does not need.
-        base: the base's quantization in vLLM; None where its weights are plain floats.
+        stored: the glowq config in config.json, without its base, whose library vLLM does not need.
+        base: the base's quantization config in vLLM; None if its weights are plain floats.
         names: vLLM's name of each member of a group -> its name in the checkpoint.
     """
 
@@ -49,8 +49,8 @@ class GlowQQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         """Read config.json's `quantization_config`.
 
         Raises:
-            ConfigError: a field is unknown or damaged.
-            VersionError: written by a newer format.
+            ConfigError: a field is unknown or damaged, or the config names no group or no base.
+            VersionError: a newer version of the format wrote the config.
             UnknownBaseError: vLLM cannot run the base.
         """
         base = config.get("base")
@@ -61,45 +61,46 @@ class GlowQQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(stored, None if plain else _base_config(base))
 
     def __getattr__(self, name: str) -> Any:
-        # Models ask some quantizations for more than the interface has. Unpickling asks before there is a base.
+        # Some models read attributes that only the base's config has. While unpickling, `base` is not set yet.
         base = self.__dict__.get("base")
         if base is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(base, name)
 
     def get_name(self) -> str:
-        """As config.json has it."""
+        """The quantization method in config.json."""
         return "glowq"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """The base's."""
+        """The dtypes that the base supports."""
         plain = [torch.bfloat16, torch.half, torch.float32]
         return plain if self.base is None else self.base.get_supported_act_dtypes()
 
     def get_min_capability(self) -> int:
-        """The base's."""
+        """The GPU capability that the base needs; -1 if its weights are plain floats."""
         return -1 if self.base is None else self.base.get_min_capability()
 
     def get_config_filenames(self) -> list[str]:
-        """None: config.json says everything."""
+        """No files: config.json holds the whole config."""
         return []
 
     def get_cache_scale_mapper(self) -> Any:
-        """The base's."""
+        """The base's mapper of cache scales."""
         return (self.base or QuantizationConfig).get_cache_scale_mapper()
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """The base's."""
+        """The base's mapper of checkpoint weights."""
         return (self.base or QuantizationConfig).get_checkpoint_weight_mapper()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Show the base the checkpoint that holds its tensors, which is downloaded if need be.
+        """Let the base's config read the checkpoint that holds the base's tensors; it is downloaded if needed.
 
         Raises:
-            ModelNotFoundError: a correction's base is not within reach, or a shard of it is missing.
+            ModelNotFoundError: a correction's base cannot be found, or a shard of it is missing.
             PickleRefusedError: the base has its weights only as pickles.
-            UnsafePathError: a correction on the Hub names a folder of this machine as its base.
-            ConfigError: the base is a correction itself, or becomes what was corrected only when transformers loads it.
+            UnsafePathError: a correction on the Hub names a local folder as its base.
+            ConfigError: the base is a correction itself, or its files are not quantized (transformers quantizes them
+                while loading, vLLM does not).
         """
         if self.stored.format == "correction":
             refuse_unsafe([], model_name, self.stored)
@@ -113,19 +114,20 @@ class GlowQQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
                 )
             model_name, revision = str(folder), None
             if getattr(hf_config, "tie_word_embeddings", False) and checkpoint_has_lm_head(model_name):
-                # vLLM does the same for a checkpoint with a head of its own, but looks into the correction.
+                # vLLM does the same for a checkpoint with a head of its own, but it looks for the head in the
+                # correction's files, not in the base's.
                 hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = False
         if self.base is not None:
             self.base.maybe_update_config(model_name, hf_config=hf_config, revision=revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the members as vLLM names its modules."""
+        """Rename the members to the names of vLLM's modules."""
         self.names = hf_to_vllm_mapper.apply_dict(self.names)
         if self.base is not None:
             self.base.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The base's method for a layer, with the correction around it where the layer computes a member of a group."""
+        """The base's method for a layer, wrapped in a `GlowQLinearMethod` if the layer computes a member of a group."""
         if self.base is not None:
             self.base.packed_modules_mapping = self.packed_modules_mapping
             method = self.base.get_quant_method(layer, prefix)
@@ -157,9 +159,7 @@ def _check_load_format() -> None:
 
 def _base_config(base: Any) -> Any:
     if base is None:
-        raise ConfigError(
-            "this correction's base says in no config.json how it is quantized, so that vLLM cannot load it."
-        )
+        raise ConfigError("no config.json says how this correction's base is quantized, so vLLM cannot load it.")
     method = method_of(base)
     try:
         return get_quantization_config(method).from_config(base)

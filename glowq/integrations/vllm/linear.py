@@ -1,8 +1,9 @@
-"""A corrected linear layer of vLLM: the base's kernel, and one pair of factors for whatever the layer fuses.
+"""A corrected linear layer of vLLM: the base's kernel, and one pair of factors for all modules that the layer fuses.
 
-vLLM computes q, k and v in one layer, gate and up in another. Such a layer gets one right factor, the rows of all its
-groups, and one left factor, each member's rows under the columns of its group. So one group that covers the layer is
-computed as it is, B x once; members in groups of their own, or in none, make the left factor block diagonal.
+vLLM computes q, k and v in one layer, gate and up in another. Such a layer gets one right factor, which stacks the
+right factors of all its groups, and one left factor, where the rows of a member are zero outside of the columns of its
+group. If one group covers the layer, these are the factors of the group, and B x is computed once. If members are in
+different groups, or in none, the left factor is block diagonal.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ RIGHT, LEFT = "glowq_right", "glowq_left"
 
 
 class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """The base's method, and the correction added to what it computes.
+    """The base's method, with the correction added to its output.
 
     Attributes:
         base: the base's own method for the layer.
-        members: names in the checkpoint of what the layer computes, in the order of its outputs.
-        groups: those with a member in the layer, and their ranks.
+        members: checkpoint names of the modules that the layer computes, in the order of its outputs.
+        groups: the groups that have a member in the layer, and their ranks.
     """
 
     def __init__(self, base: Any, members: Sequence[str], groups: Sequence[tuple[Group, int]]) -> None:
@@ -58,12 +59,12 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         weight_loader: Any,
         **attributes: Any,
     ) -> None:
-        """The base's tensors, then this process's part of the factors.
+        """Create the base's tensors, then this process's part of the factors.
 
         Raises:
-            UnsupportedModuleError: the layer is not the one that the correction was made for.
+            UnsupportedModuleError: the correction does not fit the layer.
         """
-        if type(self.base).__name__ in WEIGHT_LOADER_V2_SUPPORTED:  # the layer asks that of the name of this class
+        if type(self.base).__name__ in WEIGHT_LOADER_V2_SUPPORTED:  # vLLM looks up only the name of this class
             weight_loader = getattr(layer, "weight_loader_v2", weight_loader)
         shape = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
         self.base.create_weights(layer, *shape, weight_loader=weight_loader, **attributes)
@@ -71,8 +72,8 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         rank = sum(rank for _, rank in self.groups)
         right = Parameter(torch.empty(rank, input_size_per_partition, dtype=params_dtype), requires_grad=False)
         left = Parameter(torch.empty(sum(output_partition_sizes), rank, dtype=params_dtype), requires_grad=False)
-        # Split by outputs, A is and B is whole in every process; split by inputs, B is, and the sum over processes
-        # that makes Q x out of its parts makes A (B x) too.
+        # In a layer that is split by outputs, A is split, and every process holds the whole of B. In a layer that is
+        # split by inputs, B is split, and the sum over processes that completes Q x completes A (B x) too.
         if isinstance(layer, RowParallelLinear):
             set_weight_attrs(right, {"input_dim": 1})
         else:
@@ -81,7 +82,7 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.register_parameter(LEFT, left)
 
     def load(self, layer: Any, factors: StoredFactors) -> None:
-        """Read the layer's factors, of which it keeps this process's part.
+        """Read the layer's factors, and keep this process's part of them.
 
         Raises:
             NonFiniteError: a factor holds NaN or Inf.
@@ -99,10 +100,10 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.glowq_loaded = True
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """What the base does with its tensors.
+        """Let the base process its tensors.
 
         Raises:
-            ConfigError: vLLM reloads the model's weights in place, which leaves the factors undefined.
+            ConfigError: the factors were not read, because vLLM reloads the model's weights in place.
         """
         if not layer.__dict__.pop("glowq_loaded", False):
             raise ConfigError(
@@ -112,7 +113,7 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.base.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Q x + A (B x) of this process's part; x is (tokens, d)."""
+        """Q x + A (B x), computed with this process's part; x has shape (tokens, d)."""
         correction = F.linear(F.linear(x, layer.glowq_right), layer.glowq_left)
         return correction.add_(self.base.apply(layer, x, bias))
 
@@ -121,8 +122,8 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for group, _ in self.groups:
             if group.in_features != input_size:
                 raise UnsupportedModuleError(
-                    f"group {group.name!r} reads {group.in_features} features, but vLLM's layer of it {input_size}: "
-                    "config.json and the correction in it are not of one model."
+                    f"group {group.name!r} reads {group.in_features} features, but its layer in vLLM reads "
+                    f"{input_size}: the model and the correction in config.json do not belong together."
                 )
             for member, (width, _) in group.shapes.items():
                 if widths.get(member, width) != width:
@@ -132,7 +133,7 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     )
 
     def _widths(self, layer: Any) -> list[int]:
-        """Outputs of each member, all processes together."""
+        """Number of outputs of each member, over all processes."""
         if isinstance(layer, QKVParallelLinear):
             heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
             sizes = (layer.head_size, layer.head_size, layer.v_head_size)
@@ -151,7 +152,7 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return widths
 
     def _shards(self, layer: nn.Module) -> list[tuple[Any, ...]]:
-        """What the layer's weight loader takes besides the tensor, to know whose it is."""
+        """For each member, the arguments of the layer's weight loader that name the member's part of the layer."""
         if len(self.members) == 1:
             return [()]
         ids = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(self.members))

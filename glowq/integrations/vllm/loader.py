@@ -1,4 +1,4 @@
-"""vLLM's default loader, and what it does not know of a corrected model: its base's folder, and its factors."""
+"""vLLM's default loader, extended for corrected models: it also finds the base's folder and reads the factors."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ __all__ = ["GlowQModelLoader"]
 
 
 class GlowQModelLoader(DefaultModelLoader):  # type: ignore[misc]
-    """Loads a corrected model's base as vLLM loads any model, then its factors; any other model as vLLM does.
+    """Loads a corrected model's base as vLLM loads any model, then its factors; loads any other model as vLLM does.
 
-    What a correction's fingerprint says of its base is not checked here: it is one of transformers' modules. A base on
-    the Hub is pinned to the commit that was corrected; a folder is taken as it is.
+    The fingerprint of the base is not checked, because it is computed from transformers' modules. A base on the Hub is
+    loaded at the commit that was corrected; a local folder is loaded without a check.
     """
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The base's tensors: those of the folder that a correction names, or all in the model's own but the factors.
+        """The base's tensors, from the folder that a correction names, or from the model's own folder without factors.
 
         Raises:
             ModelNotFoundError: a folder or one of its shards is missing.
-            PickleRefusedError, UnsafePathError: weights only as pickles, or outside of their folder.
+            PickleRefusedError: the weights are stored only as pickles.
+            UnsafePathError: a weight file is outside of its folder.
         """
         config = _config(model)
         if config is None:
@@ -50,7 +51,7 @@ class GlowQModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 yield name, tensor
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Load the base, then every factor that belongs into this process.
+        """Load the base, then the factors of the layers in this process.
 
         Raises:
             CorrectionError: the files are corrupt, or a factor is missing, extra or misshaped.
@@ -65,7 +66,7 @@ class GlowQModelLoader(DefaultModelLoader):  # type: ignore[misc]
             )
         if config is not None:
             if getattr(base_settings(config.base), "is_checkpoint_torchao_serialized", False):
-                self.load_config.safetensors_load_strategy = "torchao"  # which vLLM tells by the quantization's name
+                self.load_config.safetensors_load_strategy = "torchao"  # vLLM sets this only for "torchao" itself
             with open_factors(self._factor_files(model_config, config), config.stored.groups or {}) as factors:
                 super().load_weights(model, model_config)
                 _load_factors(model, config, factors)

@@ -1,7 +1,7 @@
-"""glowq as a vLLM plugin: `vllm serve CORRECTED` serves either saved form; vLLM itself calls `register`.
+"""The vLLM plugin: `vllm serve CORRECTED` serves a corrected model in either saved form. vLLM calls `register`.
 
-`config` says which layers carry a correction, `linear` computes it (the right factor once for a fused layer, as for q,
-k and v), and `loader` reads it.
+`config` selects the layers that carry a correction, `linear` computes the correction (the right product once for a
+fused layer, such as q, k and v), and `loader` reads the factors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _TESTED = ">=0.32,<0.33"
 
 
 def register() -> None:
-    """Make glowq's quantization known to vLLM; vLLM's entry point `vllm.general_plugins` calls it in every process.
+    """Register glowq's quantization with vLLM; the entry point `vllm.general_plugins` calls this in every process.
 
-    A plugin cannot choose the loader of a model, and a user should not have to. So the default loader is replaced by a
-    subclass that does as vLLM's own for every model but a corrected one.
+    A plugin cannot choose the loader of a model, and users should not have to choose one. So a subclass replaces vLLM's
+    default loader; for models without a correction it does what the default loader does.
     """
     warn_untested("vllm", _TESTED, "if the server does not start, or answers wrongly, please report it")
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -28,5 +28,5 @@ def register() -> None:
     from .loader import GlowQModelLoader
 
     register_quantization_config("glowq")(GlowQQuantizationConfig)
-    with quiet("vllm.model_executor.model_loader"):  # warns that the name is taken
+    with quiet("vllm.model_executor.model_loader"):  # vLLM warns that a loader of this name exists
         register_model_loader(LOAD_FORMAT)(GlowQModelLoader)

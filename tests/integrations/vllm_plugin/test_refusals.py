@@ -117,7 +117,7 @@ def name_an_unquantized_base(tensors: Any, config: Any) -> None:
         ("full", shorten, CorrectionError, "has shape (3, 255)"),
         ("full", spoil, NonFiniteError, f"factor '{RIGHT}'"),
         ("full", lengthen, UnsupportedModuleError, "q_proj has 512 outputs in the correction, but 256 in vLLM's QKV"),
-        ("full", widen, UnsupportedModuleError, "reads 512 features, but vLLM's layer of it 256"),
+        ("full", widen, UnsupportedModuleError, "reads 512 features, but its layer in vLLM reads 256"),
         ("full", correct_the_head, UnsupportedModuleError, "has no linear layer 'lm_head'"),
         (
             "correction",
@@ -156,7 +156,7 @@ def test_what_vllm_cannot_run_is_refused_by_name(checkpoints: Path) -> None:
     ):
         with pytest.raises(UnknownBaseError, match=message):
             GlowQQuantizationConfig.from_config({**stored, "base": changes})
-    with pytest.raises(ConfigError, match="base says in no config"):
+    with pytest.raises(ConfigError, match=r"no config\.json says how this correction's base is quantized"):
         GlowQQuantizationConfig.from_config({**stored, "base": None})
     with pytest.raises(ConfigError, match="names no group"):
         GlowQQuantizationConfig.from_config({"quant_method": "glowq", "base": stored["base"]})
