@@ -1,8 +1,7 @@
-"""Attach a correction to a model: the right factor once per forward, one left factor a member.
+"""Attach a correction to a model: one right product per group and forward, one left product per member.
 
-Each group gets one container, a sibling of its members, and each member a forward hook. The members themselves are
-untouched: their names, parameters and classes stay, so that PEFT, accelerate, deepcopy and checkpoints see the model
-that they know.
+Each group gets one container module beside its members, and each member gets a forward hook. The members keep their
+names, parameters and classes, so that PEFT, accelerate, deepcopy and checkpoints work as they do without a correction.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ CONTAINER = "glowq_"
 
 
 def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None = None) -> SharedCorrection:
-    """Add one group's correction to `model`, in memory of its own: training the model leaves `factors` as they are.
+    """Add the correction of one group to `model`. The factors are copied: training the model does not change `factors`.
 
-    From here on torch.compile's graphs look at hooks in this process; graphs that it made before are thrown away once.
+    From now on, torch.compile's graphs in this process check hooks. Graphs that were compiled earlier are discarded
+    once.
 
     Args:
-        model: holds every member under its name.
-        factors: shapes as in `GroupFactors`.
-        dtype: stored dtype of the factors; None keeps theirs. Of int8 factors it is what their scales are held in.
+        model: the model, which holds every member of the group under its name.
+        factors: the group and its factors.
+        dtype: dtype of the attached factors; None keeps their own. For int8 factors it is the dtype of their scales.
 
     Raises:
-        ConfigError: the group is attached already.
+        ConfigError: the group carries a correction already.
     """
     group = factors.group
     parent = model.get_submodule(group.parent)
@@ -56,7 +56,7 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
         container = SharedCorrection(group, packed.right, packed.lefts, scale, rank=factors.rank)
     else:
         container = SharedCorrection(group, factors.right, factors.lefts)
-    _let_graphs_see_hooks()
+    _make_graphs_check_hooks()
     container.to(device=device, dtype=dtype)
     container.unshare((factors.right, *factors.lefts.values()))
     container.train(parent.training)
@@ -68,11 +68,11 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
     return container
 
 
-def _let_graphs_see_hooks() -> None:
+def _make_graphs_check_hooks() -> None:
     """Make torch.compile check a module's hooks before it runs a graph.
 
-    A correction is hooks. A graph that does not look at them runs on as it is when a correction is attached or
-    detached, and serves every other model of the same class, corrected or not.
+    A correction consists of hooks. Without the check, a graph would run unchanged after a correction is attached or
+    detached, and it would also run for other models of the same class, with or without a correction.
     """
     may_have_compiled = "torch._dynamo" in sys.modules
     import torch._dynamo.config as compiler
@@ -99,7 +99,7 @@ def detach(model: nn.Module) -> None:
 
 
 def attached_factors(model: nn.Module) -> list[GroupFactors]:
-    """The factors of every correction attached to `model`, in module order; gains and totals are not kept there."""
+    """The factors of every correction attached to `model`, in module order. Their gains and totals are zero."""
     return [_factors_of(container, factor_dtype(model)) for container in attached(model).values()]
 
 
@@ -116,7 +116,7 @@ def _factors_of(container: SharedCorrection, dtype: torch.dtype) -> GroupFactors
 
 
 def hold_as_floats(model: nn.Module) -> None:
-    """Let attached int8 factors be floats of the same values, for programs that know no others."""
+    """Replace attached int8 factors by float factors of the same values, for programs that support only floats."""
     switches = {name: container.enabled for name, container in attached(model).items()}
     if not any(container.int8 for container in attached(model).values()):
         return
@@ -128,7 +128,7 @@ def hold_as_floats(model: nn.Module) -> None:
 
 @contextmanager
 def applied(model: nn.Module, factors: Sequence[GroupFactors]) -> Iterator[nn.Module]:
-    """Inside this context `model` carries these factors; afterwards none."""
+    """Inside this context these factors are attached to `model`; afterwards none are."""
     try:
         for entry in factors:
             attach(model, entry)
@@ -139,7 +139,7 @@ def applied(model: nn.Module, factors: Sequence[GroupFactors]) -> Iterator[nn.Mo
 
 @contextmanager
 def set_aside(model: nn.Module) -> Iterator[None]:
-    """Inside this context the module tree is the base's: some bases store a list of every tensor of the model."""
+    """Inside this context the module tree has no containers, because some bases store a list of all its tensors."""
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -156,7 +156,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 
 
 def factor_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's factors, in memory and on disk: its own."""
+    """The dtype of a model's factors: its own dtype, or bfloat16 if that is not a float of 16 bits or more."""
     dtype = getattr(model, "dtype", torch.float32)
     return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.bfloat16
 
@@ -167,12 +167,12 @@ def _container_name(group: Group) -> str:
 
 
 def _execution_device(module: nn.Module) -> torch.device | str:
-    """Where accelerate runs the module if it is offloaded, else where its weight is."""
+    """The device that accelerate runs the module on if it is offloaded, otherwise the device of its weight."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         if not isinstance(device, int):
             return device
-        # A number alone counts the devices of whatever accelerator is there.
+        # A plain number is the index of a device of the current accelerator.
         accelerator = torch.accelerator.current_accelerator()
         return torch.device("cuda" if accelerator is None else accelerator.type, device)
     return next(chain(module.parameters(), module.buffers())).device  # GPTQ keeps its weight in buffers

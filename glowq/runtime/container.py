@@ -1,4 +1,4 @@
-"""One group's factors as a module, and what its members share of a forward."""
+"""The factors of one group as a module, and the product that its members share in a forward."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["SharedCorrection"]
 
 
 class _Factor(nn.Module):
-    """One factor as a leaf module: calling it (not reading its parameter) is what fires accelerate's offload hooks.
+    """One factor as a leaf module: accelerate's offload hooks run when it is called, not when its parameter is read.
 
-    `scale`, shape (rows,), is that of each row of an int8 factor, and None for any other.
+    `scale`, shape (rows,), holds the scale of each row of an int8 factor; it is None for a float factor.
     """
 
     factor: nn.Parameter
@@ -36,35 +36,41 @@ class _Factor(nn.Module):
 
 
 class _Handle(Protocol):
-    """What takes back a change of a member."""
+    """An object that can undo a change of a member."""
 
     def remove(self) -> None: ...
 
 
 class _Slot(NamedTuple):
-    """What was computed from the input seen last, and who has used it. Replaced as a whole: threads are safe."""
+    """What was computed from the last input, and which members have used it.
 
-    source: Any  # weakref of the input (eager) or the input itself (while tracing)
-    state: tuple[Any, ...]
-    product: Tensor | None  # the right product, where each member goes on by itself
-    additions: tuple[Tensor, ...]  # else what each member adds
-    used: int  # a bit a member
+    A slot is only replaced as a whole, never changed, so that threads can share it.
+    """
+
+    source: Any  # weak reference to the input (eager), or the input itself (while tracing)
+    state: tuple[Any, ...]  # see `_state`
+    product: Tensor | None  # the right product, if each member computes its own left product
+    additions: tuple[Tensor, ...]  # otherwise the correction of each member
+    used: int  # bit mask of the members that have used the slot
 
 
 class SharedCorrection(nn.Module):
-    """One group's factors and the slot that lets its members share what is computed from one input.
+    """The factors of one group, and a slot in which its members share what is computed from one input.
 
-    Made of a group, its right factor B, shape (r, d), and each member's left factor A_i, shape (o_i, r), by name; of
-    int8 where `scale`, shape (r,), is given, see `glowq.factors.int8`. `rank` says how many ranks are the
-    correction's, where others are zeros.
+    A member uses the slot only if its input is the same tensor object, at the same version, under the same grad and
+    autocast mode, and if it has not used the slot yet. The last member empties the slot, and so does a backward pass.
+    Under `torch.inference_mode` tensors have no version counter, so that a write in place could not be noticed: there
+    every member computes its own product. Under `torch.no_grad`, which `generate` and pipelines use, members share.
 
-    The slot serves a member only if the very same tensor object arrives, at the same version, under the same grad and
-    autocast mode, and the member has not used it yet; the last member empties it, and so does a backward pass. Under
-    `torch.inference_mode` tensors keep no version counter, so that an in-place write could not be seen: there every
-    member computes its own product (`torch.no_grad`, which `generate` and pipelines use, shares).
+    The members share the right product, and each adds its left product to its own output in place. For a few tokens on
+    the CPU, most of the time goes into the calls themselves: there one call computes the corrections of all members.
 
-    The members share the right product, and each writes its left product into its own output without a temporary. A
-    few tokens on the CPU take as long as the calls for them do: there one call computes what all members add.
+    Args:
+        group: the group.
+        right: right factor B, shape (r, d), float, or int8 with `scale`.
+        lefts: member name -> left factor A_i, shape (o_i, r), dtype of `right`.
+        scale: scale of each row of an int8 right factor, shape (r,), see `glowq.factors.int8`.
+        rank: rank of the correction, if the factors are filled with ranks of zeros; None if they are not.
     """
 
     def __init__(
@@ -85,11 +91,11 @@ class SharedCorrection(nn.Module):
             _Factor(left, None if scale is None else scale.new_full((len(left),), LEFT_UNIT))
             for left in (lefts[member] for member in group.members)
         )
-        # Found at once, which `self.lefts[index]` is not.
+        # A tuple, because an access to `self.lefts[index]` is slow.
         self._factors: tuple[_Factor, ...] = (self.right, *self.lefts)
         self._widths = [len(lefts[member]) for member in group.members]
-        self._whole: tuple[Any, ...] = ()  # where each left factor lies, all as one, and their scales
-        self._slot: list[_Slot | None] = [None]  # a list: setting an attribute of a module is slow
+        self._whole: tuple[Any, ...] = ()  # addresses of the left factors, all of them as one tensor, their scales
+        self._slot: list[_Slot | None] = [None]  # in a list, because setting an attribute of a module is slow
         self._traced: list[_Slot | None] = [None]
         self._handles: list[_Handle] = []
         self._stack()
@@ -106,7 +112,7 @@ class SharedCorrection(nn.Module):
             index: position in `group.members`.
             x: the member's input, shape (..., d).
             output: the quantized module's output Q x, shape (..., o_i).
-            in_place: whether `output` may be written to where no gradient needs it; else it may be anybody's.
+            in_place: whether `output` may be overwritten if no gradient needs it; False if other code may hold it.
 
         Returns:
             Q x + A_i (B x), shape and dtype of `output`.
@@ -132,11 +138,11 @@ class SharedCorrection(nn.Module):
 
     @property
     def watched(self) -> bool:
-        """Whether somebody's hook is on a factor, so that the factors have to be called as modules."""
+        """Whether a factor has a hook, so that the factors must be called as modules."""
         return any(map(_is_watched, self._factors))
 
     def right_product(self, index: int, x: Tensor) -> Tensor:
-        """B x for member number `index`, computed once a forward like everything that the members share.
+        """The right product B x for member number `index`, computed once per forward for all members.
 
         Args:
             index: position in `group.members`.
@@ -153,7 +159,7 @@ class SharedCorrection(nn.Module):
         return slot.product
 
     def unshare(self, others: Iterable[Tensor]) -> None:
-        """Copy the factors that lie in the memory of `others`, and no more: a change of dtype or device copies too."""
+        """Copy the factors that share memory with `others`. A change of dtype or device has copied the rest already."""
         taken = {other.untyped_storage().data_ptr() for other in others if not other.is_meta}
         shared = [part for part in self._factors if part.factor.untyped_storage().data_ptr() in taken]
         for part in shared:
@@ -162,7 +168,7 @@ class SharedCorrection(nn.Module):
             self._stack()
 
     def _found(self, index: int, x: Tensor, gradients: bool) -> _Slot | None:
-        """What another member has computed of this input, if it serves this one."""
+        """The slot, if another member has computed it from this input and this member may use it."""
         slot = self._slot[0]
         if slot is None or slot.source() is not x or slot.used & (1 << index) or slot.state != _state(x, gradients):
             return None
@@ -170,7 +176,7 @@ class SharedCorrection(nn.Module):
         return slot
 
     def _compute(self, index: int, x: Tensor, gradients: bool, at_once: bool = True) -> _Slot:
-        """What the members need of this input, kept for the others; see `_Slot`."""
+        """Compute what the members need from this input, and keep it in the slot for the other members."""
         countless, right = x.is_inference(), self._factors[0]
         factor: Any
         factor, scale = right._parameters["factor"], right._buffers["scale"]
@@ -186,7 +192,7 @@ class SharedCorrection(nn.Module):
         else:
             product, additions = right(x), ()
             if product.requires_grad:
-                product.register_hook(self._forget)  # backward frees the graph that a later member would share
+                product.register_hook(self._forget)  # a later member must not share a graph that backward has freed
         if len(self._widths) == 1 or countless:
             return _Slot(None, (), product, additions, 0)
         slot = _Slot(weakref.ref(x), _state(x, gradients), product, additions, 1 << index)
@@ -194,10 +200,11 @@ class SharedCorrection(nn.Module):
         return slot
 
     def _trace(self, index: int, x: Tensor) -> Tensor:
-        # Dynamo follows neither weak references nor versions, and inductor does not merge repeated products; one
-        # traced forward leaves the slot as it found it (empty), so that no guard fails on the next call. A write into
-        # the input between two members goes unseen here, but `find_groups` never groups such members. On the CPU each
-        # member has its own left product, which a compiler makes part of the addition, and an exporter understands.
+        # Dynamo supports neither weak references nor versions, and inductor does not merge repeated products. So there
+        # is a slot of its own for tracing. It is empty before and after one traced forward, so that no guard fails on
+        # the next call. A write into the input between two members is not noticed here, but `find_groups` never groups
+        # such members. On the CPU and for exporters, each member computes its own left product: a compiler fuses it
+        # with the addition, and an exporter supports its operators.
         apart = x.device.type == "cpu" or torch.compiler.is_exporting() or self.watched
         slot = self._traced[0]
         if slot is not None and slot.source is x and not slot.used & (1 << index):
@@ -217,20 +224,20 @@ class SharedCorrection(nn.Module):
         return addition
 
     def _used(self, slot: _Slot, index: int) -> _Slot | None:
-        """The slot once one more member has used it: nothing, after the last."""
+        """The slot after one more member has used it; None after the last member."""
         used = slot.used | (1 << index)
         if used == (1 << len(self._widths)) - 1:
             return None
         return _Slot(slot.source, slot.state, slot.product, slot.additions, used)
 
     def _together(self) -> tuple[Tensor, Tensor | None]:
-        """All left factors as one, shape (O, r), with the scale of every row; put together again if one has moved."""
+        """All left factors as one tensor, shape (O, r), and the scale of every row; stacked again if one has moved."""
         if torch.compiler.is_compiling():
             return torch.cat([left.factor for left in self._factors[1:]]), self._left_scale()
-        places, whole, scale = self._whole
-        if places != _places(self._factors):
+        addresses, whole, scale = self._whole
+        if addresses != _addresses(self._factors):
             self._stack()
-            places, whole, scale = self._whole
+            addresses, whole, scale = self._whole
         return whole, scale
 
     def _check_device(self, x: Tensor, factor: Any) -> None:
@@ -244,7 +251,7 @@ class SharedCorrection(nn.Module):
         self._slot[0] = None
 
     def _stack(self) -> None:
-        """Let the left factors lie one after the other in memory, so that one product serves all members."""
+        """Place the left factors one after the other in memory, so that all members can share one matrix product."""
         factors = [left.factor for left in self._factors[1:]]
         whole = operators.joined(factors)
         if whole is None:
@@ -254,11 +261,11 @@ class SharedCorrection(nn.Module):
             whole = operators.joined(factors)
         for part in self._factors:
             if part.scale is not None and not part.factor.is_cpu:
-                part.scale = part.scale.float()  # what kernels read; a product on the CPU wants its input's dtype
-        self._whole = _places(self._factors), whole, self._left_scale()
+                part.scale = part.scale.float()  # kernels read float32; a product on the CPU reads its input's dtype
+        self._whole = _addresses(self._factors), whole, self._left_scale()
 
     def _left_scale(self) -> Tensor | None:
-        """The scale of every row of all left factors."""
+        """The scale of every row of all left factors; None for float factors."""
         scales = [left.scale for left in self._factors[1:] if left.scale is not None]
         return torch.cat(scales) if scales else None
 
@@ -280,7 +287,7 @@ class SharedCorrection(nn.Module):
 
 
 def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
-    """What must be as it was for a product of `x` to be used again; tensors of inference mode have no version."""
+    """The state in which a product of `x` can be reused; empty for tensors of inference mode, which have no version."""
     if x.is_inference():
         return ()
     autocast = not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
@@ -288,11 +295,11 @@ def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
 
 
 def _is_watched(factor: Any) -> bool:
-    """Whether a factor has to be called as a module, because somebody's hook is on it."""
+    """Whether a factor must be called as a module, because it has a hook."""
     state = factor.__dict__
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state)
 
 
-def _places(factors: tuple[Any, ...]) -> list[int]:
-    """Where the left factors of a container lie in memory."""
+def _addresses(factors: tuple[Any, ...]) -> list[int]:
+    """The memory addresses of a container's left factors."""
     return [factor._parameters["factor"].data_ptr() for factor in factors[1:]]

@@ -1,4 +1,4 @@
-"""The fastest kernels: the quantization libraries', some of which rewrite their weight, and those of glowq_kernels."""
+"""Fast kernels: those of glowq_kernels, and those of the quantization libraries, some of which rewrite their weight."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _RELEASED = "glowq_released"
 
 
 def use_fast_kernels(model: nn.Module) -> int:
-    """Let every quantized layer run the fastest kernel that there is for it on the device that it is on now.
+    """Let every quantized layer use the fastest kernel that is available for it on its current device.
 
-    On a CPU those are the quantization libraries' own. Some rewrite their weight at the first forward, so that it
-    cannot be read back exactly; glowq keeps those away. Call this on a model that is loaded to be run: where such a
-    kernel is let in, the model can no longer be corrected, dequantized or saved; nor compiled, for torch.compile does
-    not see that bitsandbytes' weights are rewritten.
+    On a CPU these are kernels of the quantization libraries. Some of them rewrite the weight at the first forward, so
+    that it cannot be read back exactly. glowq disables those kernels, and this function enables them again. Call it on
+    a model that you only want to run. With such a kernel the model can no longer be corrected, dequantized or saved. It
+    can no longer be compiled either, because torch.compile does not notice that bitsandbytes rewrites its weights.
 
-    On a GPU with triton, corrected layers of bitsandbytes' 4 bits and of GPTQ's 4 bits generate through kernels that
-    correct in the same launch, see `glowq.runtime.fused.fuse`. They change no weight, and all of that stays possible.
+    On a GPU with triton, corrected layers of bitsandbytes' and GPTQ's 4 bits generate with kernels that multiply and
+    correct in one launch, see `glowq.runtime.fused.fuse`. These change no weight, so that all of this stays possible.
 
     Args:
-        model: quantized, with or without a correction.
+        model: a quantized model, with or without a correction.
 
     Returns:
-        How many modules take another kernel from the next forward on; 0 where each had its fastest already.
+        The number of modules that use another kernel from the next forward on; 0 if each used its fastest already.
     """
     taken = fuse(model)
     for name, backend in quantized_modules(model).items():
         module = model.get_submodule(name)
-        # What is fused must go on being readable: the kernels read the weight as the library packed it.
+        # A fused module must keep its weight as the library packed it, because the fused kernel reads that.
         if not is_fused(module) and backend.release(module):
             setattr(module, _RELEASED, True)
             taken += 1
@@ -41,10 +41,10 @@ def use_fast_kernels(model: nn.Module) -> int:
 
 
 def refuse_rewritten(model: nn.Module) -> None:
-    """Refuse to read or save what a kernel may have rewritten.
+    """Refuse to read or save weights that a kernel may have rewritten.
 
     Raises:
-        RepackedWeightError: `use_fast_kernels` let such kernels in.
+        RepackedWeightError: `use_fast_kernels` has enabled such kernels.
     """
     if any(hasattr(module, _RELEASED) for module in model.modules()):
         raise RepackedWeightError(

@@ -1,7 +1,8 @@
-"""A corrected member in one launch: a Triton kernel that multiplies by the packed weight and ends with the left factor.
+"""A corrected member in one launch: a Triton kernel multiplies by the packed weight and adds the left product.
 
-The member keeps its hook, which corrects whatever the library's own forward returns. Fusing gives the member another
-forward: where the kernels can do the whole of it, it does, and tells the hook so; everywhere else it is the library's.
+`fuse` gives a member another forward. For inputs that the kernels support, this forward computes the corrected output,
+and the member's hook returns it unchanged. For other inputs, it calls the library's forward, and the hook corrects the
+output as before.
 """
 
 from __future__ import annotations
@@ -26,40 +27,42 @@ from .hook import MemberHook
 __all__ = ["FusedForward", "fuse", "is_fused"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_GPUS = ("cuda", "xpu")  # ROCm's devices go by CUDA's name
+_GPUS = ("cuda", "xpu")  # torch calls ROCm's devices "cuda" too
 
 
 def fuse(model: nn.Module) -> int:
-    """Let the corrected members of `model` run through the kernels that correct in the launch that multiplies.
+    """Let corrected members of `model` use kernels that multiply and correct in one launch.
 
-    Those are the members whose weight is on a GPU now (for tests, on the CPU too if triton is in its interpreter) in a
-    packing that such a kernel reads. They take the kernel for inputs of at most `operators.FEW` tokens of float16,
-    bfloat16 or float32, where no gradient is wanted, under `torch.no_grad`: one launch for the right product of a group
-    (in `torch.inference_mode` of each member, see `SharedCorrection`) and one for each member. For everything else they
-    compute what they did, with the hook's correction, and so they do under autocast, in a compiler's trace, and while
-    somebody's hook is on a factor. Other hooks of a member see the corrected output of a kernel. No weight is changed;
-    `detach` takes everything back.
+    A member is fused if its weight is on a GPU now, in a packing that such a kernel reads. (For tests, the CPU counts
+    as well if triton runs its interpreter.) A fused member uses the kernel for inputs of at most `operators.FEW` tokens
+    of float16, bfloat16 or float32, under `torch.no_grad` or `torch.inference_mode`. A group then takes one launch for
+    its right product (in `torch.inference_mode` one for each member, see `SharedCorrection`) and one launch for each
+    member. For other inputs the member runs the library's forward and its hook adds the correction. This is also so
+    under autocast, while a compiler traces, and while a factor has a hook. Other hooks of a member get the corrected
+    output of the kernel. No weight is changed, and `detach` undoes everything.
 
     Args:
-        model: carries a correction.
+        model: a model with a correction.
 
     Returns:
-        How many members take the kernels from the next forward on that did not before.
+        The number of members that this call has fused.
     """
     return sum(_fuse(module) for module in model.modules())
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `fuse` has given this module its forward."""
+    """Whether `fuse` has replaced the forward of this module."""
     return isinstance(module.__dict__.get("forward"), FusedForward)
 
 
 class FusedForward:
-    """The forward of a fused member, kept as the module's attribute of that name: it copies and pickles with it.
+    """The forward of a fused member.
+
+    It is stored as the module's attribute `forward`, so that it is copied and pickled with the module.
 
     Args:
         module: the member.
-        hook: its hook.
+        hook: the member's hook.
         product: see `Backend.fused_product`.
     """
 
@@ -67,7 +70,7 @@ class FusedForward:
         self._module: Any = module
         self._hook: MemberHook | None = hook
         self._product = product
-        self._before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate's, of a resident module
+        self._before: Callable[..., Any] | None = module.__dict__.get("forward")  # set by accelerate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
@@ -79,7 +82,7 @@ class FusedForward:
         return type(self._module).forward(self._module, *args, **kwargs)
 
     def takes_no_tokens(self) -> bool:
-        """Whether the kernel accepts the member's tensors as they are: it checks them before it looks for tokens."""
+        """Whether the kernel accepts the member's tensors. Called without tokens, it only checks the tensors."""
         hook = self._hook
         assert hook is not None
         right = hook.container.right.factor
@@ -88,7 +91,7 @@ class FusedForward:
             return self._launched(hook, x, lambda: x.new_empty((0, len(right)))) is not None
 
     def remove(self) -> None:
-        """Give the module its own forward back; where somebody has wrapped this one, it does what that does."""
+        """Restore the module's own forward. If other code has wrapped this one, it stays and calls the module's own."""
         module, self._hook = self._module, None
         if module.__dict__.get("forward") is self:
             if self._before is None:
@@ -97,12 +100,12 @@ class FusedForward:
                 module.forward = self._before
 
     def _fused(self, x: Any) -> Tensor | None:
-        """The corrected output, or None where the library and the hook have to compute it."""
+        """The corrected output, or None if the library's forward and the hook must compute it."""
         hook = self._hook
-        if hook is None or not _is_taken(x) or not hook.container.enabled or hook.container.watched:
+        if hook is None or not _is_supported(x) or not hook.container.enabled or hook.container.watched:
             return None
         if self._module.__dict__.get("forward") is not self:
-            return None  # wrapped: what the hook will see as the input need not be what came here
+            return None  # other code has wrapped this forward: the hook's input may be another tensor than x
         output = self._launched(hook, x, lambda: hook.container.right_product(hook.index, x))
         if output is not None:
             hook.settle(x)
@@ -138,13 +141,13 @@ def _fuse(module: nn.Module) -> bool:
 
 
 def _is_resident(module: nn.Module) -> bool:
-    """Whether the module's weight stays where it is: accelerate hooks modules that it offloads, and others as well."""
+    """Whether the module is not offloaded. accelerate also sets hooks on modules that it does not offload."""
     hook = getattr(module, "_hf_hook", None)
     return hook is None or (type(hook) is AlignDevicesHook and not hook.offload)
 
 
-def _is_taken(x: Any) -> bool:
-    """Whether an input goes to the kernels: a few tokens, on a device of theirs, of which only the values matter."""
+def _is_supported(x: Any) -> bool:
+    """Whether the kernels support an input: few tokens, a device of the kernels, no gradient, trace or autocast."""
     if type(x) is not Tensor or torch.is_grad_enabled() or _is_recorded():
         return False
     return (
@@ -159,7 +162,7 @@ def _is_taken(x: Any) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether torch's operators are traced, transformed or counted, which it cannot do with these kernels."""
+    """Whether torch is tracing, transforming or counting its operators, which is not possible with these kernels."""
     return bool(
         torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
@@ -169,7 +172,7 @@ def _is_recorded() -> bool:
 
 
 def _can_run(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of `device`; says once why they do not where there is a GPU."""
+    """Whether the kernels run on tensors of `device`. If they cannot run on a GPU, a warning says why, once."""
     return (device.type in _GPUS or (device.type == "cpu" and _interpreted())) and operators._kernels() is not None
 
 

@@ -1,9 +1,10 @@
-"""The operators that a correction is computed with: `torch.ops.glowq.right`, `correction` and `left_add_`.
+"""The operators that compute a correction: `torch.ops.glowq.right`, `correction` and `left_add_`.
 
-Each is declared once, in torch's own dispatcher: a default in plain torch for every device, a better one where a
-device has it. Gradients come from the same products in torch's own operators, so that every order of differentiation
-works. All of them take inputs of any leading shape, an empty one too. A factor is a matrix of floats, whose dtype is
-then computed in, or of int8 with a scale a row; then its input's dtype is.
+Each operator is registered once in torch's dispatcher, with a default in plain torch for every device and faster
+implementations for some devices. If a gradient is needed, torch's own operators compute the same products, so that
+derivatives of every order work. All operators take inputs of any leading shape, also an empty one. A factor is a float
+matrix, and its dtype is the dtype of the computation; or it is an int8 matrix with one scale per row, and the dtype of
+the input is the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch.autograd import forward_ad
 __all__ = ["FEW", "INT8_MULTIPLE", "correction", "joined", "left_add_", "right", "stacked"]
 
 FEW = 16
-"""Tokens that the kernels of few are made for."""
+"""Largest number of tokens for which the kernels and the int8 product for few tokens are used."""
 
 INT8_MULTIPLE = 16
-"""Columns that torch's product of int8 rows takes at once; bfloat16 rows that end in between it reads beyond."""
+"""Columns that torch's int8 product reads at once; it reads beyond the end of bfloat16 rows of other lengths."""
 
-_INLINED = 8  # tokens up to which a compiler's own loops are faster than a call of the library's product
+_INLINED = 8  # largest number of tokens for which a compiler's own loops are faster than a library's matrix product
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of inputs that torch multiplies int8 by without converting it first
+_PACKED_DTYPES = (torch.float16, torch.bfloat16)  # dtypes of inputs for which torch does not convert int8 rows first
 
 _LIBRARY = torch.library.Library("glowq", "DEF")
 _LIBRARY.define("right(Tensor x, Tensor right, Tensor? scale=None) -> Tensor")
@@ -39,15 +40,15 @@ _LIBRARY.define("left_add_(Tensor(a!) output, Tensor product, Tensor left, Tenso
 
 
 def right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Right product B x.
+    """The right product B x.
 
     Args:
         x: input, shape (..., d), any float dtype.
         right: right factor B, shape (r, d), float, or int8 with `scale`.
-        scale: shape (r,), float: B is `right` times its row's scale. For int8 only.
+        scale: only for int8: shape (r,), float; each row of B is the row of `right` times its scale.
 
     Returns:
-        Shape (..., r), dtype of `right`, or of x where that is int8.
+        Shape (..., r), dtype of `right`, or of x if `right` is int8.
     """
     found: Tensor = _run("right", x, right, scale)
     return found
@@ -56,17 +57,17 @@ def right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
 def correction(
     x: Tensor, right: Tensor, left: Tensor, right_scale: Tensor | None = None, left_scale: Tensor | None = None
 ) -> Tensor:
-    """What a group adds to its members' outputs, A (B x), the members side by side.
+    """The corrections of all members of a group, A (B x), concatenated along the last dimension.
 
     Args:
         x: input, shape (..., d), any float dtype.
         right: right factor B, shape (r, d), float, or int8 with `right_scale`.
-        left: left factors of the members, one below the other, shape (O, r), dtype of `right`.
+        left: left factors of the members, concatenated along the rows, shape (O, r), dtype of `right`.
         right_scale: shape (r,), see `right`.
         left_scale: shape (O,), see `left_add_`.
 
     Returns:
-        Shape (..., O), dtype of `right`, or of x where that is int8.
+        Shape (..., O), dtype of `right`, or of x if `right` is int8.
     """
     found: Tensor = _run("correction", x, right, left, right_scale, left_scale)
     return found
@@ -79,23 +80,23 @@ def left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | Non
         output: shape (..., o), any float dtype.
         product: what `right` returned, shape (..., r).
         left: left factor A, shape (o, r), dtype of `product`, or int8 with `scale`.
-        scale: shape (o,), float: A is `left` times its row's scale. For int8 only.
+        scale: only for int8: shape (o,), float; each row of A is the row of `left` times its scale.
     """
     _run("left_add_", output, product, left, scale)
 
 
 def stacked(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The same factors one after the other in one piece of memory, each still a tensor of its own.
+    """Copy factors into one block of memory, one after the other; returns one tensor per factor.
 
     Args:
-        factors: shapes (o_i, r), of one dtype and device.
+        factors: shapes (o_i, r), all of one dtype and device.
     """
     whole = torch.cat(list(factors))
     return list(whole.split([len(factor) for factor in factors]))
 
 
 def joined(factors: Sequence[Tensor]) -> Tensor | None:
-    """All factors as one, shape (O, r), in their own memory; None where they do not lie there one after the other."""
+    """All factors as one tensor, shape (O, r), without a copy; None if they do not follow each other in memory."""
     first = factors[0]
     if first.is_meta or not first.is_contiguous():
         return None
@@ -106,22 +107,22 @@ def joined(factors: Sequence[Tensor]) -> Tensor | None:
             return None
         rows += factor.shape[0]
     if (first.storage_offset() + rows * rank) * size > first.untyped_storage().nbytes():
-        return None  # neighbours by chance
+        return None  # different allocations that are adjacent by chance
     return first.as_strided((rows, rank), (rank, 1))
 
 
 def _run(name: str, x: Tensor, *others: Any) -> Any:
     if torch.compiler.is_compiling():
-        # Exporters know torch's own operators only, and compilers make loops of them that end in what follows.
+        # Exporters support only torch's own operators. On the CPU, compilers fuse those with the code that follows.
         plain = x.device.type == "cpu" or torch.compiler.is_exporting()
         return _TRACED[name](x, *others) if plain else _OPERATORS[name](x, *others)
-    if type(x) is Tensor and x.is_cpu:  # where the dispatcher would arrive, some microseconds later
+    if type(x) is Tensor and x.is_cpu:  # the same function that the dispatcher would call, some microseconds earlier
         return (_DEFAULT if torch.is_grad_enabled() else _ON_CPU)[name](x, *others)
     return _OPERATORS[name](x, *others)
 
 
 def _dense(factor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The matrix that a factor stands for: itself, or int8 times its row's scale, in `dtype`."""
+    """A factor as a float matrix: itself, or int8 rows times their scales, in `dtype`."""
     return factor if scale is None else factor.to(dtype) * scale.to(dtype)[:, None]
 
 
@@ -164,13 +165,16 @@ def _left_add_in_place(output: Tensor, product: Tensor, left: Tensor, scale: Ten
 
 
 def _is_packable(x: Tensor, factor: Tensor) -> bool:
-    """Whether torch's product of few tokens with int8 rows is right and fast for these."""
+    """Whether torch's product of few tokens with int8 rows is correct and fast for these tensors."""
     few = 0 < x.numel() <= FEW * x.shape[-1]
     return few and x.dtype in _PACKED_DTYPES and factor.shape[1] % INT8_MULTIPLE == 0 and factor.is_contiguous()
 
 
 def _traced_right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
-    """As torch's own operators: for few tokens as a sum, of which inductor makes one loop that reads a factor once."""
+    """The right product in torch's own operators, for tracing.
+
+    For few tokens it is a sum, which inductor compiles to one loop that reads the factor once.
+    """
     count = 1
     for size in x.shape[:-1]:
         count = count * size
@@ -190,7 +194,7 @@ def _traced_correction(
 
 @cache
 def _kernels() -> Any:
-    """The Triton kernels, or None where they cannot run, said once."""
+    """The Triton kernels, or None if they cannot run; then a warning says why, once."""
     import glowq_kernels
 
     reason = glowq_kernels.unavailable()
@@ -205,7 +209,7 @@ def _kernels() -> Any:
 
 
 def _takes_kernels(x: Tensor, *factors: Tensor) -> bool:
-    """Whether the kernels are made for these tensors: a few tokens, of dtypes that they know."""
+    """Whether the kernels support these tensors (few tokens, supported dtypes) and can run."""
     few = x.numel() <= FEW * x.shape[-1]
     known = (*_KERNEL_DTYPES, torch.int8)
     return few and x.dtype in _KERNEL_DTYPES and all(factor.dtype in known for factor in factors) and bool(_kernels())
@@ -226,7 +230,7 @@ def _left_add_on_gpu(output: Tensor, product: Tensor, left: Tensor, scale: Tenso
 
 
 def _with_gradients(operator: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs where a gradient may be wanted: torch's own operators if one is, else the operator itself."""
+    """The implementation for autograd: torch's own operators if a gradient is needed, otherwise the operator itself."""
 
     def run(*arguments: Any) -> Any:
         backward = torch.is_grad_enabled() and any(
@@ -250,6 +254,6 @@ for _name, _operator in _OPERATORS.items():
     _LIBRARY.impl(_name, _DEFAULT[_name], "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _with_gradients(_operator, _DEFAULT[_name]), "Autograd")
     _LIBRARY.impl(_name, _ON_CPU[_name], "CPU")
-for _device in ("CUDA", "XPU"):  # ROCm's devices go by CUDA's name
+for _device in ("CUDA", "XPU"):  # torch calls ROCm's devices "CUDA" too
     _LIBRARY.impl("right", _right_on_gpu, _device)
     _LIBRARY.impl("left_add_", _left_add_on_gpu, _device)

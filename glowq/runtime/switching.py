@@ -1,4 +1,4 @@
-"""Switch corrections off and on again: a model's, or those of some of its groups."""
+"""Switch the correction of a model, or of some of its groups, off and on again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["disabled", "set_enabled"]
 
 @contextmanager
 def disabled(model: nn.Module, groups: Iterable[str] | None = None) -> Iterator[nn.Module]:
-    """Inside this context `model` runs without its correction, or without that of some groups.
+    """Inside this context `model` runs without its correction, or without the correction of some groups.
 
     Args:
-        model: carries a correction.
-        groups: names of groups, the keys of `correction.ranks`; None for all. The others stay as they are.
+        model: a model with a correction.
+        groups: names of the groups, which are the keys of `correction.ranks`; None for all. Other groups do not change.
 
     Raises:
-        ConfigError: the model carries no correction of such a group.
+        ConfigError: the model carries no correction of one of these groups.
     """
     containers = _chosen(model, groups)
     before = [container.enabled for container in containers]
@@ -38,19 +38,19 @@ def disabled(model: nn.Module, groups: Iterable[str] | None = None) -> Iterator[
 
 
 def set_enabled(model: nn.Module, enabled: bool, groups: Iterable[str] | None = None) -> None:
-    """Switch the correction of `model`, or that of some groups, on or off for good.
+    """Switch the correction of `model`, or of some groups, on or off until it is switched again.
 
     A group that is off computes nothing and keeps its factors: `save_pretrained` stores them, and a saved model is
-    loaded with every group on. `dequantize` merges what runs. A compiled model is compiled once more for each set of
-    groups that it has not run with.
+    loaded with every group on. `dequantize` merges only the groups that are on. A compiled model is compiled once more
+    for each new set of groups that are on.
 
     Args:
-        model: carries a correction.
+        model: a model with a correction.
         enabled: whether the correction runs.
-        groups: names of groups, the keys of `correction.ranks`; None for all. The others stay as they are.
+        groups: names of the groups, which are the keys of `correction.ranks`; None for all. Other groups do not change.
 
     Raises:
-        ConfigError: the model carries no correction of such a group; none is switched then.
+        ConfigError: the model carries no correction of one of these groups; then no group is switched.
     """
     for container in _chosen(model, groups):
         container.enabled = enabled
@@ -66,7 +66,7 @@ def _chosen(model: nn.Module, groups: Iterable[str] | None) -> list[SharedCorrec
             near = get_close_matches(name, found, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"the model carries no correction of a group {name!r} (it carries {len(found)}); the keys of "
-                f"correction.ranks are the names of all.{hint}"
+                f"the model carries no correction of a group {name!r} (it carries those of {len(found)} groups); the "
+                f"keys of correction.ranks are the names of all groups.{hint}"
             )
     return [found[name] for name in names]
