@@ -55,7 +55,7 @@ def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> 
         seed: seed of the few-shot examples and of every other random choice.
 
     Returns:
-        Task -> metric -> {"value", "ci95"}. "ci95" is a 95% interval by the normal distribution, [low, high]; it is
+        Task -> metric -> {"value", "ci95"}. "ci95" is a 95% interval of the normal distribution, [low, high]; it is
         None where the harness gives no standard error.
 
     Raises:

@@ -1,6 +1,6 @@
 """The exporter "glowq" of optimum: `main_export`, and its registration with `TasksManager`.
 
-`optimum.exporters.glowq`, where users of optimum look for an exporter, has the same names.
+An installed glowq also has the module `optimum.exporters.glowq`, where users of optimum look for an exporter.
 """
 
 from __future__ import annotations

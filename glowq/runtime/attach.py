@@ -99,7 +99,10 @@ def detach(model: nn.Module) -> None:
 
 
 def attached_factors(model: nn.Module) -> list[GroupFactors]:
-    """The factors of every correction attached to `model`, in module order. Their gains and totals are zero."""
+    """The factors of every correction attached to `model`, in module order.
+
+    Their gains and totals are zero, because containers do not keep them.
+    """
     return [_factors_of(container, factor_dtype(model)) for container in attached(model).values()]
 
 
@@ -139,7 +142,7 @@ def applied(model: nn.Module, factors: Sequence[GroupFactors]) -> Iterator[nn.Mo
 
 @contextmanager
 def set_aside(model: nn.Module) -> Iterator[None]:
-    """Inside this context the module tree has no containers, because some bases store a list of all its tensors."""
+    """Inside this context the module tree holds no containers, because some bases store a list of all tensors in it."""
     found = [
         (parent, name, child)
         for parent in model.modules()

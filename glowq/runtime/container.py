@@ -287,7 +287,7 @@ class SharedCorrection(nn.Module):
 
 
 def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
-    """The state in which a product of `x` can be reused; empty for tensors of inference mode, which have no version."""
+    """What must stay equal for a product of `x` to be reused; empty for inference tensors, which have no version."""
     if x.is_inference():
         return ()
     autocast = not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

@@ -21,8 +21,9 @@ def use_fast_kernels(model: nn.Module) -> int:
     a model that you only want to run. With such a kernel the model can no longer be corrected, dequantized or saved. It
     can no longer be compiled either, because torch.compile does not notice that bitsandbytes rewrites its weights.
 
-    On a GPU with triton, corrected layers of bitsandbytes' and GPTQ's 4 bits generate with kernels that multiply and
-    correct in one launch, see `glowq.runtime.fused.fuse`. These change no weight, so that all of this stays possible.
+    On a GPU with triton, corrected 4-bit layers of bitsandbytes and GPTQ generate with kernels that multiply and
+    correct in one launch, see `glowq.runtime.fused.fuse`. These kernels change no weight, so that the model can still
+    be corrected, dequantized, saved and compiled.
 
     Args:
         model: a quantized model, with or without a correction.

@@ -37,7 +37,7 @@ def fuse(model: nn.Module) -> int:
     as well if triton runs its interpreter.) A fused member uses the kernel for inputs of at most `operators.FEW` tokens
     of float16, bfloat16 or float32, under `torch.no_grad` or `torch.inference_mode`. A group then takes one launch for
     its right product (in `torch.inference_mode` one for each member, see `SharedCorrection`) and one launch for each
-    member. For other inputs the member runs the library's forward and its hook adds the correction. This is also so
+    member. For other inputs the member runs the library's forward and its hook adds the correction. It does the same
     under autocast, while a compiler traces, and while a factor has a hook. Other hooks of a member get the corrected
     output of the kernel. No weight is changed, and `detach` undoes everything.
 
@@ -82,7 +82,7 @@ class FusedForward:
         return type(self._module).forward(self._module, *args, **kwargs)
 
     def takes_no_tokens(self) -> bool:
-        """Whether the kernel accepts the member's tensors. Called without tokens, it only checks the tensors."""
+        """Whether the kernel accepts the member's tensors. For an input of no tokens it only checks the tensors."""
         hook = self._hook
         assert hook is not None
         right = hook.container.right.factor

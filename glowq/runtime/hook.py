@@ -43,7 +43,7 @@ class MemberHook:
             group = self.container.group
             raise UnsupportedModuleError(
                 f"{group.members[self.index]} of group {group.name!r} got {len(tensors)} tensors by keyword "
-                f"({', '.join(kwargs) or 'nothing'}), expected one, its input: call it with one by position."
+                f"({', '.join(kwargs) or 'nothing'}), expected one, its input: call it with one tensor by position."
             )
         return tensors[0]
 

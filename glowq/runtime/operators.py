@@ -25,7 +25,7 @@ FEW = 16
 """Largest number of tokens for which the kernels and the int8 product for few tokens are used."""
 
 INT8_MULTIPLE = 16
-"""Columns that torch's int8 product reads at once; it reads beyond the end of bfloat16 rows of other lengths."""
+"""Columns that torch's int8 product reads at once; it reads beyond bfloat16 rows whose length is not a multiple."""
 
 _INLINED = 8  # largest number of tokens for which a compiler's own loops are faster than a library's matrix product
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -252,7 +252,7 @@ def test_a_member_that_is_called_by_keyword(trio: nn.Module) -> None:
 
 def test_a_member_whose_input_cannot_be_told(trio: nn.Module) -> None:
     trio.q.forward = lambda input, scale: input[..., :1] * scale
-    with pytest.raises(UnsupportedModuleError, match=r"q\+k\+v.*got 2 tensors.*one by position"):
+    with pytest.raises(UnsupportedModuleError, match=r"q\+k\+v.*got 2 tensors.*one tensor by position"):
         trio.q(input=torch.randn(3, 8), scale=torch.ones(1))
 
 

@@ -90,8 +90,8 @@ def _check(
         raise ExportError(
             f"the dense model differs from the corrected one: the largest error of a weight is {worst:.3g} times what "
             f"rounding to {str(dtype).removeprefix('torch.')} allows, and outputs differ by "
-            f"{figures['relative_difference']:.3g} of their size, of which other kernels explain at most "
-            f"{_TOLERANCE}. Please report it, with the name of the model."
+            f"{figures['relative_difference']:.3g} of their size, where other kernels explain at most {_TOLERANCE}. "
+            "Please report it, with the name of the model."
         )
     size = sum(parameter.nbytes for parameter in merged.parameters())
     return {"weight_bytes": size, "check": {"weight_error": worst, **figures, "tolerance": _TOLERANCE}}

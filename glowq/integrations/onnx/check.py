@@ -163,7 +163,7 @@ def _text(
 ) -> tuple[Tensor, Tensor]:
     """Random token ids and their attention mask.
 
-    Of several sequences the first one is padded: on the left for a decoder, on the right for an encoder.
+    If there are several sequences, the first one is padded: on the left for a decoder, on the right for an encoder.
     """
     sequences, cached, tokens = shape
     ids = torch.randint(0, vocabulary, (sequences, cached + tokens), generator=generator)
@@ -213,7 +213,7 @@ def _unpadded(outputs: list[Tensor], mask: Tensor) -> Tensor:
 
 
 def _greedy(running: Any, model: Any, interface: Interface) -> int:
-    """Decode greedily, with ONNX Runtime and a cache and with the model without a cache.
+    """Decode greedily with ONNX Runtime and a cache, and compare every token with the model's, without a cache.
 
     Returns:
         The number of decoded tokens.

@@ -156,7 +156,7 @@ def _settings(model: Any, pairs: _Pairs) -> dict[str, Any]:
         "lora_alpha": largest,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": list(ranks),  # full names, because PEFT would match a last part in other modules too
+        "target_modules": list(ranks),  # full names, because PEFT matches a shorter name in other modules too
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

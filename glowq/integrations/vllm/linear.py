@@ -64,7 +64,7 @@ class GlowQLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             UnsupportedModuleError: the correction does not fit the layer.
         """
-        if type(self.base).__name__ in WEIGHT_LOADER_V2_SUPPORTED:  # vLLM looks up only the name of this class
+        if type(self.base).__name__ in WEIGHT_LOADER_V2_SUPPORTED:  # vLLM tests only the name of `GlowQLinearMethod`
             weight_loader = getattr(layer, "weight_loader_v2", weight_loader)
         shape = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
         self.base.create_weights(layer, *shape, weight_loader=weight_loader, **attributes)
