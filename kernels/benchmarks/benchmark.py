@@ -1,12 +1,12 @@
-"""Time the kernels, and what a correction costs on top of a quantized base, on the layers of an 8B Llama.
+"""Time the kernels, and measure the time and bytes that a correction adds to the quantized layers of an 8B Llama.
 
     python kernels/benchmarks/benchmark.py --rank 32 --json times.json
     python kernels/benchmarks/benchmark.py --interpret    # a smoke run without a GPU: its times mean nothing
 
-Everything that is compared runs in turns, one repetition of each at a time, after the cache has been flushed, and is
-first checked against plain torch. Several systems stand on the same base: the base alone, the base with a right factor
-shared by its members, in bfloat16 and in int8, and the base with a right factor for each member, of the same rank.
-Bytes and time of a correction are given over those of the base.
+The script first checks every system against plain torch. Then it times all calls in turns, one repetition of each at a
+time, and flushes the cache before each. The systems are the base alone, the base with a right factor that its members
+share (in bfloat16, in int8, and in separate launches), and the base with a right factor of the same rank for each
+member. Bytes and time of a correction are relative to those of the base.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LLAMA_8B = {
 }
 SMALL = {"q, k, v": (256, (64, 32, 32)), "down": (384, (96,))}
 GROUP_SIZE, BLOCKSIZE = 128, 64
-FLUSH = 256 * 2**20  # bytes, more than the last cache of any GPU
+FLUSH = 256 * 2**20  # bytes, more than the last-level cache of any GPU
 
 Call = Callable[[], object]
 
@@ -50,11 +50,11 @@ class Layer:
     """A quantized layer of stacked members with random factors, and tokens for it.
 
     Attributes:
-        linear: `gptq_linear` or `nf4_linear` with its weight: takes x and a correction.
-        twin: the same in plain torch.
-        base_bytes: of the packed weight with its scales.
-        outputs: the slice of the outputs of each member.
-        rights: a right factor for each member; the first is the shared one.
+        linear: `gptq_linear` or `nf4_linear` with its weight as arguments; takes x and a correction.
+        twin: the same function in plain torch.
+        base_bytes: bytes of the packed weight, its scales and its other tensors.
+        outputs: for each member, the slice of its outputs.
+        rights: a right factor for each member; the first is also the shared one.
     """
 
     x: Tensor
@@ -70,7 +70,7 @@ class Layer:
         return size(self.rights[0]) + size(self.left)
 
     def int8_bytes(self) -> int:
-        """Bytes of the same in int8, with a scale a row."""
+        """Bytes of one right factor and all left factors in int8, with one scale per row."""
         return sum(map(size, (*rounded(self.rights[0]), *rounded(self.left))))
 
     def member_bytes(self) -> int:
@@ -84,7 +84,7 @@ def size(tensor: Tensor) -> int:
 
 
 def rounded(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor in int8, and its rows' scales, float32."""
+    """Return a factor in int8, and one scale per row in float32."""
     scale = factor.float().abs().amax(1) / 127
     return (factor.float() / scale[:, None]).round().to(torch.int8), scale
 
@@ -131,7 +131,7 @@ def words(*shape: int, device: torch.device) -> Tensor:
 
 
 def calls(layer: Layer) -> tuple[dict[str, Call], dict[str, Call]]:
-    """What is timed: the systems, and each kernel beside plain torch."""
+    """Return the calls to time: the systems, and each kernel with its equivalents in plain torch."""
     x, left, shared = layer.x, layer.left, layer.rights[0]
     product, output = glowq_kernels.right(x, shared), layer.linear(x)
     dense = torch.randn(left.shape[0], x.shape[1], device=x.device).bfloat16()
@@ -175,7 +175,7 @@ def calls(layer: Layer) -> tuple[dict[str, Call], dict[str, Call]]:
 
 
 def check(layer: Layer, systems: dict[str, Call]) -> None:
-    """Leave with a message if a system computes something else than plain torch does."""
+    """Exit with a message if a system computes a different result from plain torch."""
     x, left = layer.x, layer.left
     base = layer.twin(x).float()
     shared = base + x.float() @ layer.rights[0].float().T @ left.float().T
@@ -186,12 +186,12 @@ def check(layer: Layer, systems: dict[str, Call]) -> None:
     for name, call in systems.items():
         wanted = expected.get(name, shared)
         error = float((call().float() - wanted).norm() / wanted.norm())  # type: ignore[attr-defined]
-        if not error < 0.02:  # bfloat16 rounds by 0.4% (the interpreter by 0.8%), a product once and the output once
+        if not error < 0.02:  # product and output are each rounded to bfloat16, by 0.4% (interpreter: 0.8%)
             sys.exit(f"{name} is wrong by {error:.1%}; its time would mean nothing.")
 
 
 class Clock:
-    """Microseconds that one call takes, from a cold cache."""
+    """Measures the microseconds of one call with a cold cache."""
 
     def __init__(self, device: torch.device) -> None:
         self.library = None if device.type == "cpu" else getattr(torch, device.type)
@@ -203,7 +203,7 @@ class Clock:
             call()
             return 1e6 * (time.perf_counter() - start)
         events = [self.library.Event(enable_timing=True) for _ in range(2)]
-        self.cache.zero_()  # while this runs, the host gets on with launching what comes behind it
+        self.cache.zero_()  # while the GPU runs this, the host already launches the call
         events[0].record()
         call()
         events[1].record()
@@ -212,7 +212,7 @@ class Clock:
 
 
 def graphs(several: dict[str, Call]) -> dict[str, Call]:
-    """Each call as a CUDA graph, without what the host does to launch it; empty where there are no such graphs."""
+    """Return each call as a CUDA graph, whose time excludes the launch work of the host; empty without CUDA."""
     if not torch.cuda.is_available():
         return {}
     captured: dict[str, Call] = {}
@@ -227,7 +227,7 @@ def graphs(several: dict[str, Call]) -> dict[str, Call]:
 
 
 def interleaved(clock: Clock, several: dict[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Microseconds of each call: one of each in turn, `repeats` times, after two turns that do not count."""
+    """Return the microseconds of each call. Each turn makes every call once; the first two turns are not counted."""
     times: dict[str, list[float]] = {name: [] for name in several}
     for turn in range(-2, repeats):
         for name, call in several.items():
@@ -238,7 +238,7 @@ def interleaved(clock: Clock, several: dict[str, Call], repeats: int) -> dict[st
 
 
 def rows(layer: Layer, clock: Clock, repeats: int) -> list[dict[str, Any]]:
-    """One row a call and way of launching: quartiles, and bytes and time over those of the base."""
+    """Return one row per call and launch mode: quartiles, and bytes and time relative to the base."""
     systems, kernels = calls(layer)
     check(layer, systems)
     extra = {"base": 0, "base + shared, int8": layer.int8_bytes(), "base + per member": layer.member_bytes()}
@@ -265,7 +265,7 @@ def print_rows(title: str, found: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Time every layer, print its rows, and write them where --json says."""
+    """Time every layer, print its rows, and write them to the file of --json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])

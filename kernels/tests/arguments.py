@@ -1,4 +1,4 @@
-"""The smallest arguments that each function takes, on the CPU: what the tests of refusals start from."""
+"""Small valid arguments of each function, on the CPU. The tests of errors change one argument at a time."""
 
 from __future__ import annotations
 

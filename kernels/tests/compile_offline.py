@@ -1,9 +1,9 @@
-"""Compile every kernel for a GPU that need not be there, and print each one's name and shared memory as JSON.
+"""Compile every kernel for a GPU that may be absent, and print the name and shared memory of each kernel as JSON.
 
     python kernels/tests/compile_offline.py cuda 90 32
     python kernels/tests/compile_offline.py hip gfx942 64
 
-The launchers run as they always do, on CPU tensors; only triton's launch is replaced by its compilation.
+The launchers run on CPU tensors as usual, but triton only compiles the kernels and does not launch them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INPUTS, OUTPUTS, RANK = 4096, 6144, 32
 
 
 class AbsentGPU:
-    """Answers triton's questions about the current device."""
+    """A driver of triton that reports `target` as the current device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def launch_all(tokens: int, dtype: torch.dtype) -> None:
-    """Every function once, the quantized products with every way of finding a scale."""
+    """Call every function once, and `gptq_linear` both with and without `g_idx`."""
     x = torch.zeros(tokens, INPUTS, dtype=dtype)
     glowq_kernels.right(x, torch.zeros(RANK, INPUTS, dtype=torch.int8), torch.zeros(RANK))
     left, scale = torch.zeros(OUTPUTS, RANK, dtype=torch.int8), torch.zeros(OUTPUTS)

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the kernels share. Without a GPU the kernels run in triton's interpreter, on the CPU."""
+"""Fixtures for the tests of the kernels. Without a GPU the kernels run in triton's interpreter, on the CPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def library() -> None:
-    """kernels/ is no package: its name is that of Hugging Face's library, which pytest's names for these files hide."""
+    """Make `import kernels` find Hugging Face's library.
+
+    Pytest registers the folder kernels/ as a module of the same name, which would hide the library.
+    """
     if not hasattr(sys.modules.get("kernels"), "get_local_kernel"):
         sys.modules.pop("kernels", None)
 
@@ -46,7 +49,10 @@ def device() -> torch.device:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
-    """Every output starts as NaN, between two stretches of NaN, listed, that must last until the test ends."""
+    """Fill every new output with NaN, and place it between two regions of NaN that must be unchanged after the test.
+
+    Returns the list of these regions.
+    """
     borders: list[torch.Tensor] = []
     empty: Callable[..., torch.Tensor] = torch.empty
 
@@ -65,13 +71,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
 
 @pytest.fixture
 def fused(library: None) -> Any:
-    """The module of glowq, which need not be installed where the kernels are tested."""
+    """The module `glowq.runtime.fused`; glowq is not needed for the other tests of the kernels."""
     return pytest.importorskip("glowq.runtime.fused")
 
 
 @pytest.fixture
 def calls(fused: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often the kernels and the right product are called."""
+    """Numbers of calls of the kernels and of the right product."""
     counts: Counter[str] = Counter()
 
     def count(place: Any, name: str) -> None:
@@ -91,7 +97,7 @@ def calls(fused: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]
 
 @pytest.fixture
 def make(fused: Any, calls: Counter[str], device: torch.device) -> Callable[..., Any]:
-    """Corrected and fused layers of a base of this name."""
+    """A function that builds corrected and fused layers of the base with the given name."""
 
     def build(base: str, **options: Any) -> Any:
         model = corrected(BASES[base], device, **options)

@@ -1,4 +1,4 @@
-"""Corrected layers of bitsandbytes and gptqmodel for tests of `glowq.runtime.fused`, and what they should compute."""
+"""Corrected layers of bitsandbytes and gptqmodel for tests of `glowq.runtime.fused`, and checks of their outputs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Base:
     """One kind of packed layer.
 
     Attributes:
-        kernel: the function of `glowq_kernels` that reads it.
+        kernel: name of the function of `glowq_kernels` that reads the layer.
         make: (inputs, outputs, bias, dtype) -> layer, on the CPU.
-        read: layer -> the library's own dequantized weight, shape (o, d), and what its entries were made of.
-        error: relative error of the library's entries.
+        read: layer -> the weight as its library dequantizes it, shape (o, d), and a bound on the size of the numbers
+            from which each entry was computed.
+        error: relative error of the entries of the dequantized weight.
     """
 
     kernel: str
@@ -36,7 +37,7 @@ class Base:
 
 
 def bitsandbytes(quant_type: str, double: bool) -> Base:
-    """bitsandbytes' 4 bits."""
+    """A 4-bit layer of bitsandbytes."""
 
     def make(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Module:
         library = pytest.importorskip("bitsandbytes")
@@ -50,14 +51,14 @@ def bitsandbytes(quant_type: str, double: bool) -> Base:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        assert weight.dtype is torch.float32  # which it was quantized from: nothing is rounded
+        assert weight.dtype is torch.float32  # the dtype before quantization, so dequantization does not round
         return weight.double().cpu(), weight.double().cpu().abs()
 
     return Base("nf4_linear", make, read, 2.0**-22)
 
 
 def gptq(group_size: int, order: bool = False, bits: int = 4) -> Base:
-    """gptqmodel's layer, asymmetric."""
+    """An asymmetric layer of gptqmodel."""
 
     def make(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Module:
         pytest.importorskip("gptqmodel")
@@ -74,7 +75,7 @@ def gptq(group_size: int, order: bool = False, bits: int = 4) -> Base:
         weight = type(layer).dequantize_weight(layer).T.double().cpu()
         return weight, 31 * layer.scales[layer.g_idx.long()].T.double().cpu()
 
-    return Base("gptq_linear", make, read, 2.0**-11)  # their weight is rounded to float16
+    return Base("gptq_linear", make, read, 2.0**-11)  # gptqmodel rounds the dequantized weight to float16
 
 
 BASES = {
@@ -92,7 +93,7 @@ everywhere = pytest.mark.parametrize("base", ["nf4-double", "gptq-act-order"])
 
 
 class Layers(nn.Module):
-    """q, k and v, which read one input, and o; a name of `only` alone, where that is given."""
+    """Modules q, k and v, which read the same input, and o. `only` selects the modules to run."""
 
     def forward(self, x: Tensor, only: str = "qkvo") -> list[Tensor]:
         return [getattr(self, name)(x) for name in only]
@@ -107,11 +108,11 @@ def corrected(
     factors: torch.dtype = torch.float32,
     inputs: int = INPUTS,
 ) -> Any:
-    """`Layers` of a base with random corrections, on the device.
+    """Return `Layers` of a base with random corrections, on the device.
 
     Args:
-        dtype: what bitsandbytes computes in.
-        factors: dtype of the factors; int8 for those of `glowq.factors.int8`.
+        dtype: dtype in which bitsandbytes computes.
+        factors: dtype of the factors; int8 rounds them with `glowq.factors.int8`.
     """
     from glowq.factors.factors import GroupFactors
     from glowq.factors.group import Group
@@ -140,10 +141,10 @@ def corrected(
 
 
 def check(base: Base, model: Any, name: str, x: Tensor, found: Tensor, computed: torch.dtype | None = None) -> None:
-    """Assert that `found` is what member `name` should compute of x, within bounds that follow from the dtypes.
+    """Assert that `found` is the output of member `name` for x, within bounds that follow from the dtypes.
 
     Args:
-        computed: dtype that the layer computes in, where it is another than that of x.
+        computed: dtype in which the layer computes, if it is not the dtype of x.
     """
     from glowq.runtime import operators
     from glowq.runtime.attach import attached
@@ -161,7 +162,7 @@ def check(base: Base, model: Any, name: str, x: Tensor, found: Tensor, computed:
     if layer.bias is not None:
         expected, size = expected + layer.bias.double().cpu(), size + layer.bias.double().cpu().abs()
     assert found.dtype == x.dtype
-    # Rounded to what is computed in, and then to the dtype of x.
+    # The output is rounded to the dtype of the computation, then to the dtype of x.
     coarsest = max([computed or x.dtype, x.dtype], key=rounding)
     error = base.error + rounding(computed or x.dtype)
     assert_close(found.to(coarsest), expected, size, x.shape[-1] + RANK, weights=error)
@@ -183,7 +184,7 @@ def check_all(base: str, model: Any, x: Tensor, **options: Any) -> None:
 
 
 def make_like(model: Any) -> Any:
-    """A copy whose members are not fused."""
+    """Return a copy of the model whose members are not fused."""
     model = copy.deepcopy(model)
     for name in WIDTHS:
         getattr(model, name).__dict__.pop("forward", None)
@@ -191,7 +192,7 @@ def make_like(model: Any) -> Any:
 
 
 def as_before(model: Any, calls: Counter[str], x: Tensor, context: Callable[[], Any]) -> None:
-    """Assert that a fused model does exactly what the same one does that is not."""
+    """Assert that a fused model runs no kernel in this context, and gives the same outputs as the model not fused."""
     plain = make_like(model)
     with context():
         expected = plain(x)

@@ -1,6 +1,6 @@
-"""What the kernels should compute, in float64 and one loop at a time, and how far from it they may be.
+"""Reference results of the kernels in float64, and bounds on the error of the kernels.
 
-Nothing here is shared with the package: weights are packed and unpacked in other words than the kernels' own.
+This module shares no code with the package: it packs and unpacks weights by its own code.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24}  # of a significand
+_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24}  # bits of the significand
 _BORDER = 64
 
 
 def surrounded(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A contiguous copy of `tensor` inside a larger one, and the two stretches around it: NaN, or the largest int."""
+    """Copy `tensor` into a larger one. Return the contiguous copy and the two regions around it.
+
+    The regions are filled with NaN, or with the largest integer of an integer dtype.
+    """
     poison = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
     whole = torch.full((tensor.numel() + 2 * _BORDER,), poison, dtype=tensor.dtype, device=tensor.device)
     inner = whole[_BORDER:-_BORDER]
@@ -26,7 +29,7 @@ def surrounded(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scattered(tensor: Tensor) -> Tensor:
-    """`tensor` as a view of a larger tensor of NaN, with no stride of 1."""
+    """Return `tensor` as a view of a larger tensor of NaN; no stride of the view is 1."""
     shape = [size + 2 for size in tensor.shape[:-1]] + [2 * tensor.shape[-1] + 5]
     whole = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
     view = whole[tuple(slice(1, 1 + size) for size in tensor.shape[:-1])][..., 3 : 3 + 2 * tensor.shape[-1] : 2]
@@ -35,8 +38,8 @@ def scattered(tensor: Tensor) -> Tensor:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Largest relative error of one rounding to `dtype` where the kernels run."""
-    # To nearest on a GPU; triton's interpreter cuts bfloat16 off instead, which is twice as far.
+    """Return the largest relative error of one rounding to `dtype` on the device that runs the kernels."""
+    # A GPU rounds to nearest. Triton's interpreter truncates to bfloat16, with twice the error.
     cut = dtype is torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
     return 2.0 ** -(_BITS[dtype] - cut)
 
@@ -45,11 +48,11 @@ def assert_close(actual: Tensor, expected: Tensor, magnitude: Tensor, terms: int
     """Assert that `actual` is a float32 sum of `terms` terms, rounded once to its dtype.
 
     Args:
-        actual: what was computed.
-        expected: what should have been, float64, same shape.
-        magnitude: sum of the absolute values of the terms, same shape: a float32 sum of n terms, in whatever order, is
-            off by at most n 2^-24 of it.
-        terms: n; a few are added for the multiplications on the way.
+        actual: result to check.
+        expected: exact result, float64, same shape.
+        magnitude: sum of the absolute values of the terms, same shape. A float32 sum of n terms, in any order, has an
+            error of at most n 2^-24 times this sum.
+        terms: n; the bound adds a few terms for the multiplications.
         weights: relative error of each term before the sum.
     """
     assert actual.shape == expected.shape
@@ -75,8 +78,9 @@ def assert_linear(
     """Assert that `actual` is x weight + bias + product left^T, in the dtype of x.
 
     Args:
-        weight: shape (d, o), float64; `magnitude` is what its entries were made of.
-        weights: relative error of the weight's entries.
+        weight: shape (d, o), float64.
+        magnitude: sum of the absolute values from which each entry of `weight` was computed, shape (d, o).
+        weights: relative error of the entries of `weight`.
     """
     assert actual.dtype == x.dtype
     assert actual.is_contiguous()
@@ -94,7 +98,7 @@ def assert_linear(
 def correction(
     shape: tuple[int, ...], outputs: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor | None]:
-    """Arguments of a linear function for a random correction of inputs of `shape`: product, left and left_scale."""
+    """Random arguments product, left and left_scale of a quantized linear function, for inputs of this shape."""
     left, scale = random_factor(outputs, rank, dtype, device)
     entries = torch.float32 if dtype is torch.int8 else dtype
     product = torch.randn(*shape[:-1], rank).to(device, entries)
@@ -102,7 +106,7 @@ def correction(
 
 
 def dense(factor: Tensor, scale: Tensor | None) -> Tensor:
-    """A factor in float64."""
+    """The values of a factor in float64, with its scale applied."""
     factor = factor.double().cpu()
     return factor if scale is None else factor * scale.double().cpu()[:, None]
 
@@ -120,9 +124,9 @@ class GPTQWeight:
     """A random weight in GPTQ's layout, on the device, and in float64.
 
     Attributes:
-        arguments: of `gptq_linear`.
+        arguments: arguments of `gptq_linear`.
         weight: shape (d, o), float64.
-        magnitude: (code + zero point) * scale: what the terms of an output are made of, shape (d, o).
+        magnitude: (code + zero point) * scale, shape (d, o): the size of the numbers that are summed for an output.
     """
 
     arguments: dict[str, Any]
@@ -140,7 +144,7 @@ def random_gptq(
     order: bool = False,
     scale_dtype: torch.dtype = torch.float16,
 ) -> GPTQWeight:
-    """A random weight in GPTQ's layout; with `order`, each channel is of a random group."""
+    """Return a random weight in GPTQ's layout; with `order`, each channel belongs to a random group."""
     size = inputs if group_size == -1 else group_size
     groups = -(-inputs // size)
     codes = torch.randint(0, 16, (inputs, outputs))
@@ -167,7 +171,7 @@ def random_gptq(
 
 
 def _packed(codes: Tensor) -> Tensor:
-    """Words of eight codes of the last dimension each, the first in the lowest bits; int32."""
+    """Pack each eight codes of the last dimension into an int32 word, the first code in the lowest bits."""
     words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64)
     for place in range(8):
         words += codes[:, place::8] * 16**place
@@ -175,7 +179,7 @@ def _packed(codes: Tensor) -> Tensor:
 
 
 def random_nf4(inputs: int, outputs: int, blocksize: int, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of `nf4_linear` for a random weight of random code values, and the weight (o, d) in float64."""
+    """Return arguments of `nf4_linear` for a random weight and a random code, and the weight (o, d) in float64."""
     count = inputs * outputs
     code = torch.randn(16)
     codes = torch.randint(0, 16, (count,))
@@ -197,13 +201,14 @@ def packed_by_gptqmodel(
     bits: int = 4,
     group_size: int,
 ) -> Any:
-    """gptqmodel's layer of the weight (codes - zeros) * scales, packed by the library, with a random bias or none.
+    """Return gptqmodel's layer with the weight (codes - zeros) * scales, packed by the library.
 
     Args:
         codes: shape (o, d), int64, each below 2 ** bits.
         zeros: zero point of each group, shape (o, groups), int64.
         scales: shape (o, groups), float32.
-        groups: group of each input channel, shape (d,), int64: in another order than the channels' for act-order.
+        groups: group of each input channel, shape (d,), int64; for act-order, the groups are not sorted.
+        bias: whether the layer has a random bias.
     """
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 

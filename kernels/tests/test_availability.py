@@ -1,4 +1,4 @@
-"""`unavailable`: one sentence for each thing that can be missing."""
+"""`unavailable` returns one sentence for each requirement that can be missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOURCES = str(Path(__file__).parents[1] / "torch-ext")
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine with a GPU, a compiler and triton: what a test takes away from it is all that is missing."""
+    """Simulate a machine that meets all requirements: a GPU, a compiler and triton. A test removes one of them."""
     pytest.importorskip("triton")
     (tmp_path / "Python.h").touch()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -67,7 +67,7 @@ def test_xpu(ready: pytest.MonkeyPatch) -> None:
 def test_old_gpu(ready: pytest.MonkeyPatch) -> None:
     ready.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert "compute capability 8.0 or newer, found 7.5" in unavailable()
-    ready.setattr(torch.version, "hip", "6.4")  # whose capabilities count otherwise
+    ready.setattr(torch.version, "hip", "6.4")  # capabilities of AMD GPUs use other numbers
     assert unavailable() is None
 
 
@@ -87,7 +87,7 @@ def test_no_headers(ready: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(script: str, **variables: str) -> str:
-    """What a fresh Python prints."""
+    """Run a script in a new Python process and return its output."""
     environment = {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
@@ -97,7 +97,7 @@ def run(script: str, **variables: str) -> str:
 
 
 def test_without_triton() -> None:
-    """The package is imported, says what is missing, and its twins run."""
+    """The package can be imported, reports what is missing, and its twins run."""
     printed = run(
         """
 import sys
@@ -118,7 +118,7 @@ print(glowq_kernels.twins.right(torch.ones(1, 4), torch.ones(2, 4)).tolist())
 
 
 def test_on_the_cpu_without_the_interpreter() -> None:
-    """Importing the package does not import triton, and a tensor on the CPU is refused by name."""
+    """Importing the package does not import triton, and the error for a CPU tensor names the device."""
     pytest.importorskip("triton")
     printed = run(
         """

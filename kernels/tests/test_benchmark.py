@@ -1,4 +1,4 @@
-"""The benchmark runs: a smoke run in the interpreter, and a refusal where there is nothing to time."""
+"""The benchmark runs in the interpreter, and fails with a message if the kernels cannot run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def test_smoke_run(tmp_path: Path) -> None:
         for name in ("base", "base + shared", "base + shared, int8", "base + shared, apart", "base + per member")
     )
     assert (base["bytes_ratio"], base["time_ratio"]) == (0, 0)
-    # 256 inputs, 128 outputs, bfloat16 factors of rank 4, over 16 KiB of codes, two groups of scales and zero points.
+    # The factors (rank 4, bfloat16, 256 inputs, 128 outputs), relative to 16 KiB of codes and two groups of scales and
+    # zero points.
     stored = 128 * 256 // 2 + 2 * 128 * 2 + 2 * 128 // 2
     assert shared["bytes_ratio"] == apart["bytes_ratio"] == 2 * 4 * (256 + 128) / stored
     assert small["bytes_ratio"] == (4 * (256 + 128) + 4 * (4 + 128)) / stored

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here, at the shapes of a real layer, and fit their shared memory."""
+"""The kernels compile for GPUs that are not present, at the shapes of a real layer, and fit their shared memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KERNELS = {
 }
 
 
-# What one block may have: the least of all NVIDIA GPUs since compute capability 8.0, and what AMD's CDNA 3 has.
+# Maximum shared memory of one block: the smallest of all NVIDIA GPUs since compute capability 8.0, and AMD's CDNA 3.
 @pytest.mark.parametrize(
     ("target", "memory"),
     [(("cuda", "80", "32"), 99 * 1024), (("hip", "gfx942", "64"), 64 * 1024)],

@@ -1,4 +1,4 @@
-"""Corrected members in one launch (`glowq.runtime.fused`): right wherever they run, and as before everywhere else."""
+"""Corrected members that run in one launch (`glowq.runtime.fused`): their values, and the cases that do not use it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_members_that_are_not_fused_share_the_right_product(
 
 
 class Subclass(torch.Tensor):
-    """A tensor of somebody else's class."""
+    """A subclass of `torch.Tensor`."""
 
 
 @everywhere
@@ -189,7 +189,7 @@ def test_compilers_see_the_library(
 def test_threads(make: Callable[..., Any], device: torch.device, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(base)
     name = BASES[base].kernel
-    if device.type == "cpu":  # triton's interpreter takes one thread
+    if device.type == "cpu":  # triton's interpreter supports only one thread
         monkeypatch.setattr(glowq_kernels, name, getattr(glowq_kernels.twins, name))
     many = [inputs(2, device=device) for _ in range(16)]
     expected = [run(model, x, "qk") for x in many]

@@ -1,4 +1,4 @@
-"""Fused members as parts of a model: switched, detached, copied, freed, and with hooks and forwards of others."""
+"""Fused members in a model that is switched, detached, copied or freed, or that has other hooks and forwards."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_model_is_freed_when_nobody_has_it(make: Callable[..., Any], device: t
     run(model, inputs(2, device=device))
     gone = weakref.ref(model.q), weakref.ref(model.glowq_q)
     del model
-    gc.collect()  # the libraries' own modules refer to themselves
+    gc.collect()  # modules of the libraries have reference cycles
     assert [part() for part in gone] == [None, None]
 
 
@@ -176,7 +176,7 @@ def test_what_accelerate_dispatched(fused: Any, device: torch.device, base: str,
     model, x = corrected(BASES[base], device), inputs(2, device=device)
     hook = AlignDevicesHook(execution_device=device)
     add_hook_to_module(model.q, hook)
-    hook.offload = offload  # what it is asked for; nothing is moved
+    hook.offload = offload  # glowq reads this attribute; no weight is moved
     theirs = model.q.forward
     assert fused.fuse(model) == len(WIDTHS) - offload
     assert fused.is_fused(model.q) != offload
@@ -194,7 +194,7 @@ def test_a_direct_call_of_forward_settles_nothing_else(make: Callable[..., Any],
     model, x = make("nf4"), inputs(2, device=device)
     with torch.no_grad():
         model.q.forward(x)
-        del model.q.forward  # another takes its place, and the hook has to correct
+        del model.q.forward  # the class's forward replaces it, so the hook must add the correction
         found = model.q(inputs(2, device=device))
         again = model.q(x)
     assert not torch.equal(found, again)

@@ -1,4 +1,4 @@
-"""Which weights are fused, and that none is read as it was before it changed."""
+"""Which weights are fused, and that a changed weight is never read with its old values."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_tensors_of_inference_mode_do_not_count_what_is_written_to_them(
 
 def test_an_index_that_names_no_group(make: Callable[..., Any], calls: Counter[str], device: torch.device) -> None:
     model = make("gptq-act-order")
-    model.q.g_idx[0] = -1  # which the library takes for the last group
+    model.q.g_idx[0] = -1  # the library reads this as the last group
     model.q._stream_reset_cache()
     run(model, inputs(2, device=device), "q")
     assert not calls["gptq_linear"]
@@ -121,12 +121,12 @@ def test_any_storage_of_bitsandbytes(make: Callable[..., Any], device: torch.dev
 
 def test_what_no_kernel_reads(fused: Any, device: torch.device) -> None:
     assert fused.fuse(corrected(gptq(32, bits=8), device)) == 0
-    assert fused.fuse(corrected(BASES["nf4"], device, inputs=96)) == 0  # rows end inside blocks
+    assert fused.fuse(corrected(BASES["nf4"], device, inputs=96)) == 0  # a row ends inside a block
     model = corrected(BASES["gptq"], device, factors=torch.float64)
     assert fused.fuse(model) == 0
     model = corrected(BASES["nf4"], device)
     model.q.weight.quant_state.packing_format_for_cpu = True
-    model.k.weight.quant_state.code = model.k.weight.quant_state.code.double()  # which the kernel refuses
+    model.k.weight.quant_state.code = model.k.weight.quant_state.code.double()  # the kernel refuses float64
     model.v.weight.quant_state = None
     assert fused.fuse(model) == 1
     model = corrected(BASES["gptq"], device)

@@ -1,4 +1,4 @@
-"""`gptq_linear`: against a float64 product with weights packed by hand, and against gptqmodel's own module."""
+"""`gptq_linear` against a float64 product with weights that the test packs, and against gptqmodel's module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gptq_linear(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
 
 def check(gptq_linear: Callable[..., Tensor], x: Tensor, weight: GPTQWeight, **ends: Tensor | None) -> None:
     actual = gptq_linear(x, **weight.arguments, **ends)
-    # Some tiles round the dequantized weight to the dtype of x; float32 is what it is in already.
+    # Some tiles round the dequantized weight, which is float32, to the dtype of x.
     assert_linear(actual, x, weight.weight, weight.magnitude, weights=rounding(x.dtype), **ends)
 
 
@@ -51,7 +51,7 @@ def test_groups(
     zero_offset: int,
     tokens: int,
 ) -> None:
-    """Group sizes that divide the tiles, that do not, that do not divide d, and that are larger than d."""
+    """Group sizes that divide the tile size or not, that do not divide d, and that are larger than d."""
     x = torch.randn(tokens, 264, device=device)
     check(gptq_linear, x, random_gptq(264, 40, group_size, device, zero_offset=zero_offset))
 
@@ -97,11 +97,11 @@ def test_dtypes(
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_no_weight_is_rounded(device: torch.device, dtype: torch.dtype, tokens: int, group_size: int) -> None:
-    """One group a tile: the error is that of float32 sums, where rounding the weight would leave far more."""
+    """If a tile has one group, the error is that of float32 sums; a rounded weight would have a far larger error."""
     weight = random_gptq(256, 16, group_size, device)
     x = torch.randn(tokens, 256).to(device, dtype)
     left = torch.randn(16, 1, device=device)
-    # The largest part of the output is taken away by the correction, so that its rounding does not hide the rest.
+    # The correction cancels most of the output, so that rounding the output does not hide errors of the weight.
     product = torch.ones(tokens, 1, device=device)
     left[:, 0] = -(x[0].double().cpu() @ weight.weight).float().to(device)
     actual = glowq_kernels.gptq_linear(x, **weight.arguments, product=product, left=left)
@@ -136,7 +136,7 @@ def test_what_right_returns_is_what_it_takes(device: torch.device) -> None:
     fused = glowq_kernels.gptq_linear(x, **weight.arguments, product=product, left=left)
     apart = glowq_kernels.gptq_linear(x, **weight.arguments)
     glowq_kernels.left_add_(apart, product, left)
-    assert torch.allclose(fused, apart, rtol=1e-4, atol=1e-3)  # two float32 sums of some 70 terms of about 5
+    assert torch.allclose(fused, apart, rtol=1e-4, atol=1e-3)  # float32 sums of about 70 terms, each of about 5
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
@@ -173,5 +173,5 @@ def test_gptqmodel_packs_what_is_unpacked_here(device: torch.device, order: bool
     theirs = packing.PackableQuantLinear.dequantize_weight(module).double().cpu()
     bias, magnitude = buffers["bias"], 31 * scales[:, groups].double().T
     assert_linear(actual, x, weight.double().T, magnitude, bias=bias)
-    # Their weight is rounded to float16.
+    # gptqmodel rounds its dequantized weight to float16.
     assert_linear(actual, x, theirs, magnitude, bias=bias, weights=2.0**-11)

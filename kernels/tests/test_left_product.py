@@ -1,4 +1,4 @@
-"""`left_add_`: against a float64 product, over shapes, dtypes and strides; nothing beside the output is written."""
+"""`left_add_` against a float64 product, for several shapes, dtypes and strides. It writes only the output."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_dtypes(
 
 
 def test_members_of_a_group_in_one_output(left_add_: Callable[..., None], device: torch.device) -> None:
-    """A slice of the outputs with the rows of its member is the same as all members at once."""
+    """Adding each member to its slice of the outputs gives the same result as adding all members at once."""
     output, product = torch.randn(2, 48, device=device), torch.randn(2, 4, device=device)
     left = torch.randn(48, 4, device=device)
     together, apart = output.clone(), output.clone()
@@ -72,7 +72,10 @@ def test_members_of_a_group_in_one_output(left_add_: Callable[..., None], device
 
 
 def test_one_rounding(left_add_: Callable[..., None], device: torch.device) -> None:
-    """Between 2048 and 4096 float16 counts in twos: adding 0.75 twice, rounded each time, would never arrive."""
+    """The sum is rounded once.
+
+    Between 2048 and 4096 float16 numbers are 2 apart: if each addition of 0.75 were rounded, the sum would stay 2048.
+    """
     output = torch.full((1, 8), 2048.0, dtype=torch.float16, device=device)
     product = torch.full((1, 2), 0.75, dtype=torch.float16, device=device)
     left_add_(output, product, torch.ones(8, 2, dtype=torch.float16, device=device))
@@ -97,7 +100,7 @@ def test_no_tokens(left_add_: Callable[..., None], device: torch.device) -> None
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_version_counter_moves(left_add_: Callable[..., None], device: torch.device, transposed: bool) -> None:
-    """As for an in-place operation of torch: whoever kept the output sees that it changed."""
+    """The version counter of the output increases, as for an in-place operation of torch."""
     output = torch.zeros(2, 3, 8, device=device)
     output = output.transpose(0, 1) if transposed else output
     version = output._version

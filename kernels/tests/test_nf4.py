@@ -1,4 +1,4 @@
-"""`nf4_linear`: against a float64 product with weights packed by hand, and against bitsandbytes itself."""
+"""`nf4_linear` against a float64 product with weights that the test packs, and against bitsandbytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_blocks(
     inputs: int,
     tokens: int,
 ) -> None:
-    """Blocks that end with the rows of the weight, that run over them, and that hold many rows."""
+    """Blocks that end at the ends of rows, that continue in the next row, and that hold many rows."""
     check(nf4_linear, torch.randn(tokens, inputs, device=device), *random_nf4(inputs, 35, blocksize, device))
 
 
@@ -118,7 +118,7 @@ def test_bitsandbytes_packs_what_is_unpacked_here(
     device: torch.device, quant_type: str, double: bool, inputs: int, blocksize: int, tokens: int
 ) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    # As one row: where rows end inside a block, dequantize_4bit of bitsandbytes 0.50 is wrong on the CPU.
+    # One row: if rows end inside a block, dequantize_4bit of bitsandbytes 0.50 gives wrong values on the CPU.
     flat = torch.randn(1, 40 * inputs)
     packed, state = functional.quantize_4bit(
         flat, quant_type=quant_type, blocksize=blocksize, compress_statistics=double

@@ -1,4 +1,4 @@
-"""What glowq's operators run on a GPU: the kernels for a few tokens, torch's products for more and for float64."""
+"""On a GPU glowq's operators run the kernels for a few tokens, and torch's products for more tokens or float64."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FEW = (1, 2, 3, 8, 15, 16)
 
 @pytest.fixture
 def operators(library: None) -> Any:
-    """The module of glowq, which need not be installed where the kernels are tested."""
+    """The module `glowq.runtime.operators`; glowq is not needed for the other tests of the kernels."""
     return pytest.importorskip("glowq.runtime.operators")
 
 
 @pytest.fixture
 def launched(operators: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of the kernels' functions, one entry each call; `unavailable` is asked anew."""
+    """Names of the kernels in the order of their calls. The cached answer of `unavailable` is cleared."""
     names: list[str] = []
 
     def record(name: str) -> None:
@@ -44,7 +44,7 @@ def launched(operators: Any, device: torch.device, monkeypatch: pytest.MonkeyPat
 
 
 def check(operators: Any, x: Tensor, right: Tensor, output: Tensor, left: Tensor) -> None:
-    """The output that the two halves of a correction leave, against float64, each half on its own."""
+    """Compare the right product and the addition of the left product with float64, separately."""
     assert_product(operators._right_on_gpu(x, right), x, right)
     product = torch.randn(*x.shape[:-1], right.shape[0]).to(left)
     before, entries, factor = (tensor.double().cpu() for tensor in (output, product, left))

@@ -1,4 +1,4 @@
-"""The kernel project as a whole: its sources as Hugging Face's `kernels` library loads them, and its settings."""
+"""The kernel project as a whole: Hugging Face's `kernels` library loads its sources and reads its settings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SOURCES = PROJECT / "torch-ext" / "glowq_kernels"
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository as the Hub holds it: one build a backend, for `kernels` to choose from."""
+    """A repository as on the Hub, with one build per backend from which `kernels` chooses."""
     settings = tomllib.loads((PROJECT / "build.toml").read_text())["general"]
-    for backend in (*settings["backends"], "cpu"):  # "cpu" for the interpreter; it is not published
+    for backend in (*settings["backends"], "cpu"):  # "cpu" is for triton's interpreter and is not published
         build = tmp_path / "build" / f"torch-{backend}"
         shutil.copytree(SOURCES, build, ignore=shutil.ignore_patterns("__pycache__"))
         metadata = {
@@ -43,7 +43,7 @@ def repository(tmp_path: Path) -> Path:
 
 def test_the_kernels_library_loads_and_runs_it(repository: Path, device: torch.device) -> None:
     kernels = pytest.importorskip("kernels")
-    if kernels.__file__ is None:  # the folder of this name, where it is on the path
+    if kernels.__file__ is None:  # the folder kernels/ of this project, found on sys.path
         pytest.skip("needs Hugging Face's kernels, which `make test-kernels` installs")
     loaded = kernels.get_local_kernel(repository)
     assert loaded is not glowq_kernels
@@ -63,7 +63,10 @@ def test_the_kernels_library_reads_its_settings() -> None:
 
 
 def test_sources_import_only_what_a_kernel_may() -> None:
-    """The standard library, torch, and the package itself by relative names: several versions may be loaded at once."""
+    """Sources import only the standard library, torch, and the package itself by relative names.
+
+    Relative imports allow several versions of the package to be loaded at once.
+    """
     for source in SOURCES.glob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Import):
@@ -73,7 +76,7 @@ def test_sources_import_only_what_a_kernel_may() -> None:
             else:
                 continue
             foreign = names - sys.stdlib_module_names - {"torch"}
-            # The one import outside those files is inside `unavailable`.
+            # Outside the triton_* files, only `unavailable` and `interpreted` import triton, inside the function.
             assert foreign <= ({"triton"} if source.stem.startswith(("triton_", "availability")) else set())
 
 
@@ -91,7 +94,7 @@ def test_a_twin_has_the_signature_of_its_function(name: str) -> None:
 def test_outputs_start_as_nan_where_that_is_tested(
     poisoned: list[Tensor], monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str
 ) -> None:
-    """What the other tests rely on: the outputs of the launchers are allocated where the tests poison them."""
+    """The fixture `poisoned`, which other tests rely on, does fill the outputs that the launchers allocate."""
     module = {"right": "right_product", "gptq_linear": "gptq", "nf4_linear": "nf4"}[name]
     silent = type("Silent", (), {"launch": staticmethod(lambda *arguments, **options: None)})
     monkeypatch.setattr(f"glowq_kernels.{module}.kernels", lambda *arguments: silent)

@@ -1,4 +1,4 @@
-"""`right`: against a float64 product, over shapes, dtypes and strides."""
+"""`right` against a float64 product, for several shapes, dtypes and strides."""
 
 from __future__ import annotations
 

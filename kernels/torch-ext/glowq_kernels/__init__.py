@@ -1,7 +1,7 @@
-"""Triton kernels for quantized linear layers with a low-rank correction whose right factor a group of layers shares.
+"""Triton kernels for quantized linear layers with a low-rank correction. A group of layers shares the right factor.
 
-Importing this package takes torch only; triton is imported at the first launch. `unavailable()` says why the kernels
-cannot run on this machine, and `twins` has every function in plain torch.
+Importing this package needs only torch; the first launch imports triton. `unavailable()` returns the reason why the
+kernels cannot run on this machine. `twins` has every function in plain torch.
 """
 
 from . import twins

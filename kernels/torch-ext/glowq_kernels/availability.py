@@ -1,4 +1,4 @@
-"""Whether the kernels can run on this machine. Importing this file takes torch only."""
+"""Whether the kernels can run on this machine. Importing this module needs only torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 __all__ = ["interpreted", "unavailable"]
 
 _OLDEST_TRITON = (3, 4)
-_OLDEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU that triton supports
+_OLDEST_CAPABILITY = (8, 0)  # the oldest NVIDIA compute capability that triton supports
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot run here, in one sentence that says what to do; None if they can.
+    """Return why the kernels cannot run on this machine and what to do, in one sentence; None if they can run.
 
-    Imports triton. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests; triton reads that variable
-    when the kernels are imported, which the first call of one does.
+    Imports triton. With TRITON_INTERPRET=1 the kernels run slowly on the CPU, for tests. Triton reads that variable
+    when the kernels are imported, at the first call of a kernel.
     """
     try:
         import triton
@@ -34,7 +34,10 @@ def unavailable() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in triton's interpreter, on tensors of the CPU too; imports triton if they might."""
+    """Whether the kernels run in triton's interpreter, which also takes CPU tensors.
+
+    Imports triton only if TRITON_INTERPRET is set.
+    """
     if "TRITON_INTERPRET" not in os.environ or unavailable() is not None:
         return False
     import triton
@@ -54,9 +57,9 @@ def _device_missing() -> str | None:
 
 
 def _compiler_missing() -> str | None:
-    """Triton compiles a few lines of C for its launcher when it first meets a GPU."""
+    """Return what triton lacks to compile the C code of its launcher, which it does when it first uses a GPU."""
     if os.name != "posix":
-        return None  # triton for Windows brings its own compiler
+        return None  # triton for Windows includes a compiler
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton needs a C compiler for its launcher; install gcc or clang, or name one in the variable CC."
     headers = Path(sysconfig.get_paths()["include"])

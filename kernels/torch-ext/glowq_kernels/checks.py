@@ -1,4 +1,4 @@
-"""What every function of the package asks of its tensors, asked before anything is launched."""
+"""Checks of the arguments of every function, made before a kernel is launched."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KernelError(ValueError):
-    """Tensors that a kernel does not take, or a machine that it does not run on; nothing has been written."""
+    """Raised if a kernel does not accept its tensors or cannot run on this machine. No output has been written."""
 
 
 def check_right(x: Tensor, right: Tensor, scale: Tensor | None) -> None:
-    """Refuse what `right` does not take."""
+    """Raise KernelError if `right` does not accept these tensors."""
     _check_floating("x", x)
     _check_vectors("x", x)
     _check_factor("right", right, scale, "scale")
@@ -28,14 +28,14 @@ def check_right(x: Tensor, right: Tensor, scale: Tensor | None) -> None:
 
 
 def check_left_add(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None) -> None:
-    """Refuse what `left_add_` does not take."""
+    """Raise KernelError if `left_add_` does not accept these tensors."""
     _check_floating("output", output)
     _check_vectors("output", output)
     _check_low_rank(output, output.shape[-1], product, left, scale, "scale")
     if _overlaps_itself(output):
         raise KernelError(
-            f"output must hold each of its elements once, found shape {tuple(output.shape)} with strides "
-            f"{output.stride()}, where several share one place; call contiguous() on it first."
+            f"no two elements of output may share memory, found shape {tuple(output.shape)} with strides "
+            f"{output.stride()}; call contiguous() on it first."
         )
     _check_together(output=output, product=product, left=left, scale=scale)
 
@@ -53,7 +53,7 @@ def check_gptq(
     left: Tensor | None,
     left_scale: Tensor | None,
 ) -> None:
-    """Refuse what `gptq_linear` does not take."""
+    """Raise KernelError if `gptq_linear` does not accept these arguments."""
     if bits != 4:
         raise KernelError(f"bits must be 4, nothing else is implemented, found {bits}; dequantize this weight instead.")
     if group_size != -1 and group_size < 1:
@@ -63,8 +63,8 @@ def check_gptq(
     inputs = x.shape[-1]
     if qweight.dtype is not torch.int32 or qweight.dim() != 2 or inputs % 8 or qweight.shape[0] != inputs // 8:
         raise KernelError(
-            f"qweight must be int32 of shape (d / 8, o) with d = {inputs}, a multiple of 8 as x has it, found "
-            f"{_described(qweight)}; pass the packed weight as the checkpoint stores it."
+            f"qweight must be int32 of shape (d / 8, o), where d = {inputs} is the number of input channels of x and "
+            f"must be a multiple of 8, found {_described(qweight)}; pass the packed weight as the checkpoint stores it."
         )
     outputs = qweight.shape[1]
     if outputs % 8:
@@ -107,24 +107,24 @@ def check_nf4(
     left: Tensor | None,
     left_scale: Tensor | None,
 ) -> None:
-    """Refuse what `nf4_linear` does not take."""
+    """Raise KernelError if `nf4_linear` does not accept these arguments."""
     _check_floating("x", x)
     _check_vectors("x", x)
     inputs = x.shape[-1]
     if inputs % 2:
         raise KernelError(
-            f"x must have an even number of input channels, because two share a byte, found {inputs}; dequantize this "
-            "weight instead."
+            f"x must have an even number of input channels, because the weights of two channels share a byte, found "
+            f"{inputs}; dequantize this weight instead."
         )
     if blocksize < 2 or blocksize & (blocksize - 1):
-        raise KernelError(f"blocksize must be a power of two, as bitsandbytes has them, found {blocksize}.")
+        raise KernelError(f"blocksize must be a power of two, as in bitsandbytes, found {blocksize}.")
     if out_features < 1:
         raise KernelError(f"out_features must be at least 1, found {out_features}.")
     _check_dtype("qweight", qweight, torch.uint8)
     if qweight.numel() * 2 != out_features * inputs:
         raise KernelError(
-            f"qweight must hold {out_features * inputs // 2} bytes, two values each of a weight ({out_features}, "
-            f"{inputs}), found {qweight.numel()}; check out_features."
+            f"qweight must hold {out_features * inputs // 2} bytes, each with two values of the weight "
+            f"({out_features}, {inputs}), found {qweight.numel()}; check out_features."
         )
     _check_shape("absmax", absmax, (-(-out_features * inputs // blocksize),))
     _check_dtype("absmax", absmax, torch.float32)
@@ -140,7 +140,7 @@ def check_nf4(
 def _check_ends(
     x: Tensor, outputs: int, bias: Tensor | None, product: Tensor | None, left: Tensor | None, scale: Tensor | None
 ) -> None:
-    """Refuse a bias or a low-rank end that does not fit x and the outputs."""
+    """Raise KernelError if the bias or the low-rank product and its left factor do not fit x and the outputs."""
     if bias is not None:
         _check_shape("bias", bias, (outputs,))
         _check_floating("bias", bias)
@@ -167,15 +167,15 @@ def _check_low_rank(
     expected = (*like.shape[:-1], left.shape[1])
     if tuple(product.shape) != expected:
         raise KernelError(
-            f"product must have shape {expected}, one entry a token and rank, found {tuple(product.shape)}; pass what "
-            "`right` returned for the same tokens."
+            f"product must have shape {expected}, one entry for each token and rank, found {tuple(product.shape)}; "
+            "pass what `right` returned for the same tokens."
         )
 
 
 def _check_factor(name: str, factor: Tensor, scale: Tensor | None, scale_name: str) -> None:
     if factor.dtype is torch.int8:
         if scale is None:
-            raise KernelError(f"{name} is int8, which needs {scale_name}, float32 with one value a row; pass it.")
+            raise KernelError(f"{name} is int8, which needs {scale_name}, float32 with one value per row; pass it.")
     elif factor.dtype not in FLOATS:
         raise KernelError(f"{name} must be a float of 16 or 32 bits or int8, found {_name(factor.dtype)}; convert it.")
     elif scale is not None:
@@ -183,8 +183,8 @@ def _check_factor(name: str, factor: Tensor, scale: Tensor | None, scale_name: s
     ranks, axis = ("rows", 0) if name == "right" else ("columns", 1)
     if factor.dim() != 2 or factor.shape[axis] < 1:
         raise KernelError(
-            f"{name} must be a matrix with as many {ranks} as ranks, at least one, found shape {tuple(factor.shape)}; "
-            "leave out a correction of rank 0."
+            f"{name} must be a matrix with as many {ranks} as the rank, at least one, found shape "
+            f"{tuple(factor.shape)}; leave out a correction of rank 0."
         )
     if scale is not None:
         _check_shape(scale_name, scale, (factor.shape[0],))
@@ -193,7 +193,7 @@ def _check_factor(name: str, factor: Tensor, scale: Tensor | None, scale_name: s
 
 
 def _check_together(**tensors: Tensor | None) -> None:
-    """Refuse tensors on several devices, and those that a gradient is wanted of."""
+    """Raise KernelError if tensors are on different devices, or if autograd would need a gradient of one."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     devices = {name: tensor.device for name, tensor in given.items()}
     if len(set(devices.values())) > 1:
@@ -234,7 +234,7 @@ def _check_contiguous(**tensors: Tensor | None) -> None:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share a place: a stride that does not step over everything inside it."""
+    """Whether two elements may share memory: a stride is shorter than the span of the dimensions inside it."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):  # noqa: B905 (Python 3.9 has no strict)
         if size > 1:

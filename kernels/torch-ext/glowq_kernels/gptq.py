@@ -1,4 +1,4 @@
-"""The product with a weight in GPTQ's layout, a correction included."""
+"""The product with a weight in GPTQ's layout, with or without a correction."""
 
 from __future__ import annotations
 
@@ -26,35 +26,39 @@ def gptq_linear(
     left: Tensor | None = None,
     left_scale: Tensor | None = None,
 ) -> Tensor:
-    """y = W x + bias + A (B x) in one launch, where W is in GPTQ's layout.
+    """Compute y = W x + bias + A (B x) in one launch, where W is in GPTQ's layout.
 
-    The weight at input channel k and output n is (q[k, n] - (zero[g, n] + zero_offset)) * scale[g, n], g being the
-    group of the channel. Made for 1 to 16 tokens; any number is right. Sums are float32, and the output is rounded
-    once. One token, or a group size that 32 divides (or one group) without `g_idx`, rounds no weight; otherwise
-    weights are first rounded to the dtype of x, as a dequantized weight would be.
+    The weight at input channel k and output n is (q[k, n] - (zero[g, n] + zero_offset)) * scale[g, n], where g is the
+    group of channel k.
+
+    The kernel is optimized for 1 to 16 tokens and accepts any number. It sums in float32 and rounds the output once.
+    With one token it does not round the weight. With more tokens it does not round the weight if `g_idx` is None and
+    the group size is a multiple of 32 (or all channels are one group); otherwise it rounds the weight to the dtype of
+    x, as a dequantized weight would be rounded.
 
     Args:
-        x: inputs, shape (..., d), of any strides, float16, bfloat16 or float32; d a multiple of 8.
-        qweight: shape (d / 8, o), int32: channels 8 i to 8 i + 7 of an output share a word, the first in its lowest
-            bits; o a multiple of 8.
+        x: inputs, shape (..., d), of any strides, float16, bfloat16 or float32; d is a multiple of 8.
+        qweight: shape (d / 8, o), int32; o is a multiple of 8. Channels 8 i to 8 i + 7 of an output share a word, and
+            the first channel is in the lowest bits.
         qzeros: zero points, shape (groups, o / 8), int32, packed along the outputs in the same way.
         scales: shape (groups, o), float16, bfloat16 or float32.
-        bits: 4; nothing else is implemented.
-        group_size: consecutive input channels of a group, or -1 for one group of all.
-        g_idx: group of each input channel, shape (d,), int32 or int64, every entry below the number of groups, which
-            is not checked. None for groups of consecutive channels, which is much faster than a `g_idx` that says so.
-        zero_offset: added to each zero point: 1 for files of AutoGPTQ's first format, else 0.
+        bits: must be 4.
+        group_size: number of consecutive input channels in a group, or -1 if all channels are one group.
+        g_idx: group of each input channel, shape (d,), int32 or int64. Every entry must be below the number of groups;
+            this is not checked. None means that each group is a run of consecutive channels, which is much faster than
+            a `g_idx` with the same groups.
+        zero_offset: added to each zero point: 1 for files of AutoGPTQ's first format, otherwise 0.
         bias: shape (o,), float16, bfloat16 or float32.
         product: B x as `right` returns it, shape (..., r), float16, bfloat16 or float32; None for no correction.
-        left: left factor A, shape (o, r), as for `left_add_`; together with `product`.
+        left: left factor A, shape (o, r), of the dtypes and strides that `left_add_` accepts; required with `product`.
         left_scale: shape (o,), float32, for an int8 left factor.
 
     Returns:
         Shape (..., o), contiguous, dtype of x.
 
     Raises:
-        KernelError: dtypes, shapes, devices or the layout do not fit, a gradient is wanted, or the kernels cannot run
-            here.
+        KernelError: dtypes, shapes, devices or the layout do not match, autograd would need a gradient, or the kernels
+            cannot run on this machine.
 
     Source: the layout of Frantar et al., GPTQ (arXiv 2210.17323), as AutoGPTQ and gptqmodel store it.
     """

@@ -1,4 +1,4 @@
-"""The one place that imports triton, at the first launch: the package itself is imported without it."""
+"""Imports the modules that need triton at the first launch, so that importing the package does not need triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GPUS = {"cuda": torch.cuda, "xpu": getattr(torch, "xpu", None)}
 
 
 def kernels(name: str, tensor: Tensor) -> ModuleType:
-    """The triton module of this name, for a launch on the device of `tensor`.
+    """Import the module of this name, which needs triton, for a launch on the device of `tensor`.
 
     Raises:
         KernelError: triton is missing, or does not run on that device.
@@ -24,7 +24,7 @@ def kernels(name: str, tensor: Tensor) -> ModuleType:
     try:
         module = importlib.import_module(f".{name}", __package__)
         interpreted = importlib.import_module(".triton_left", __package__).INTERPRETED
-    except (ImportError, AttributeError) as error:  # the latter from a triton that is too old
+    except (ImportError, AttributeError) as error:  # a triton that is too old raises AttributeError
         raise KernelError(f"The kernels cannot run here: {unavailable() or error}") from error
     if not interpreted and tensor.device.type not in _GPUS:
         raise KernelError(
@@ -35,6 +35,6 @@ def kernels(name: str, tensor: Tensor) -> ModuleType:
 
 
 def device(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context in which triton launches where `tensor` is: it knows only the current device."""
+    """Return a context in which the device of `tensor` is current: triton launches on the current device."""
     library = _GPUS.get(tensor.device.type)
     return nullcontext() if library is None else library.device(tensor.device)

@@ -12,20 +12,21 @@ __all__ = ["left_add_"]
 
 
 def left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
-    """Add A (B x) to the outputs in place: all members of a group in one launch, if their outputs are one tensor.
+    """Add A (B x) to the outputs in place.
 
-    The sum is computed in float32 and rounded once, to the dtype of `output`.
+    One launch serves all members of a group if their outputs are one tensor. The sum is computed in float32 and
+    rounded once, to the dtype of `output`.
 
     Args:
         output: outputs Q x, shape (..., o), float16, bfloat16 or float32, of any strides, for example a slice of the
             last dimension. It must not share memory with the other arguments.
         product: B x as `right` returns it, shape (..., r), float16, bfloat16 or float32.
         left: left factor A, shape (o, r), of any strides, float16, bfloat16, float32, or int8 with `scale`.
-        scale: shape (o,), float32: A is `left` times its row's scale. For int8 only.
+        scale: shape (o,), float32, only for int8. Each row of A is the row of `left` times its scale.
 
     Raises:
-        KernelError: dtypes, shapes or devices do not fit, elements of `output` share memory, a gradient is wanted, or
-            the kernels cannot run here.
+        KernelError: dtypes, shapes or devices do not match, elements of `output` share memory, autograd would need a
+            gradient, or the kernels cannot run on this machine.
 
     Source: the left half of GlowQ's correction y = Q x + A (B x) (arXiv 2603.25385, sec. 3).
     """
@@ -34,9 +35,9 @@ def left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | Non
         return
     outputs, rank = left.shape
     with device(output):
-        flat = output.reshape(-1, outputs)  # a copy if its leading dimensions cannot be walked with one stride
+        flat = output.reshape(-1, outputs)  # a copy if one stride cannot describe the leading dimensions
         kernels("triton_left", output).launch(flat, product.reshape(-1, rank).contiguous(), left, scale)
         if flat.data_ptr() != output.data_ptr():
             output.copy_(flat.view(output.shape))
         elif not output.is_inference():
-            torch.autograd.graph.increment_version(output)  # as every in-place operation of torch does
+            torch.autograd.graph.increment_version(output)  # like every in-place operation of torch

@@ -1,4 +1,4 @@
-"""The product with a weight in bitsandbytes' 4-bit layout, a correction included."""
+"""The product with a weight in bitsandbytes' 4-bit layout, with or without a correction."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ def nf4_linear(
     left: Tensor | None = None,
     left_scale: Tensor | None = None,
 ) -> Tensor:
-    """y = W x + bias + A (B x) in one launch, where W is in bitsandbytes' 4-bit layout: NF4 or FP4, as `code` says.
+    """Compute y = W x + bias + A (B x) in one launch, where W is in bitsandbytes' 4-bit layout.
 
-    The weight (o, d), read row by row, is cut into blocks of `blocksize` values, which may run over the end of a row;
-    a value is code[q] * absmax of its block. Made for 1 to 16 tokens; any number is right. Sums are float32, and the
-    output is rounded once. With one token no weight is rounded; with more, weights are first rounded to the dtype of
-    x, as a dequantized weight would be.
+    `code` decides whether W is NF4 or FP4. The values of the weight (o, d), in row-major order, form blocks of
+    `blocksize` values; a block may continue in the next row. Each value is code[q] * absmax of its block.
+
+    The kernel is optimized for 1 to 16 tokens and accepts any number. It sums in float32 and rounds the output once.
+    With one token it does not round the weight. With more tokens it rounds the weight to the dtype of x, as a
+    dequantized weight would be rounded.
 
     Args:
-        x: inputs, shape (..., d), of any strides, float16, bfloat16 or float32; d even.
-        qweight: o * d / 2 bytes in any shape, uint8, the first of two values in the high four bits.
-        absmax: shape (ceil(o * d / blocksize),), float32. With double quantization pass it dequantized:
+        x: inputs, shape (..., d), of any strides, float16, bfloat16 or float32; d is even.
+        qweight: o * d / 2 bytes in any shape, uint8. The high four bits of a byte hold the first of its two values.
+        absmax: shape (ceil(o * d / blocksize),), float32. With double quantization, pass the dequantized values:
             `dequantize_blockwise(state.absmax, state.state2) + state.offset` of `bitsandbytes.functional`.
         code: the 16 values of the data type, shape (16,), float32: `quant_state.code`.
-        blocksize: values of a block, a power of two.
+        blocksize: number of values in a block, a power of two.
         out_features: o.
         bias: shape (o,), float16, bfloat16 or float32.
         product: B x as `right` returns it, shape (..., r), float16, bfloat16 or float32; None for no correction.
-        left: left factor A, shape (o, r), as for `left_add_`; together with `product`.
+        left: left factor A, shape (o, r), of the dtypes and strides that `left_add_` accepts; required with `product`.
         left_scale: shape (o,), float32, for an int8 left factor.
 
     Returns:
         Shape (..., o), contiguous, dtype of x.
 
     Raises:
-        KernelError: dtypes, shapes, devices or the layout do not fit, a gradient is wanted, or the kernels cannot run
-            here.
+        KernelError: dtypes, shapes, devices or the layout do not match, autograd would need a gradient, or the kernels
+            cannot run on this machine.
 
     Source: the layout of Dettmers et al., QLoRA (arXiv 2305.14314), as bitsandbytes stores it.
     """

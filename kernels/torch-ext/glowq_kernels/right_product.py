@@ -12,21 +12,24 @@ __all__ = ["right"]
 
 
 def right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The product B x of a group's right factor, which every member of the group goes on with.
+    """Compute B x, the product with a group's right factor. Every member of the group uses the result.
 
-    One launch: each program takes one row of B, splits the input channels over its threads and adds them up in a fixed
-    order. Made for 1 to 16 tokens; any number is right, but beyond about 16 a matrix product of torch is faster.
+    The kernel runs in one launch. Each program takes one row of B, splits the input channels over its threads and adds
+    their sums in a fixed order. It is optimized for 1 to 16 tokens and accepts any number; above about 16 tokens
+    torch's matrix product is faster.
 
     Args:
         x: inputs, shape (..., d), of any strides, float16, bfloat16 or float32.
         right: right factor B, shape (r, d), of any strides, float16, bfloat16, float32, or int8 with `scale`.
-        scale: shape (r,), float32: B is `right` times its row's scale. For int8 only.
+        scale: shape (r,), float32, only for int8. Each row of B is the row of `right` times its scale.
 
     Returns:
-        Shape (..., r), contiguous, in the dtype of `right` if that is floating point, else of x. Summed in float32.
+        Shape (..., r), contiguous. The dtype is that of a floating-point `right`, or that of x if `right` is int8. The
+        sums are float32.
 
     Raises:
-        KernelError: dtypes, shapes or devices do not fit, a gradient is wanted, or the kernels cannot run here.
+        KernelError: dtypes, shapes or devices do not match, autograd would need a gradient, or the kernels cannot run
+            on this machine.
 
     Source: the right half of GlowQ's correction y = Q x + A (B x) (arXiv 2603.25385, sec. 3).
     """

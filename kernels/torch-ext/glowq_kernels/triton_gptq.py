@@ -1,7 +1,7 @@
-"""Products with GPTQ's packed weight. Needs triton: imported by `launching.kernels` alone.
+"""Products with GPTQ's packed weight. Needs triton; only `launching.kernels` imports this module.
 
-One token goes to `_vector`, which multiplies in float32 on the ordinary cores; more go to `_block`, sixteen at a time
-on the tensor cores. Either reads a packed word once for all its tokens.
+`_vector` computes one token, in float32, without tensor cores. `_block` computes several tokens, sixteen at a time, on
+the tensor cores. Each reads a packed word once for all its tokens.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from .triton_left import TOKENS, dot_type, low_rank_block, low_rank_vector, rank_block
 
-_COLUMNS = 32  # outputs of a tile: 128 bytes of a row of packed words
-_VECTOR_WORDS = 128  # rows of packed words of a tile, eight channels each
+_COLUMNS = 32  # outputs in a tile: 128 bytes of a row of packed words
+_VECTOR_WORDS = 128  # rows of packed words in a tile, eight channels each
 _BLOCK_WORDS = 16
-_CHANNEL_WORDS = 8  # where every channel brings its own scale
+_CHANNEL_WORDS = 8  # rows of packed words in a tile where the scale is read for each channel
 
 
 @triton.jit
 def _groups(g_idx, channels, here, GROUP: tl.constexpr):
-    """The group of each channel: as `g_idx` says, else by runs of GROUP channels, or one group if GROUP is 0."""
+    """The group of each channel: from `g_idx` if it is given, otherwise runs of GROUP channels (0 for one group)."""
     if g_idx is not None:
         groups = tl.load(g_idx + channels, mask=here, other=0).to(tl.int64)
     elif GROUP == 0:
@@ -150,8 +150,8 @@ def _block(
         ).to(DOT)
         codes = (packed[:, None, :] >> (nibbles * 4)[None, :, None]) & 0xF
         if BY_TILE:
-            # All channels of the tile lie in one group: its steps are small integers, exact in any dtype, and the
-            # scale is applied to their product. No weight is rounded.
+            # All channels of the tile are in one group. Code minus zero point is a small integer, exact in any dtype,
+            # and the scale multiplies the product. So no weight is rounded.
             group = _groups(g_idx, tl.full([1], start, tl.int64) * 8, inside, GROUP)
             scale, zero = _scale_and_zero(scales, qzeros, group, columns, inside, outputs, zero_offset)
             steps = (codes - zero[None, None, :]).to(DOT).reshape(WORDS * 8, COLUMNS)
@@ -197,9 +197,9 @@ def launch(
     group_size: int,
     zero_offset: int,
 ) -> None:
-    """Write the product of x (T, d), of any strides, with the packed weight (d, o) to output (T, o), contiguous.
+    """Write the product of x (T, d), of any strides, and the packed weight (d, o) to output (T, o), contiguous.
 
-    A group size of 0 means one group; product (T, r) is contiguous, and so is every tensor of the packed weight.
+    A group size of 0 means one group. `product` (T, r) and every tensor of the packed weight are contiguous.
     """
     tokens, inputs = x.shape
     outputs = qweight.shape[1]
@@ -225,10 +225,10 @@ def launch(
             enable_fp_fusion=True,
         )
         return
-    # tl.dot takes no fewer than 16 channels, four words are 32.
+    # tl.dot needs at least 16 channels; four words hold 32.
     fitting = [words for words in (_BLOCK_WORDS, _BLOCK_WORDS // 2, 4) if group_size % (8 * words) == 0]
     by_tile = g_idx is None and bool(fitting)
-    # Tokens come first: blocks of the same columns are neighbours and find the packed words in the cache.
+    # Tokens are the first axis, so that blocks of the same columns run side by side and reuse the cached packed words.
     _block[(triton.cdiv(tokens, TOKENS), columns)](
         *tensors,
         tokens,

@@ -1,6 +1,6 @@
-"""The left factor on the GPU: a product of tiles that the quantized products end with too, and `left_add_`.
+"""The product with the left factor on the GPU, for `left_add_` and for the correction in the quantized products.
 
-Needs triton: imported by `launching.kernels` alone.
+Needs triton; only `launching.kernels` and the other modules of triton kernels import this module.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 
@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether these kernels run in triton's interpreter: settled when triton decorates them, at import."""
+"""Whether these kernels run in triton's interpreter. Triton decides that when it decorates them, at import."""
 
-TOKENS = 16  # rows of a tile of tokens: the fewest that tensor cores take
+TOKENS = 16  # tokens in a tile: the fewest that tensor cores accept
 _OUTPUTS = 32
 _RANKS = 64
 
@@ -22,13 +22,13 @@ _DOT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.floa
 
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The triton dtype that `tl.dot` takes its operands in, for an input of `dtype`."""
-    # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
+    """The triton dtype of the operands of `tl.dot`, for an input of `dtype`."""
+    # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
     return tl.float32 if INTERPRETED and dtype is torch.bfloat16 else _DOT_TYPES[dtype]
 
 
 def rank_block(rank: int) -> int:
-    """Ranks that a tile holds; `tl.dot` takes no fewer than 16."""
+    """Number of ranks in a tile; `tl.dot` needs at least 16."""
     return min(_RANKS, max(16, triton.next_power_of_2(rank)))
 
 
@@ -44,7 +44,7 @@ def low_rank_vector(
     left_rank,
     RANKS: tl.constexpr,
 ):
-    """product (r,) times the rows `columns` of left (o, r): float32, one value a column."""
+    """Multiply `product` (r,) by the rows `columns` of `left` (o, r); float32, one value per column."""
     sums = tl.zeros([columns.shape[0], RANKS], tl.float32)
     for start in range(0, rank, RANKS):
         ranks = start + tl.arange(0, RANKS)
@@ -76,7 +76,10 @@ def low_rank_block(
     left_rank,
     RANKS: tl.constexpr,
 ):
-    """The tokens `rows` of product (T, r) times the rows `columns` of left (o, r): float32, (tokens, columns)."""
+    """Multiply the tokens `rows` of `product` (T, r) by the rows `columns` of `left` (o, r).
+
+    The result is float32, shape (tokens, columns).
+    """
     sums = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for start in range(0, rank, RANKS):
         ranks = start + tl.arange(0, RANKS)
@@ -91,7 +94,8 @@ def low_rank_block(
             mask=present[:, None] & here[None, :],
             other=0,
         )
-        # Factors of any two dtypes meet in float32; "ieee", because the default would round them to ten bits.
+        # The two dtypes may differ, so both are converted to float32. "ieee" keeps all bits: the default precision
+        # would round them to ten bits.
         sums = tl.dot(entries.to(tl.float32), factor.to(tl.float32), sums, input_precision="ieee")
     if left_scale is not None:
         sums *= tl.load(left_scale + columns, mask=inside, other=0)[None, :]
@@ -133,12 +137,12 @@ def _left_add(
 
 
 def launch(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None) -> None:
-    """Add product (T, r), contiguous, times left (o, r) to output (T, o), whatever its strides."""
+    """Add `product` (T, r), contiguous, times `left` (o, r) to `output` (T, o), which may have any strides."""
     tokens, outputs = output.shape
     rank = left.shape[1]
     rows = 1 if tokens == 1 else TOKENS
-    # Blocks of the same outputs are neighbours on the first axis, so that they find the left factor in the cache; that
-    # axis is also the one that may be long.
+    # Tokens are the first axis, so that blocks of the same outputs run side by side and reuse the cached left factor.
+    # Only the first axis of a grid may be long.
     grid = (triton.cdiv(tokens, rows), triton.cdiv(outputs, _OUTPUTS))
     _left_add[grid](
         output,

@@ -1,7 +1,7 @@
-"""Products with bitsandbytes' 4-bit weight. Needs triton: imported by `launching.kernels` alone.
+"""Products with bitsandbytes' 4-bit weight. Needs triton; only `launching.kernels` imports this module.
 
-As for GPTQ, one token goes to `_vector` and more go to `_block`. Both walk the rows of the weight in chunks of bytes
-that never cross the border of a quantization block, so that a chunk has one absmax.
+As for GPTQ, `_vector` computes one token and `_block` computes several. Both read the rows of the weight in chunks of
+bytes. A chunk never crosses the border of a quantization block, so that all its values have the same absmax.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .triton_left import TOKENS, dot_type, low_rank_block, low_rank_vector, rank_block
 
-_CHUNK = 32  # bytes of a chunk, at most: 64 values, the smallest block that is in use
+_CHUNK = 32  # maximum bytes in a chunk: 64 values, the smallest block size in use
 _VECTOR_COLUMNS = 8
-_VECTOR_BYTES = 1024  # of one column of a tile
+_VECTOR_BYTES = 1024  # bytes in one column of a tile
 _BLOCK_COLUMNS = 32
 _BLOCK_BYTES = 64
 
@@ -147,9 +147,9 @@ def launch(
     *,
     blocksize: int,
 ) -> None:
-    """Write the product of x (T, d), of any strides, with the packed weight (o, d) to output (T, o), contiguous.
+    """Write the product of x (T, d), of any strides, and the packed weight (o, d) to output (T, o), contiguous.
 
-    Product (T, r) is contiguous, and so is every tensor of the packed weight.
+    `product` (T, r) and every tensor of the packed weight are contiguous.
     """
     tokens, inputs = x.shape
     outputs = output.shape[1]

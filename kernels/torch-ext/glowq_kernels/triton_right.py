@@ -1,4 +1,4 @@
-"""The right factor on the GPU. Needs triton: imported by `launching.kernels` alone."""
+"""The product with the right factor on the GPU. Needs triton; only `launching.kernels` imports this module."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TOKENS = 4
-_PRODUCTS = 4096  # of a tile: 16 a thread
+_PRODUCTS = 4096  # products in a tile: 16 per thread
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -41,7 +41,7 @@ def _right(
             other=0,
         )
         sums += tile.to(tl.float32) * factor.to(tl.float32)[None, :]
-    # The channels are split over the threads, and meet only here: always in the same order.
+    # Each thread has summed its own channels. This adds the sums of the threads, always in the same order.
     total = tl.sum(sums, axis=1)
     if scale is not None:
         total *= tl.load(scale + row)
@@ -49,11 +49,12 @@ def _right(
 
 
 def launch(x: Tensor, right: Tensor, scale: Tensor | None, output: Tensor) -> None:
-    """Write x (T, d) times right (r, d), of any strides, to output (T, r), contiguous."""
+    """Write x (T, d) times `right` (r, d), both of any strides, to `output` (T, r), contiguous."""
     tokens, inputs = x.shape
     rank = right.shape[0]
     rows = min(_TOKENS, triton.next_power_of_2(tokens))
-    # One row of the right factor a program: a small rank still fills the GPU, and tokens beyond find the row cached.
+    # Each program takes one row of the right factor, so that a small rank still fills the GPU. Programs for more
+    # tokens reuse the cached row.
     _right[(triton.cdiv(tokens, rows), rank)](
         x,
         right,

@@ -1,6 +1,7 @@
-"""Every function of the package in plain torch: the same signature, refusals, dtypes and roundings, on any device.
+"""Every function of the package in plain torch, with the same signature, errors, dtypes and rounding, on any device.
 
-The kernels are tested against these, and these run where the kernels do not. They dequantize a whole weight first.
+The tests compare the kernels with these functions. They also run where the kernels cannot. They dequantize the whole
+weight first.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ __all__ = ["gptq_linear", "left_add_", "nf4_linear", "right"]
 
 
 def right(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
-    """As `glowq_kernels.right`."""
+    """See `glowq_kernels.right`."""
     check_right(x, right, scale)
     dtype = right.dtype if right.dtype.is_floating_point else x.dtype
     return (x.float() @ _factor(right, scale).T).to(dtype)
 
 
 def left_add_(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
-    """As `glowq_kernels.left_add_`."""
+    """See `glowq_kernels.left_add_`."""
     check_left_add(output, product, left, scale)
-    # In float64, where the order in which a processor adds does not show: a slice is then the same as the whole.
+    # Sums in float64 do not depend on the order of the additions once they are rounded: a slice of the outputs then
+    # gets the same values as all outputs together.
     output.copy_(output.double() + product.double() @ _factor(left, scale).double().T)
 
 
@@ -42,7 +44,7 @@ def gptq_linear(
     left: Tensor | None = None,
     left_scale: Tensor | None = None,
 ) -> Tensor:
-    """As `glowq_kernels.gptq_linear`."""
+    """See `glowq_kernels.gptq_linear`."""
     check_gptq(x, qweight, qzeros, scales, bits, group_size, g_idx, bias, product, left, left_scale)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=x.device)
     codes = ((qweight[:, None, :] >> shifts[:, None]) & 0xF).flatten(0, 1)
@@ -68,7 +70,7 @@ def nf4_linear(
     left: Tensor | None = None,
     left_scale: Tensor | None = None,
 ) -> Tensor:
-    """As `glowq_kernels.nf4_linear`."""
+    """See `glowq_kernels.nf4_linear`."""
     check_nf4(x, qweight, absmax, code, blocksize, out_features, bias, product, left, left_scale)
     packed = qweight.reshape(-1)
     values = code[torch.stack((packed >> 4, packed & 0xF), dim=1).flatten().long()]
