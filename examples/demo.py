@@ -1,7 +1,7 @@
-"""Quantize the bundled model for real, correct it, and show what came back. Run with `make demo`.
+"""Quantize the bundled model, correct it, and show how much of the lost accuracy comes back. Run with `make demo`.
 
-Calibration text is the Python standard library on this machine; the figures are of files that were held out of it
-and out of the model's own training.
+The calibration text is the Python standard library on this machine. The figures come from held-out files, which neither
+the calibration nor the training of the model used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", default=BASES, help="base quantizers, see `glowq correct --help`")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--tokens", type=int, default=24576, help="held-out tokens that the figures are of")
+    parser.add_argument("--tokens", type=int, default=24576, help="number of held-out tokens to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
@@ -88,12 +88,12 @@ def main() -> None:
 
 
 def score(reference: Any, model: Any, sequences: torch.Tensor) -> Score:
-    """The model's score against the reference."""
+    """Return the score of the model against the reference model."""
     return score_models({"reference": reference, "model": model}, sequences)["model"]
 
 
 def row(base: str, model: Any, correction: glowq.Correction, scores: list[Score], sequences: torch.Tensor) -> list[str]:
-    """One base's line of the table."""
+    """Return the row of one base for the table."""
     return [
         base,
         *(f"{perplexity(score):.3f}" for score in scores),
@@ -104,7 +104,7 @@ def row(base: str, model: Any, correction: glowq.Correction, scores: list[Score]
 
 
 def share(scores: list[Score]) -> str:
-    """The share of the gap recovered with its interval, of the scores of the full, the quantized and the corrected."""
+    """Return the recovered share of the gap, with its interval, from the full, quantized and corrected scores."""
     full, quantized, _ = scores
     if not has_gap(perplexity(full), perplexity(quantized)):
         return NO_GAP
@@ -113,7 +113,7 @@ def share(scores: list[Score]) -> str:
 
 
 def time_added(model: Any, sequences: torch.Tensor) -> float:
-    """Forward time with the correction over without it, minus one: the median of interleaved pairs."""
+    """Return the relative forward time that the correction adds: the median over pairs timed in turns."""
     ratios = []
     with torch.no_grad():
         model(sequences)
@@ -125,21 +125,21 @@ def time_added(model: Any, sequences: torch.Tensor) -> float:
 
 
 def seconds(model: Any, sequences: torch.Tensor) -> float:
-    """Wall time of one forward."""
+    """Return the wall time of one forward, in seconds."""
     start = time.perf_counter()
     model(sequences)
     return time.perf_counter() - start
 
 
 def complete(model: Any, tokenizer: Any) -> str:
-    """What the model writes after the prompt, greedily."""
+    """Return the greedy completion of the prompt."""
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def largest_difference_after_reload(model: Any, correction: glowq.Correction, sequences: torch.Tensor) -> float:
-    """Save the correction, load it as a model by plain transformers, compare logits."""
+    """Save the correction, load it with plain transformers, and return the largest difference of the logits."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         correction.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,9 +1,10 @@
-"""What glowq and glowq as published give back on every base at equal bytes, on held-out text.
+"""Compare glowq with the published GlowQ on every base, at equal bytes, on held-out text.
 
 python examples/benchmarks/backends.py
 python examples/benchmarks/backends.py --bases nf4 gptq-3 --budgets 1% 4% --json
 
-262,144 bytes are rank 4 of every group of the bundled model. At 8 bits there is no gap to give back.
+262,144 bytes are the size of rank-4 factors for every group of the bundled model. By default 8-bit
+bases are left out, because they have no gap to recover.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ METHODS = ["glowq-published", "glowq"]
 
 
 def main() -> None:
-    """Print one row a base and budget."""
+    """Print one row for each base, budget and method."""
     bases = {base.name: base for base in BASES if base.installed}
     default = [name for name in bases if "8" not in name]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=default, choices=bases, metavar="BASE")
     parser.add_argument("--budgets", nargs="+", default=["1%", "2%", "262144"])
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens that the figures are of")
+    parser.add_argument("--tokens", type=int, default=16384, help="number of held-out tokens to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def measure(bases: list[Base], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Correct and score every base at every budget; all figures are paired on the same sequences."""
+    """Correct and score every base at every budget. All figures use the same held-out sequences."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     texts = {"python-stdlib": arguments.calibration_tokens, "python-stdlib:held-out": arguments.tokens}
     calibration, held_out = (
@@ -87,7 +88,7 @@ def measure(bases: list[Base], arguments: argparse.Namespace) -> list[dict[str, 
 
 
 def figures(scores: Mapping[str, Score], after: Score, groups: int, overhead: float, seed: int) -> dict[str, Any]:
-    """One row's figures, with 95% bootstrap intervals over sequences."""
+    """Return the figures of one row, with 95% bootstrap intervals over sequences."""
     full, quantized = scores["reference"], scores["quantized"]
     share, ratio = recovered(full, quantized, after, seed=seed), perplexity_ratio(quantized, after, seed=seed)
     return {
@@ -105,7 +106,7 @@ def figures(scores: Mapping[str, Score], after: Score, groups: int, overhead: fl
 
 
 def against_published(scores: Mapping[str, Score], entry: Entry, seed: int) -> dict[str, Any]:
-    """KL of this entry less that of glowq as published at the same budget, nats, with its 95% interval."""
+    """Return the KL of this entry minus that of the published method at the same budget, nats, with 95% interval."""
     published = scores.get(replace(entry, method="glowq-published").label)
     if published is None or entry.method == "glowq-published":
         return {}
@@ -115,10 +116,10 @@ def against_published(scores: Mapping[str, Score], entry: Entry, seed: int) -> d
 
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     table = Table(title=f"stdlib-llama, {arguments.tokens} held-out tokens, seed {arguments.seed}")
     columns = ("base", "method", "bytes", "groups", "full", "quantized", "corrected", "recovered [95%]", "ratio [95%]")
-    for column in (*columns, "KL less published's [95%], 1e-3 nats"):
+    for column in (*columns, "KL minus published [95%], 1e-3 nats"):
         table.add_column(column, no_wrap=True, justify="right")
     for row in rows:
         (low, high), (least, most) = row["recovered_ci95"], row["ppl_ratio_ci95"]

@@ -1,4 +1,4 @@
-"""What a correction costs to make: time against its calibration forwards, and memory above the imports.
+"""Measure the time of a correction relative to its calibration forwards, and its memory on top of the imports.
 
 python examples/benchmarks/cost.py
 python examples/benchmarks/cost.py --base torchao-int3 --calibration-tokens 32768 --json
@@ -30,14 +30,14 @@ MARGIN = 500_000_000
 
 
 def main() -> None:
-    """Measure one correction in this process; run it again for another base, so that peaks do not mix."""
+    """Measure one base in this process. Use a new process for each base, because peak memory counts per process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="nf4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--calibration-tokens", type=int, default=32768)
-    parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="of distillation, counted in")
+    parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="distillation steps, part of the time")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="one leaves the ratio to the work, not the scheduler")
+    parser.add_argument("--threads", type=int, default=1, help="with one thread, scheduling does not change the ratio")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Alternate forwards and corrections of one model; medians."""
+    """Alternate calibration forwards and corrections of one model, and return the medians."""
     config = base_config(arguments.base)
     baseline = psutil.Process().memory_info().rss
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def forward_seconds(model: Any, sequences: torch.Tensor) -> float:
-    """One forward of the quantized model over every calibration sequence."""
+    """Return the seconds of one forward of the quantized model over all calibration sequences."""
     start = time.perf_counter()
     with torch.no_grad():
         for batch in batches(sequences, BATCH):
@@ -97,7 +97,7 @@ def forward_seconds(model: Any, sequences: torch.Tensor) -> float:
 
 
 def largest_block_bytes() -> int:
-    """Bytes of the full-precision model's largest decoder layer."""
+    """Return the bytes of the largest decoder layer of the full-precision model."""
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
     layers = reference.model.layers
     return max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)

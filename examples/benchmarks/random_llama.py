@@ -1,4 +1,4 @@
-"""A random Llama, quantized by a real library, and random factors: what they are changes no time."""
+"""A random Llama, quantized by a real library, and random factors, for timing: the values do not change the times."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ HEAD = 64
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `quantized` reads."""
+    """Add the arguments that `quantized` reads."""
     parser.add_argument("--base", default="torchao-int4")
     parser.add_argument("--hidden", type=int, default=2048, help=f"width, a multiple of {HEAD}")
-    parser.add_argument("--key-value", type=int, help="outputs of k and of v; a quarter of the width unless given")
-    parser.add_argument("--intermediate", type=int, default=1024, help="of the MLP; a narrow one leaves less noise")
+    parser.add_argument("--key-value", type=int, help="outputs of k and of v; default: a quarter of the width")
+    parser.add_argument("--intermediate", type=int, default=1024, help="width of the MLP; a narrow one adds less noise")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
 
 
 def quantized(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A random Llama, quantized while loading, and ready to run.
+    """Return a random Llama that is quantized while it loads, and is ready to run.
 
     Args:
         arguments: see `add_size_arguments`.
-        folder: the full-precision model is saved into it.
-        dtype: of everything that is not quantized.
+        folder: folder for the full-precision model.
+        dtype: dtype of all tensors that are not quantized.
     """
     torch.manual_seed(arguments.seed)
     narrow = arguments.key_value or arguments.hidden // 4

@@ -1,11 +1,11 @@
-"""What a correction adds to a decoded token and to a prompt: a shared right factor, and one right factor a module.
+"""Measure the time that a correction adds to decoding and to a prompt, with shared and per-module right factors.
 
 python examples/benchmarks/runtime.py
 python examples/benchmarks/runtime.py --base nf4 --compile
 python examples/benchmarks/runtime.py --hidden 256 --intermediate 128 --blocks 1 --new-tokens 4 --repeats 1 --json
 
-A random Llama is quantized and given random factors: first q, k and v alone (2048 -> 2048, 512 and 512 by default),
-then every group. `glowq bench` times the same on a model of yours.
+The script quantizes a random Llama and attaches random factors: first to q, k and v only (2048 -> 2048, 512 and 512 by
+default), then to every group. `glowq bench` measures the same on your own model.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from glowq.runtime.fast_kernels import use_fast_kernels
 
 
 def main() -> None:
-    """Print one row a model."""
+    """Print one row for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_arguments(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in a prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after each prompt")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--int8", action="store_true", help="time both with factors in int8, too")
-    parser.add_argument("--exact", action="store_true", help="without kernels that rewrite the base's weights")
+    parser.add_argument("--int8", action="store_true", help="also time both kinds with int8 factors")
+    parser.add_argument("--exact", action="store_true", help="do not use kernels that rewrite the weights of the base")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -51,7 +51,7 @@ def main() -> None:
         model = model.cuda()
     base_bytes = packed_bytes(model)
     groups = find_groups(model, {"input_ids": torch.arange(8, device=model.device)[None]})
-    if not arguments.exact and not arguments.compile:  # torch.compile does not see a kernel rewrite its weight
+    if not arguments.exact and not arguments.compile:  # torch.compile misses that a kernel rewrites its weight
         use_fast_kernels(model)
     rows: list[dict[str, Any]] = []
     for name, chosen in (("q, k, v", [group for group in groups if len(group.members) == 3]), ("every group", groups)):
@@ -65,7 +65,10 @@ def main() -> None:
 
 
 def timed(name: str, model: Any, base_bytes: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of the base and of both corrected models, and what the shared one adds of what the other adds."""
+    """Return the rows of the base and of the corrected models.
+
+    The row of a shared right factor also has its added time as a share of the time that per-module right factors add.
+    """
     rows = measure(
         variants(model, int8=arguments.int8),
         [Shape(arguments.batch, arguments.prompt)],
@@ -84,7 +87,7 @@ def timed(name: str, model: Any, base_bytes: int, arguments: argparse.Namespace)
 
 
 def show(rows: list[dict[str, Any]], where: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     how = "torch.compile" if arguments.compile else "eager"
     table = Table(
         title=f"{arguments.base}, {arguments.blocks} blocks of width {arguments.hidden}, rank {arguments.rank}, "

@@ -1,10 +1,11 @@
-"""Time glowq's solver against the published recipe, on the same data, in the same process, in turns.
+"""Compare the time of glowq's solver with that of the published method, on the same data, in one process, in turns.
 
     python examples/benchmarks/solver.py --d 4096 --outputs 6144 --rank 64
 
-The published recipe (GlowQ, arXiv 2603.25385, sec. 3, written from its mathematics) shrinks S by 5%, takes its float64
-eigendecomposition for S^(1/2) and S^(-1/2), reduces E S^(1/2) by QR, takes a randomized SVD and maps the right factor
-back. Only the eigendecomposition runs in float64 here; the rest in float32, which favours the recipe.
+The published method (GlowQ, arXiv 2603.25385, sec. 3, implemented from its equations) shrinks S by 5%, computes
+S^(1/2) and S^(-1/2) from a float64 eigendecomposition, reduces E S^(1/2) by QR, computes a randomized SVD and maps the
+right factor back. Here only the eigendecomposition runs in float64. The rest runs in float32, which makes the published
+method faster.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _OVERSAMPLING = 8
 
 
 def make_layer(inputs: int, outputs: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A 3-bit rounding error E (O, d), float32, and the moment S (d, d), float64, of inputs with outlier channels."""
+    """Return a 3-bit rounding error E (O, d), float32, and the moment S (d, d), float64, of inputs with outliers."""
     generator = torch.Generator().manual_seed(seed)
     decay = torch.arange(1, inputs + 1, dtype=torch.float32).rsqrt()
     mixing = torch.randn(inputs, inputs, generator=generator) / inputs**0.5
@@ -45,7 +46,7 @@ def make_layer(inputs: int, outputs: int, tokens: int, seed: int) -> tuple[Tenso
 
 
 def published(error: Tensor, moment: Tensor, rank: int) -> Factors:
-    """The recipe of the paper: a square root and an inverse square root of the shrunk moment."""
+    """Solve with the method of the paper: square root and inverse square root of the shrunk moment."""
     shrunk = 0.95 * moment
     shrunk.diagonal().add_(0.05 * moment.diagonal().mean())
     values, vectors = torch.linalg.eigh(shrunk)
@@ -59,7 +60,10 @@ def published(error: Tensor, moment: Tensor, rank: int) -> Factors:
 
 
 def optimum(error: Tensor, moment: Tensor, rank: int) -> float:
-    """The least weighted residual of the rank: the discarded eigenvalues of S^(1/2) E^T E S^(1/2), in float64."""
+    """Return the smallest possible weighted residual at this rank, computed in float64.
+
+    It is the sum of the discarded eigenvalues of S^(1/2) E^T E S^(1/2).
+    """
     values, vectors = torch.linalg.eigh(moment)
     half = error.double() @ (vectors * values.clamp_min(0).sqrt())
     gram = half.T @ half if half.shape[0] >= half.shape[1] else half @ half.T
@@ -67,7 +71,7 @@ def optimum(error: Tensor, moment: Tensor, rank: int) -> float:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the name of the processor if the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -85,19 +89,19 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=4096, help="inputs of the group; a multiple of 128, or less than 128")
     parser.add_argument("--outputs", type=int, default=6144, help="stacked outputs of the group")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens behind the moment")
+    parser.add_argument("--tokens", type=int, default=8192, help="number of calibration tokens in the moment")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
 
     error, moment = make_layer(args.d, args.outputs, args.tokens, args.seed)
-    torch.manual_seed(args.seed)  # torch.svd_lowrank knows no generator
+    torch.manual_seed(args.seed)  # torch.svd_lowrank takes no generator
     solvers: dict[str, Callable[[], Factors]] = {
         "published": lambda: published(error, moment, args.rank),
         "glowq": lambda: factorize(error, moment, args.rank, seed=args.seed),
     }
-    solvers["glowq"]()  # the first product of a process starts the thread pool
+    solvers["glowq"]()  # the first matrix product of a process also starts the thread pool
     seconds: dict[str, list[float]] = {name: [] for name in solvers}
     results: dict[str, Factors] = {}
     for _ in range(args.repeats):

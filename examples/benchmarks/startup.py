@@ -1,4 +1,4 @@
-"""What it takes to start: CPU seconds of imports and of answers that need no model, each in processes of its own.
+"""Measure the CPU seconds of imports and of commands that need no model, each in its own process.
 
 python examples/benchmarks/startup.py
 python examples/benchmarks/startup.py --repeats 10 --json
@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 _REGISTRY = "import transformers.quantizers.auto"
-STARTS = {  # what is timed -> what python is given
+STARTS = {  # name of the row -> arguments of python
     "python": ["-c", ""],
     "import glowq": ["-c", "import glowq"],
     _REGISTRY: ["-c", _REGISTRY],
@@ -25,9 +25,9 @@ STARTS = {  # what is timed -> what python is given
 
 
 def main() -> None:
-    """Time every start, in turns."""
+    """Time every start in turns and print the minimum of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="the least of as many processes is shown")
+    parser.add_argument("--repeats", type=int, default=5, help="processes per row; the minimum is shown")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     least = dict.fromkeys(STARTS, float("inf"))
@@ -38,13 +38,13 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"command": sys.argv, "repeats": arguments.repeats, "rows": rows}))
         return
-    print(f"{'start':44} CPU seconds, least of {arguments.repeats}")
+    print(f"{'start':44} CPU seconds, minimum of {arguments.repeats}")
     for name, seconds in least.items():
         print(f"{name:44} {seconds:.2f}")
 
 
 def cpu_seconds(command: list[str]) -> float:
-    """User and system time of one process and of those that it starts and waits for."""
+    """Return the user and system time of one process and of the child processes that it waits for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
