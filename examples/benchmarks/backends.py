@@ -3,8 +3,8 @@
 python examples/benchmarks/backends.py
 python examples/benchmarks/backends.py --bases nf4 gptq-3 --budgets 1% 4% --json
 
-262,144 bytes are the size of rank-4 factors for every group of the bundled model. By default 8-bit
-bases are left out, because they have no gap to recover.
+262,144 bytes are the size of rank-4 factors for every group of the bundled model. By default
+8-bit bases are left out, because they have no gap to recover.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What GlowQ-S buys: whole groups at a fixed rank, in the order of their score, worked out by hand."""
+"""Groups that GlowQ-S restores within a budget, computed by hand: whole groups at one rank, in the order of scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glowq.factors.group import Group
 from glowq.pipeline.method_budgets import ALLOCATORS, BudgetContext, Entry, fixed_rank_within
 from glowq.solving.methods.base import Method, get_method
 
-# In values of two bytes, a rank of these takes 320, 120 and 160 bytes; they allow 80, 20 and 32 ranks.
+# With two bytes per value, one rank of these groups takes 320, 120 and 160 bytes. Their largest ranks are 80, 20, 32.
 GROUPS = [
     Group("a", ("a",), 80, (80,), ""),
     Group("b+c", ("b", "c"), 20, (20, 20), ""),
@@ -24,17 +24,17 @@ GAINS = {"a": [16.0, 1.0], "b+c": [4.0, 4.0], "d": [1.0, 0.25]}  # singular valu
 RATIOS = {"a": 0.1, "b+c": 0.3, "d": 0.2}
 
 
-def buy(
+def allocate(
     method: str,
     *budgets: int,
     gains: Mapping[str, Sequence[float]] = GAINS,
     ratios: Mapping[str, float] = RATIOS,
 ) -> tuple[list[Entry], list[int]]:
-    """(what a method buys with each budget, the ranks that were solved for)."""
-    asked = []
+    """Return the entry of a method for each budget, and the ranks at which the method solved."""
+    solved_ranks = []
 
     def solve(method: Method, rank: int) -> Correction:
-        asked.append(rank)
+        solved_ranks.append(rank)
         factors = []
         for group in GROUPS:
             most = min(rank, group.in_features, sum(group.out_features))
@@ -48,7 +48,7 @@ def buy(
         return Correction(factors, config, {}, 10**6)
 
     context = BudgetContext(GROUPS, {f"{budget}B": budget for budget in budgets}, 2, solve, lambda: ratios)
-    return ALLOCATORS["groups"](get_method(method), context)[0], asked
+    return ALLOCATORS["groups"](get_method(method), context)[0], solved_ranks
 
 
 def names(entry: Entry) -> list[str]:
@@ -71,35 +71,35 @@ def test_the_rank_is_one_that_some_group_allows() -> None:
 @pytest.mark.parametrize(
     ("method", "budget", "chosen", "size"),
     [
-        ("glowq-s", 640, ["a"], 640),  # scores 5, 4 and 1.5: "b+c" has more for its bytes, which is not asked
+        ("glowq-s", 640, ["a"], 640),  # scores 5, 4 and 1.5; only the score counts, not the gain per byte
         ("glowq-s", 900, ["a", "b+c"], 880),
         ("glowq-s-ratio", 640, ["b+c", "d"], 560),
         ("glowq-s-ratio", 1199, ["b+c", "d"], 560),
     ],
 )
 def test_the_highest_scores_first(method: str, budget: int, chosen: list[str], size: int) -> None:
-    (entry,), asked = buy(method, budget)
-    assert asked == [2]
+    (entry,), solved_ranks = allocate(method, budget)
+    assert solved_ranks == [2]
     assert (names(entry), entry.factor_bytes, entry.rank, entry.reason) == (chosen, size, 2, None)
     assert [factors.rank for factors in entry.factors] == [2] * len(chosen)
     assert (entry.method, entry.allocation, entry.budget_bytes) == (method, "groups", budget)
 
 
 def test_until_the_next_does_not_fit() -> None:
-    (entry,), _ = buy("glowq-s-ratio", 900, ratios={"a": 0.3, "d": 0.2, "b+c": 0.1})
-    assert names(entry) == ["a"]  # "d" would make 960 bytes; "b+c" would fit, but comes after it
+    (entry,), _ = allocate("glowq-s-ratio", 900, ratios={"a": 0.3, "d": 0.2, "b+c": 0.1})
+    assert names(entry) == ["a"]  # "d" would need 960 bytes; "b+c" would fit, but comes after "d"
 
 
 def test_one_solve_serves_every_budget_and_scores_are_of_its_own_rank() -> None:
-    gains = {"a": [9.0, 0.0], "b+c": [4.0, 4.0], "d": [1.0, 0.0]}  # at one rank 3, 2 and 1; at two 3, 4 and 1
-    (small, large), asked = buy("glowq-s", 400, 650, gains=gains)
-    assert asked == [2]
+    gains = {"a": [9.0, 0.0], "b+c": [4.0, 4.0], "d": [1.0, 0.0]}  # scores 3, 2, 1 at rank 1 and 3, 4, 1 at rank 2
+    (small, large), solved_ranks = allocate("glowq-s", 400, 650, gains=gains)
+    assert solved_ranks == [2]
     assert (names(small), small.rank, small.factor_bytes) == (["a"], 1, 320)
     assert (names(large), large.rank, large.factor_bytes) == (["b+c"], 2, 240)
 
 
 def test_a_group_that_allows_less_has_what_it_allows() -> None:
-    (entry,), _ = buy("glowq-s", 10**6)
+    (entry,), _ = allocate("glowq-s", 10**6)
     assert entry.rank == 64
     assert {factors.group.name: factors.rank for factors in entry.factors} == {"a": 64, "b+c": 20, "d": 32}
 
@@ -113,6 +113,6 @@ def test_a_group_that_allows_less_has_what_it_allows() -> None:
     ],
 )
 def test_a_budget_that_buys_nothing_says_why(budget: int, reason: str, solves: list[int]) -> None:
-    (entry,), asked = buy("glowq-s", budget)
+    (entry,), solved_ranks = allocate("glowq-s", budget)
     assert (entry.factors, entry.rank, entry.reason) == ((), None, reason)
-    assert asked == solves
+    assert solved_ranks == solves

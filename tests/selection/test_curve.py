@@ -1,4 +1,4 @@
-"""The predicted curve by budget: every point is what a cut to that budget keeps, and `glowq inspect` shows it."""
+"""The predicted gain by budget: each point of the curve equals a cut to its budget, and `glowq inspect` shows it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from support.tiny import corrected, tiny_llama
 
 @given(
     gains=st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), min_size=1, max_size=4),
-    prices=st.lists(st.integers(1, 30), min_size=4, max_size=4),
+    rank_bytes=st.lists(st.integers(1, 30), min_size=4, max_size=4),
     base_bytes=st.integers(1, 10**7),
 )
 @few
-def test_every_point_is_what_its_budget_keeps(gains: list[list[int]], prices: list[int], base_bytes: int) -> None:
-    group_gains = gains_of([sorted(gain, reverse=True) for gain in gains], prices, [100] * 4)
+def test_every_point_is_what_its_budget_keeps(gains: list[list[int]], rank_bytes: list[int], base_bytes: int) -> None:
+    group_gains = gains_of([sorted(gain, reverse=True) for gain in gains], rank_bytes, [100] * 4)
     total = 2.0 * sum(map(sum, gains)) + 1
     points = budget_curve(group_gains, total, base_bytes)
     whole = sum(item.rank_bytes * len(item.gains) for item in group_gains)

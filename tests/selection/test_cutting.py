@@ -1,4 +1,4 @@
-"""What a budget, a target, rank steps and caps do at every door that takes them."""
+"""Budgets, targets, rank steps and largest ranks, in every function and command that takes them."""
 
 from __future__ import annotations
 
@@ -130,25 +130,25 @@ class TestTheWholeIsKnown:
 
 
 class TestDoors:
-    """`load_correction` and `GlowQConfig(correction=...)` refuse what `glowq select` does."""
+    """`load_correction` and `GlowQConfig(correction=...)` cut a correction, and refuse what `glowq select` refuses."""
 
-    def load(self, door: str, source: Path, rank_8: Path, **cut: Any) -> Any:
-        if door == "load_correction":
+    def load(self, api: str, source: Path, rank_8: Path, **cut: Any) -> Any:
+        if api == "load_correction":
             model = quantized(source, "nf4")
             glowq.load_correction(model, rank_8, **cut)
             return model
         return load(source, quantization_config=glowq.GlowQConfig(base="nf4", correction=str(rank_8), **cut))
 
     @pytest.fixture(params=["load_correction", "GlowQConfig"])
-    def door(self, request: pytest.FixtureRequest) -> str:
+    def api(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
     @pytest.mark.parametrize(
         "cut", [{"budget": "9%", "rank_step": 4, "max_rank": 4}, {"budget": "recover 40%"}], ids=str
     )
-    def test_a_cut(self, door: str, source: Path, rank_8: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
+    def test_a_cut(self, api: str, source: Path, rank_8: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
         glowq.Correction.from_pretrained(rank_8).cut(**cut).save_pretrained(tmp_path / "cut")
-        assert gap(self.load(door, source, rank_8, **cut), logits(load(tmp_path / "cut"))) == 0.0
+        assert gap(self.load(api, source, rank_8, **cut), logits(load(tmp_path / "cut"))) == 0.0
 
     @pytest.mark.parametrize(
         ("cut", "message"),
@@ -164,24 +164,24 @@ class TestDoors:
             ({"budget": "5%", "rank_step": 8, "max_rank": 4}, "max_rank 4 is below one rank_step of 8"),
         ],
     )
-    def test_a_bad_cut(self, door: str, source: Path, rank_8: Path, cut: dict[str, Any], message: str) -> None:
+    def test_a_bad_cut(self, api: str, source: Path, rank_8: Path, cut: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            self.load(door, source, rank_8, **cut)
+            self.load(api, source, rank_8, **cut)
 
     @pytest.mark.parametrize("budget", ["5%", "recover 40%"])
-    def test_nothing_measured(self, door: str, source: Path, rank_8: Path, tmp_path: Path, budget: str) -> None:
+    def test_nothing_measured(self, api: str, source: Path, rank_8: Path, tmp_path: Path, budget: str) -> None:
         def forget(stored: dict[str, Any]) -> None:
             for group in stored["groups"].values():
                 group["gains"] = [0.0] * group["rank"]
 
         copy = changed(rank_8, tmp_path / "copy", forget)
         with pytest.raises(ConfigError, match=r"holds no measured gains to select by; `glowq correct --budget \.\.\.`"):
-            self.load(door, source, copy, budget=budget)
-        assert len(glowq.Correction.from_pretrained(copy, rank=2).factors) == 8  # which needs none
+            self.load(api, source, copy, budget=budget)
+        assert len(glowq.Correction.from_pretrained(copy, rank=2).factors) == 8  # a uniform rank needs no gains
         with pytest.raises(ConfigError, match="the correction holds no measured gains"):
             glowq.Correction.from_pretrained(copy).cut(budget=budget)
 
-    def test_bytes_that_are_not_known(self, door: str, source: Path, rank_8: Path, tmp_path: Path) -> None:
+    def test_bytes_that_are_not_known(self, api: str, source: Path, rank_8: Path, tmp_path: Path) -> None:
         copy = changed(rank_8, tmp_path / "copy", lambda stored: stored.update(base_bytes=None))
         with pytest.raises(ConfigError, match="does not say how many bytes its quantized weights take"):
-            self.load(door, source, copy, budget="1%")
+            self.load(api, source, copy, budget="1%")

@@ -1,4 +1,4 @@
-"""Budgets in words to bytes, and the ranks that they pay for."""
+"""Parsing of budgets and targets, and the ranks that they give."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class TestCandidates:
     def test_they_leave_room_to_choose_and_cost_no_more_than_the_budget_alone(self) -> None:
         assert self.ranks(3_000) == {"g0": 11, "g1": 1}
         assert self.ranks(1_000) == {"g0": 3}
-        assert self.ranks(23_040) == {"g0": 64, "g1": 11}  # 10 for each if even
+        assert self.ranks(23_040) == {"g0": 64, "g1": 11}  # an even division gives rank 10 to each
 
     def test_they_are_whole_steps_below_the_largest_rank(self) -> None:
         assert self.ranks(23_040, rank_step=8) == {"g0": 64, "g1": 8}
@@ -140,9 +140,9 @@ class TestCandidates:
     ) -> None:
         groups = groups_of(shapes)
         most = {f"g{i}": min(shape) for i, shape in enumerate(shapes)}
-        price = {f"g{i}": 2 * sum(shape) for i, shape in enumerate(shapes)}
+        rank_bytes = {f"g{i}": 2 * sum(shape) for i, shape in enumerate(shapes)}
         request = RankRequest(budget=budget, rank_step=step, max_rank=cap)
-        if budget != "recover 50%" and budget < min(price[name] * min(step, most[name]) for name in most):
+        if budget != "recover 50%" and budget < min(rank_bytes[name] * min(step, most[name]) for name in most):
             with pytest.raises(ConfigError, match="of the cheapest group takes"):
                 candidate_ranks(groups, request, 10**4, 2, shared=shared)
             return
@@ -150,7 +150,7 @@ class TestCandidates:
         assert ranks
         for name, rank in ranks.items():
             assert rank in allowed(most[name], most[name], step, cap)
-            assert budget == "recover 50%" or rank * price[name] <= budget
+            assert budget == "recover 50%" or rank * rank_bytes[name] <= budget
 
 
 class TestRefused:

@@ -1,4 +1,4 @@
-"""Corrections in int8: what rounding costs and when it is refused, their files, the commands, and the exporters."""
+"""Corrections with int8 factors: the loss from rounding, when rounding is refused, files, commands and exports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def corrected(source: Path) -> tuple[Any, glowq.Correction]:
 
 @pytest.fixture(scope="module")
 def saved(corrected: tuple[Any, glowq.Correction], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an int8 correction; never written to."""
+    """Folder of an int8 correction. Tests do not change it."""
     folder = tmp_path_factory.mktemp("int8") / "correction"
     corrected[1].save_pretrained(folder)
     return folder
@@ -36,7 +36,7 @@ def saved(corrected: tuple[Any, glowq.Correction], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an unrounded correction with measured gains; never written to."""
+    """Folder of an unrounded correction with measured gains. Tests do not change it."""
     folder = tmp_path_factory.mktemp("whole") / "correction"
     tiny.corrected(source, "nf4", rank=16)[1].save_pretrained(folder)
     return folder
@@ -61,7 +61,7 @@ class TestCorrecting:
         assert abs(figures["int8"] - figures["same_ranks"]) < 0.05 * gained
 
     def test_what_is_read_back_has_the_models_dtype(self, source: Path, corrected: tuple[Any, Any]) -> None:
-        """Also where the scales are held in float32, as on a GPU."""
+        """The factors have the dtype of the model even if the scales are float32, as on a GPU."""
         model, correction = corrected
         first = next(iter(attached(model).values()))
         first.right.scale = first.right.scale.float()
@@ -91,7 +91,7 @@ class TestCorrecting:
             tiny.corrected(source, "nf4", calibration=ids, factor_dtype="int8")
 
     def test_what_loses_more_than_it_wins_is_refused(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A grid of one step, in the place of one of 127, keeps hardly anything of a factor."""
+        """Rounding to 1 step instead of 127 steps destroys most of a factor, so it is refused."""
         monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
         monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
         monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *group_gains: None)
@@ -224,7 +224,7 @@ class TestCommands:
 
 
 class TestExports:
-    """Programs that know only floats get the same values."""
+    """Exports without int8 support hold the same values as floats."""
 
     def test_merged_and_peft(self, saved: Path, corrected: tuple[Any, glowq.Correction], tmp_path: Path) -> None:
         for to in ("merged", "peft"):

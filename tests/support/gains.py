@@ -1,4 +1,4 @@
-"""Measured gains of made-up groups, and how often hypothesis tries."""
+"""Groups with invented gains, and hypothesis settings, for the tests of rank selection."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def groups_of(widths: list[tuple[int, int]]) -> list[Group]:
     return [Group(f"g{i}", (f"g{i}",), inputs, (outputs,), "") for i, (outputs, inputs) in enumerate(widths)]
 
 
-def gains_of(gains: list[list[int]], prices: list[int], largest: list[int]) -> list[GroupGains]:
-    """One group an entry: what its ranks gain, what one costs, and the rank that its shape allows."""
+def gains_of(gains: list[list[int]], rank_bytes: list[int], largest: list[int]) -> list[GroupGains]:
+    """Build one group per entry, from the gains of its ranks, the bytes of one rank and the largest rank it allows."""
     groups = groups_of([(most, most) for most in largest])
-    return [GroupGains(group, price, gain) for group, price, gain in zip(groups, prices, gains, strict=False)]
+    return [GroupGains(group, size, gain) for group, size, gain in zip(groups, rank_bytes, gains, strict=False)]
 
 
 def allowed(held: int, largest: int, step: int, cap: int | None) -> list[int]:
-    """The ranks that a group may end with: multiples of the step, and all that its shape allows."""
+    """Return the ranks that a group may get: multiples of the step, and the largest rank that its shape allows."""
     most = held if cap is None else min(held, cap)
     return [rank for rank in range(1, most + 1) if rank % step == 0 or rank == largest]
