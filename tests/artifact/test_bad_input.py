@@ -1,4 +1,4 @@
-"""Every wrong input is refused by name, with what to do, and leaves nothing behind."""
+"""Every wrong input raises an error that names it and says what to do, and changes no model and no file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[glowq
 
 @pytest.fixture(scope="module")
 def model(source: Path) -> Any:
-    """A quantized model that no refused call may change."""
+    """A quantized model. A refused call must not change it."""
     return quantized(source, "nf4")
 
 
@@ -84,9 +84,9 @@ def test_a_wrong_reference(model: Any, source: Path, tmp_path: Path) -> None:
     narrow = tiny_llama(tmp_path / "narrow", intermediate_size=192)
     with pytest.raises(errors.ReferenceMismatchError, match=r"\(192, 128\) in the reference and \(256, 128\)"):
         correct(model, narrow)
-    stranger = tiny_llama(tmp_path / "stranger", seed=1)
+    unrelated = tiny_llama(tmp_path / "unrelated", seed=1)
     with pytest.raises(errors.ReferenceMismatchError, match=r"the embeddings differ by 1\d\d\.\d%: .* revision"):
-        correct(model, stranger)
+        correct(model, unrelated)
     short = tiny_llama(tmp_path / "short", num_hidden_layers=1)
     with pytest.raises(errors.ReferenceMismatchError, match=r"no module 'model\.layers\.1\."):
         correct(model, short)
@@ -107,11 +107,11 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
         correct(small, tmp_path / "small")
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_activations_that_are_no_numbers(source: Path, poison: float) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_activations_that_are_no_numbers(source: Path, value: float) -> None:
     broken = quantized(source, "nf4")
     with torch.no_grad():
-        broken.model.layers[1].post_attention_layernorm.weight[5] = poison
+        broken.model.layers[1].post_attention_layernorm.weight[5] = value
     with pytest.raises(errors.NonFiniteError, match=r"model\.layers\.1\.mlp\.gate_proj: its input holds NaN or Inf"):
         correct(broken, source, rank=4)
     assert attached(broken) == {}
@@ -184,7 +184,7 @@ def test_an_output_that_cannot_be_written(saved: Any, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("kind", ["file", "empty", "link"])
 @pytest.mark.parametrize("name", ["models", "chat", "tables.jinja", "notes"])
 def test_a_folder_within_a_result_is_not_lost(saved: Any, tmp_path: Path, name: str, kind: str) -> None:
-    """Whatever it and the files in it are called."""
+    """Saving refuses the output folder whatever the names of the inner folder and its files are."""
     shutil.copytree(saved[1] / "correction", tmp_path / "out")
     if kind == "link":
         (tmp_path / "out" / name).symlink_to(tmp_path, target_is_directory=True)
@@ -265,14 +265,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("damage", BROKEN)
-@pytest.mark.parametrize("door", ["from_pretrained", "load_correction"])
-def test_a_broken_correction(saved: Any, model: Any, damage: str, door: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("api", ["from_pretrained", "load_correction"])
+def test_a_broken_correction(saved: Any, model: Any, damage: str, api: str, tmp_path: Path) -> None:
     apply, error, message = BROKEN[damage]
     shutil.copytree(saved[1] / "correction", tmp_path / "broken")
     apply(tmp_path / "broken")
     before = snapshot(tmp_path)
     with pytest.raises(error, match=message):
-        load(tmp_path / "broken") if door == "from_pretrained" else glowq.load_correction(model, tmp_path / "broken")
+        load(tmp_path / "broken") if api == "from_pretrained" else glowq.load_correction(model, tmp_path / "broken")
     assert snapshot(tmp_path) == before
 
 

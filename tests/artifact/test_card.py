@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads of it, what people read of it, and its picture."""
+"""The model card: its metadata for the Hub, its text for people, and its picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PERPLEXITIES = [("full precision", 10.0), ("quantized", 12.0), ("corrected", 10.
 
 @pytest.fixture
 def correction(rank_8: Path) -> glowq.Correction:
-    """A correction with the figures that `glowq correct` would have measured."""
+    """A correction with held-out figures, as `glowq correct` records them."""
     found = glowq.Correction.from_pretrained(rank_8)
     found.config.record(held_out={**FIGURES, "tokens": 4096}, command="glowq correct model --base nf4")
     return found
@@ -69,7 +69,7 @@ class TestMetadata:
 class TestLicense:
     @pytest.fixture
     def base(self, correction: glowq.Correction, source: Path, tmp_path: Path) -> Path:
-        """A copy of the base, that the correction names."""
+        """A copy of the base model; the correction refers to it."""
         shutil.copytree(source, tmp_path / "base")
         assert correction.config.base_model is not None
         correction.config.base_model["name"] = str(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Corrections that earlier versions wrote go on loading, with the same factors and the same facts."""
+"""Corrections that earlier versions wrote still load, with the same factors and the same stored facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To the Hub and back, over HTTP: a server that speaks its API, the real client on the other side."""
+"""Pushing to the Hub and reading back over HTTP, with the real client and a local server that has the Hub's API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TESTS = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
-NOWHERE = "http://127.0.0.1:1"  # where no server listens
+NOWHERE = "http://127.0.0.1:1"  # no server listens at this address
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(folder: Path) -> Iterator[HubServer]:
-    """A Hub with a base, and with repositories of somebody else's."""
+    """A Hub with a base model and with repositories of other users."""
     with HubServer() as server:
         server.repositories["me/base"] = Repository()
         server.repositories["me/base"].refs["v1"] = server.publish("me/base", folder / "source")
@@ -49,7 +49,7 @@ def hub(folder: Path) -> Iterator[HubServer]:
 
 
 def steps(name: str, folder: Path, home: Path, **settings: str) -> Any:
-    """What a process of its own prints; see `hub_client`."""
+    """Run a function of `hub_client` in a separate process and return the object that it prints."""
     command = [sys.executable, "-m", "support.hub_client", name, folder]
     fresh = {
         "HF_HOME": str(home),
@@ -75,7 +75,7 @@ def pushed(hub: HubServer, folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def read(hub: HubServer, pushed: dict[str, Any], folder: Path, home: Path) -> dict[str, Any]:
-    """Once the base has moved on, so that only the commit that was stored gives the model that was corrected."""
+    """Results of reading after the base repository changed: only the stored commit gives the right base model."""
     hub.publish("me/base", folder / "another")
     (folder / "commit").write_text(hub.repositories["me/correction"].refs["small"])
     return steps("reading", folder, home, HF_ENDPOINT=hub.url)
@@ -87,8 +87,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(hub: HubServer, read: dict[str, Any], folder: Path, home: Path) -> list[dict[str, Any]]:
-    """Without the Hub: because it is not to be asked, and because nobody answers."""
+def cached(hub: HubServer, read: dict[str, Any], folder: Path, home: Path) -> list[dict[str, Any]]:
+    """Results of reading without the Hub: with HF_HUB_OFFLINE set, and with a server that cannot be reached."""
     settings = {"offline": {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}, "unreachable": {"HF_ENDPOINT": NOWHERE}}
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda name: steps(name, folder, home, **settings[name]), settings))
@@ -99,7 +99,7 @@ def files(hub: HubServer, name: str, revision: str = "main") -> dict[str, bytes]
 
 
 def quantization(hub: HubServer, name: str, revision: str = "main") -> dict[str, Any]:
-    """What config.json of a pushed correction says."""
+    """Return the quantization config in config.json of a pushed correction."""
     found: dict[str, Any] = json.loads(files(hub, name, revision)["config.json"])["quantization_config"]
     return found
 
@@ -112,7 +112,7 @@ class TestWhatIsPushed:
         local = {file.name: file.read_bytes() for file in (folder / "correction").iterdir()}
         assert set(found) == {*local, ".gitattributes"}
         others = set(local) - {"config.json", "README.md", "budgets.png"}
-        others.remove("tokenizer_config.json")  # in which transformers notes how it was loaded
+        others.remove("tokenizer_config.json")  # transformers records in it how the tokenizer was loaded
         assert all(local[name] == found[name] for name in others)
         mine, theirs = (json.loads(side["config.json"]) for side in (local, found))
         stored = theirs["quantization_config"]["base_model"]
@@ -125,7 +125,7 @@ class TestWhatIsPushed:
         assert pushed["after interruption"] == [".gitattributes"]
         repository = hub.repositories["me/correction"]
         assert repository.messages[repository.refs["main"]] == "Upload glowq correction"
-        assert len(repository.commits) == 3  # the new repository's own, this one, and a branch's
+        assert len(repository.commits) == 3  # the first commit of the repository, this one, and one on a branch
         assert pushed["first"] == pushed["again"] == f"{hub.url}/me/correction/commit/{repository.refs['main']}"
 
     def test_a_branch(self, hub: HubServer, pushed: dict[str, Any]) -> None:
@@ -160,9 +160,9 @@ class TestWhatIsPushed:
     def test_weights_of_an_earlier_push_go_and_strange_files_stay_at_home(
         self, hub: HubServer, pushed: dict[str, Any]
     ) -> None:
-        status, shown, note = pushed["odd"]
+        status, stdout, note = pushed["odd"]
         assert status == 0
-        assert "me/full, odd" in shown
+        assert "me/full, odd" in stdout
         odd = [".env", "credentials.json", "diary.txt", "modeling.py", "notes.log", "private/config.json"]
         assert note == f"glowq: note: not pushed, for glowq wrote none of these: {', '.join(odd)}\n"
         found = files(hub, "me/full", "odd")
@@ -181,7 +181,7 @@ class TestWhatIsPushed:
 
 
 class TestCard:
-    """Every one of them passed `ModelCard.validate` in the process that pushed it."""
+    """The process that pushed the cards also passed each through `ModelCard.validate`."""
 
     def test_it_knows_its_repository_its_base_and_that_ones_license(
         self, hub: HubServer, pushed: dict[str, Any]
@@ -218,8 +218,8 @@ class TestReadBack:
     def test_a_commit_and_a_branch(self, read: dict[str, Any]) -> None:
         assert read["pinned"] == read["branch"] == [2]
 
-    def test_from_the_cache(self, alone: list[dict[str, Any]]) -> None:
-        offline, unreachable = alone
+    def test_from_the_cache(self, cached: list[dict[str, Any]]) -> None:
+        offline, unreachable = cached
         assert offline["main"] == 0.0
         assert offline["pinned"] == [2]
         assert offline["cached"] == unreachable["cached"] == [8]
@@ -232,7 +232,7 @@ class TestReadBack:
 
 class TestRefused:
     @pytest.mark.parametrize(
-        ("step", "kind", "says"),
+        ("step", "kind", "message"),
         [
             ("local base", "ConfigError", r"which nobody else can load.*--base-model org/base"),
             ("absent base", "ModelNotFoundError", r"'me/absent' is neither a folder nor a Hub repository .*auth login"),
@@ -255,11 +255,11 @@ class TestRefused:
             ("interrupted", "HubError", "was refused or lost .*nothing, or all of it, .*Run the same command again"),
         ],
     )
-    def test_pushing(self, pushed: dict[str, Any], step: str, kind: str, says: str) -> None:
-        check(pushed[step], kind, says)
+    def test_pushing(self, pushed: dict[str, Any], step: str, kind: str, message: str) -> None:
+        check(pushed[step], kind, message)
 
     @pytest.mark.parametrize(
-        ("step", "kind", "says"),
+        ("step", "kind", "message"),
         [
             ("no token", "HubError", "knows no token of yours, or one that has expired: `hf auth login`"),
             ("bad token", "HubError", "knows no token of yours, or one that has expired: `hf auth login`"),
@@ -276,8 +276,8 @@ class TestRefused:
             ),
         ],
     )
-    def test_reading(self, read: dict[str, Any], step: str, kind: str, says: str) -> None:
-        check(read[step], kind, says)
+    def test_reading(self, read: dict[str, Any], step: str, kind: str, message: str) -> None:
+        check(read[step], kind, message)
 
     @pytest.mark.parametrize(
         ("step", "offline", "unreachable"),
@@ -291,25 +291,25 @@ class TestRefused:
             ("push", "HF_HUB_OFFLINE is set, so that nothing can be pushed", f"to {NOWHERE} was refused or lost"),
         ],
     )
-    def test_without_the_hub(self, alone: list[dict[str, Any]], step: str, offline: str, unreachable: str) -> None:
-        for found, says in zip(alone, (offline, unreachable), strict=True):
-            check(found[step], "ModelNotFoundError|HubError", says)
+    def test_without_the_hub(self, cached: list[dict[str, Any]], step: str, offline: str, unreachable: str) -> None:
+        for found, message in zip(cached, (offline, unreachable), strict=True):
+            check(found[step], "ModelNotFoundError|HubError", message)
 
     def test_on_the_command_line(self, pushed: dict[str, Any]) -> None:
-        status, shown, said = pushed["one line"]
-        assert (status, shown, said.count("\n")) == (1, "", 1)
-        assert said.startswith("glowq: error: the base of this correction is the local folder")
-        status, shown, said = pushed["wrong usage"]
-        assert (status, shown) == (2, "")
-        assert "leave out --revision" in said
+        status, stdout, stderr = pushed["one line"]
+        assert (status, stdout, stderr.count("\n")) == (1, "", 1)
+        assert stderr.startswith("glowq: error: the base of this correction is the local folder")
+        status, stdout, stderr = pushed["wrong usage"]
+        assert (status, stdout) == (2, "")
+        assert "leave out --revision" in stderr
 
     def test_nothing_was_created_for_what_was_refused(self, hub: HubServer, pushed: dict[str, Any]) -> None:
         assert not {"me/new", "me/adapter", "other/new", "me/a name"} & set(hub.repositories)
         assert set(hub.repositories["other/theirs"].refs) == {"main", "refs/pr/1"}
 
 
-def check(found: list[str], kind: str, says: str) -> None:
-    """That a refusal was of a kind, on one line, and said something."""
+def check(found: list[str], kind: str, message: str) -> None:
+    """Assert that an error has this class, one line, and this message; both are regular expressions."""
     assert re.fullmatch(kind, found[0]), found
-    assert re.search(says, found[1]), found
+    assert re.search(message, found[1]), found
     assert "\n" not in found[1]

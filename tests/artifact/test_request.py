@@ -1,4 +1,4 @@
-"""`CorrectionRequest`: checked once, carried by every door, and never half of a request and half of a result."""
+"""`CorrectionRequest`: every function and command takes it and checks it, and a config never mixes it with a result."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_what_is_wrong_is_refused_by_every_door_before_any_work(options: dict[str, Any], message: str) -> None:
-    for door in (CorrectionRequest, lambda **given: glowq.GlowQConfig(base="nf4", **given)):
+    for create in (CorrectionRequest, lambda **given: glowq.GlowQConfig(base="nf4", **given)):
         with pytest.raises(ConfigError, match=message):
-            door(**options)
+            create(**options)
     with pytest.raises(ConfigError, match=message):
         glowq.correct(torch.nn.Linear(2, 2), reference="nobody/nothing", **options)
 

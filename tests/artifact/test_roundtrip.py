@@ -1,4 +1,4 @@
-"""What was saved is what is loaded: every base, both forms, bit for bit, and byte for byte under one seed."""
+"""A saved model loads bit for bit the same, for every base and both forms, and the same seed writes the same bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES += [(base, dtype) for base in ("nf4", "int8", "torchao-int4") for dtype i
 
 @pytest.fixture(params=DTYPES, ids=lambda row: f"{row[0]}-{str(row[1]).removeprefix('torch.')}", scope="module")
 def saved(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model corrected while loading, its logits, and both forms of it on disk."""
+    """A model corrected while loading, one corrected after loading, the correction, and both forms on disk."""
     base, dtype = request.param
     folder = tmp_path_factory.mktemp("saved")
     config = glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, **CALIBRATION)
@@ -40,8 +40,8 @@ def saved(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest
 
 
 @pytest.fixture
-def complaints() -> Iterator[list[str]]:
-    """Everything that transformers warns of: unexpected and missing keys among it."""
+def warned() -> Iterator[list[str]]:
+    """Warnings of transformers, for example about unexpected and missing keys."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -68,7 +68,7 @@ def test_the_correction_moves_the_model(saved: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["correction", "full"])
-def test_loading_back_changes_no_logit(saved: Any, form: str, tmp_path: Path, complaints: list[str]) -> None:
+def test_loading_back_changes_no_logit(saved: Any, form: str, tmp_path: Path, warned: list[str]) -> None:
     _, dtype, model, _, _, folder = saved
     expected = logits(model)
     loaded = load(folder / form)
@@ -77,7 +77,7 @@ def test_loading_back_changes_no_logit(saved: Any, form: str, tmp_path: Path, co
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format"] == "full"
     assert gap(load(tmp_path / "again"), expected) == 0.0
-    assert complaints == []
+    assert warned == []
 
 
 def test_the_full_form_adds_nothing_but_factors(saved: Any, source: Path, tmp_path: Path) -> None:

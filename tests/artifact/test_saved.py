@@ -1,4 +1,4 @@
-"""A saved correction is cut before it is read: the same factors, bit for bit, and no byte of any other."""
+"""A saved correction is cut before it is read: loading gives the same factors, and reads no values of other factors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_same_for_any_cut(rank_8: Path, budget: Any, step: int, cap: int | N
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
-    """(name, values) of everything that is read of the files' tensors."""
+    """Record (tensor name, number of values) of every read from the files."""
     seen: list[tuple[str, int]] = []
     real = factor_files.safe_open
 
@@ -152,7 +152,7 @@ class TestDamage:
     budget = "3%"
 
     def names(self, rank_8: Path) -> tuple[str, str]:
-        """(a group that the budget keeps a part of, one that it leaves out)."""
+        """Return a group that the budget keeps in part, and a group that the budget leaves out."""
         ranks = glowq.Correction.from_pretrained(rank_8, budget=self.budget).ranks
         left_out = sorted(glowq.Correction.from_pretrained(rank_8).ranks.keys() - ranks.keys())
         return next(name for name, rank in ranks.items() if rank < 8), left_out[0]

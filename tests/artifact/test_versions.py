@@ -1,4 +1,4 @@
-"""What other versions wrote: added fields of a newer minor version are left out with a warning, all else is refused."""
+"""Files of other versions: unknown fields of a newer minor version give a warning; other differences are refused."""
 
 from __future__ import annotations
 

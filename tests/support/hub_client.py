@@ -1,6 +1,6 @@
-"""What the tests of the Hub run in processes of their own: huggingface_hub reads its endpoint once, at import.
+"""Functions that the tests of the Hub run in separate processes, because huggingface_hub reads its endpoint at import.
 
-`python -m support.hub_client STEPS FOLDER` prints what one of the functions below returns, as JSON.
+`python -m support.hub_client FUNCTION FOLDER` runs one of the functions below and prints its result as JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BASE = {"base_model": "me/base"}
 
 
 def refusal(call: Callable[[], Any]) -> list[str]:
-    """The error that a call raises: its class and message."""
+    """Return the class name and the message of the error that a call raises."""
     try:
         return ["accepted", str(call())]
     except Exception as error:
@@ -33,7 +33,7 @@ def refusal(call: Callable[[], Any]) -> list[str]:
 
 
 def differs(folder: Path, name: str, **options: Any) -> float:
-    """Largest difference of a loaded model's logits from those of the model that was saved."""
+    """Return the largest difference between the logits of a loaded model and those of the model that was saved."""
     return gap(load(name, **options), load_file(folder / "logits.safetensors")["logits"])
 
 
@@ -42,7 +42,7 @@ def ranks(model: Any) -> list[int]:
 
 
 def pushing(folder: Path) -> dict[str, Any]:
-    """As a user with a token: first what is refused, then what is not."""
+    """Push as a user with a token: first the calls that are refused, then the calls that succeed."""
     found: dict[str, Any] = {}
     correction, api = glowq.Correction.from_pretrained(folder / "correction"), HfApi()
     to: Callable[..., str] = correction.push_to_hub
@@ -94,7 +94,7 @@ def pushing(folder: Path) -> dict[str, Any]:
 
 
 def reading(folder: Path) -> dict[str, Any]:
-    """As somebody without a token and with an empty cache."""
+    """Read as a user without a token and with an empty cache."""
     take = glowq.Correction.from_pretrained
     return {
         "no token": refusal(lambda: take(folder / "correction").push_to_hub("me/new", **BASE, base_revision="v1")),
@@ -117,7 +117,7 @@ def reading(folder: Path) -> dict[str, Any]:
 
 
 def offline(folder: Path) -> dict[str, Any]:
-    """With HF_HUB_OFFLINE, and what `reading` left in the cache."""
+    """Read with HF_HUB_OFFLINE set, from the cache that `reading` filled."""
     return {
         "main": differs(folder, "me/correction"),
         "pinned": ranks(load("me/correction", revision=(folder / "commit").read_text())),
@@ -126,7 +126,7 @@ def offline(folder: Path) -> dict[str, Any]:
 
 
 def unreachable(folder: Path) -> dict[str, Any]:
-    """Without a network, and with what `reading` left in the cache."""
+    """Read without a network, from the cache that `reading` filled."""
     take = glowq.Correction.from_pretrained
     return {
         "cached": sorted(set(take("me/correction").ranks.values())),

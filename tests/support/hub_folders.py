@@ -1,4 +1,4 @@
-"""Folders that the tests of the Hub push or publish: a base, its correction in both forms, and strange copies."""
+"""Folders that the tests of the Hub push or publish: a base, its correction in both forms, and changed copies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIGURES = {"reference": 10.0, "quantized": 12.0, "corrected": 10.8, "recovered":
 
 
 def build(folder: Path) -> None:
-    """Write them all into `folder`, and the corrected model's logits."""
+    """Write all these folders and the logits of the corrected model into `folder`."""
     (tiny_llama(folder / "source") / "README.md").write_text(LICENSE)
     tiny_llama(folder / "another", seed=1)
     model, correction = corrected(folder / "source", "nf4", rank=8)
@@ -53,7 +53,7 @@ def build(folder: Path) -> None:
 
 
 def variant(folder: Path, of: str, name: str, *, base: str | None = None, **changes: Any) -> None:
-    """A copy whose config.json says something else."""
+    """Write a copy with changed fields in its config.json."""
     shutil.copytree(folder / of, folder / name)
     config = {**json.loads((folder / of / "config.json").read_text()), **changes}
     if base is not None:
@@ -62,7 +62,7 @@ def variant(folder: Path, of: str, name: str, *, base: str | None = None, **chan
 
 
 def export(folder: Path, **files: str) -> None:
-    """An export's folder; an adapter is on a local base."""
+    """Write the folder of an export. Its JSON files name the local folder as the base model, as an adapter does."""
     folder.mkdir()
     for name in files.values():
         (folder / name).write_text(json.dumps({"base_model_name_or_path": str(folder)}))

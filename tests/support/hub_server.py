@@ -1,7 +1,8 @@
-"""The Hub's HTTP API on this machine, as far as huggingface_hub's client uses it; xet storage is not spoken.
+"""A local server with the part of the Hub's HTTP API that huggingface_hub's client uses, without xet storage.
 
-Blobs lie in memory by their SHA-256, a commit is a dict of paths. Who may do what is as on the Hub: everybody reads
-public repositories, a token writes to its user's, anybody with a token opens a pull request.
+It keeps blobs in memory by their SHA-256; a commit is a dict from path to content. Permissions are those of the Hub:
+everybody can read public repositories, a token allows writing to the repositories of its user, and every user with a
+token can open a pull request.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MODES = ({"uploadMode": "regular", "shouldIgnore": False}, {"uploadMode": "lfs",
 
 
 class Refused(Exception):
-    """An answer other than 200, with the header that the client tells errors apart by."""
+    """An error response, with the header by which the client distinguishes errors."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -33,7 +34,7 @@ class Refused(Exception):
 
 @dataclass
 class Repository:
-    """Branches and pull requests by name, commits by id."""
+    """A repository: branches and pull requests by name, commits by id."""
 
     private: bool = False
     gated: bool = False
@@ -42,7 +43,7 @@ class Repository:
     messages: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, files: dict[str, bytes], message: str) -> str:
-        """Make `files` the newest state of `ref`; returns the commit's id."""
+        """Make `files` the newest state of `ref` and return the id of the commit."""
         content = [self.refs.get(ref), message, sorted((path, sha256(data)) for path, data in files.items())]
         name = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         self.refs[ref], self.commits[name], self.messages[name] = name, files, message
@@ -55,7 +56,7 @@ class Repository:
         return found
 
     def at(self, revision: str = "main") -> dict[str, bytes]:
-        """The files of a branch, pull request or commit."""
+        """Return the files of a branch, pull request or commit."""
         return self.commits[self.resolve(revision)]
 
     def listing(self, revision: str) -> list[dict[str, Any]]:
@@ -67,7 +68,7 @@ def sha256(data: bytes) -> str:
 
 
 def entry(path: str, data: bytes) -> dict[str, Any]:
-    """One row of a listing."""
+    """Return the row of one file in a listing."""
     git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     row: dict[str, Any] = {"type": "file", "path": path, "oid": git, "size": len(data)}
     if path.endswith(".safetensors"):
@@ -81,15 +82,15 @@ def metadata(card: str) -> dict[str, Any]:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Use as a context manager; `url` is what HF_ENDPOINT is set to.
+    """A local Hub, used as a context manager. Set HF_ENDPOINT to its `url`.
 
     Attributes:
-        repositories: by "owner/name".
+        repositories: "owner/name" -> repository.
         users: token -> user.
         part_bytes: larger files are uploaded in parts of this size.
-        cuts: how many uploads lose their connection half way, from the next one on.
-        expired: how many after those are refused, as storage does once a signed address has expired.
-        requests: method and path of everything that was asked for.
+        cuts: number of next uploads that lose their connection halfway.
+        expired: number of uploads after those that are refused, as storage refuses an expired signed URL.
+        requests: method and path of every request.
     """
 
     daemon_threads = True
@@ -114,10 +115,10 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no fault of the server."""
+        """Ignore errors of clients that closed the connection."""
 
     def publish(self, name: str, folder: Path, **settings: Any) -> str:
-        """A repository that holds what a folder does, as if its owner had pushed it; returns the commit's id."""
+        """Commit the files of a folder to a repository, as if its owner had pushed them, and return the commit id."""
         repository = self.repositories.setdefault(name, Repository(**settings))
         return repository.commit("main", {file.name: file.read_bytes() for file in folder.iterdir()}, "publish")
 
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def log_message(self, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Write no log to stderr."""
 
     def _answer(self) -> None:
         url, size = urlsplit(self.path), int(self.headers.get("Content-Length", 0))
@@ -167,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "models", owner, name, "commit", revision]:
                 self._commit(self._writable(owner, name), f"{owner}/{name}", revision)
             case [owner, name, "info", "lfs", "objects", "batch"]:
-                self._readable(owner, name.removesuffix(".git"))  # a reader may open a pull request
+                self._readable(owner, name.removesuffix(".git"))  # every reader may open a pull request
                 self._send({"objects": [self._target(**asked) for asked in self._json()["objects"]]})
             case ["upload", oid, *part]:
                 self._upload(oid, int(part[0]) if part else None)
@@ -214,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"url": f"{self.server.url}/{name}"}, 200 if is_new else 409)
 
     def _validate(self) -> None:
-        """The form of a card: the kinds of the fields that the Hub checks."""
+        """Check the types of the fields in a model card, as the Hub does."""
         found = metadata(self._json()["content"])
         kinds = {"license": str, "base_model": str, "base_model_relation": str, "tags": list, "model-index": list}
         wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key, kind()), kind)]
@@ -239,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"files": rows})
 
     def _target(self, oid: str, size: int) -> dict[str, Any]:
-        """Where an object is to be uploaded to; nowhere if it is here already."""
+        """Return the upload address of an object, or no address if the object is already stored."""
         found: dict[str, Any] = {"oid": oid, "size": size}
         if oid not in self.server.blobs:
             step, url = self.server.part_bytes, self.server.url
