@@ -1,4 +1,4 @@
-"""Fixtures that every test file shares: the bundled model, tiny models built from configs, random corrections."""
+"""Fixtures for all tests: the bundled model, tiny models built from configs, random corrections."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ TEXT = "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n     
 
 Factory = Callable[..., Any]
 
-# The benchmarks' libraries calibrate on all of it, those of the tests on an eighth: 3,800 tokens are nearly five for
-# each of the 768 inputs of the widest layer, and GPTQ and AWQ take minutes less in all.
+# The benchmarks calibrate the quantization libraries on all texts, the tests on an eighth of them. That is 3,800
+# tokens, nearly five for each of the 768 inputs of the widest layer, and saves minutes with GPTQ and AWQ.
 writers.TEXTS = writers.TEXTS[::8]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all processes of this run, and later runs, one folder for models that take long to quantize."""
+    """Set the folder in which all processes of this run and later runs keep models that take long to quantize."""
     if not hasattr(config, "workerinput"):
         open_store(BUNDLED.parents[1] / "build" / "test-models", BUNDLED, writers.TEXTS)
-        config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests alone
+        config.option.loadscopereorder = False  # pytest-xdist orders files only by their numbers of tests
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that hold slow tests go first, then those of many tests: no process is left with a long one at the end."""
+    """Run files with slow tests first, then files with many tests, so that no process runs a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path], str(item.path)))
@@ -62,10 +62,11 @@ def quiet() -> None:
 
 @pytest.fixture(scope="module")
 def uncompiled() -> Iterator[None]:
-    """What gptqmodel dequantizes runs as it is written, and is not compiled.
+    """Run gptqmodel's dequantization without torch.compile.
 
-    It compiles for every module of every model again, seconds each, until torch gives up after eight: which tests of a
-    process would run compiled, and which not, would depend on their order. `test_backends.py` lets it compile.
+    gptqmodel compiles it again for every module of every model, which takes seconds each, until torch stops after
+    eight. The order of the tests in a process would then decide which of them run compiled code.
+    `quantizers/test_reading.py` does not use this fixture and runs compiled code.
     """
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -80,7 +81,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def bundled() -> Path:
-    """Folder of the bundled 8-block Llama (hidden size 256)."""
+    """Folder of the bundled Llama with 8 blocks and hidden size 256."""
     return BUNDLED
 
 
@@ -97,13 +98,13 @@ def token_ids(tokenizer: Any) -> Tensor:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random full-precision Llama of two layers; never written to."""
+    """Folder of a random full-precision Llama of two layers. Tests do not change it."""
     return tiny.tiny_llama(tmp_path_factory.mktemp("source") / "llama")
 
 
 @pytest.fixture(scope="session")
 def rank_8(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a correction of `source` in nf4, of rank 8; never written to."""
+    """Folder of a rank-8 correction of `source` quantized to nf4. Tests do not change it."""
     saved = tmp_path_factory.mktemp("saved") / "correction"
     tiny.corrected(source, "nf4", rank=8)[1].save_pretrained(saved)
     return saved
@@ -111,7 +112,7 @@ def rank_8(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, a random Llama of two layers, train.txt and test.txt; never written to."""
+    """Folder with model/ (a random Llama of two layers), train.txt and test.txt. Tests do not change it."""
     folder = tmp_path_factory.mktemp("compared")
     tiny.tiny_llama(folder / "model")
     tiny.library_texts(folder)
@@ -120,7 +121,7 @@ def compared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_llama() -> Factory:
-    """Builds a random Llama in evaluation mode: 2 blocks, hidden size 32, vocabulary 64."""
+    """A function that builds a random Llama in evaluation mode: 2 blocks, hidden size 32, vocabulary 64."""
 
     def build(**changes: Any) -> LlamaForCausalLM:
         settings: dict[str, Any] = {
@@ -147,7 +148,7 @@ def tiny_ids() -> Tensor:
 
 @pytest.fixture(scope="session")
 def random_factors() -> Factory:
-    """Builds random factors of one group, large enough to change what the model says."""
+    """A function that builds random factors for a group, large enough to change the outputs of the model."""
 
     def build(group: Group, rank: int = 3, dtype: torch.dtype = torch.float32, scale: float = 0.3) -> GroupFactors:
         generator = torch.Generator().manual_seed(len(group.name))
@@ -164,7 +165,7 @@ def random_factors() -> Factory:
 
 
 class Trio(nn.Module):
-    """Three linear layers of one input, eight wide."""
+    """Three linear layers that read the same input, of width eight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class Trio(nn.Module):
 
 @pytest.fixture
 def trio(random_factors: Factory) -> Trio:
-    """A group of three with a correction attached."""
+    """A group of three modules with a correction attached."""
     model = Trio()
     attach(model, random_factors(Group("q+k+v", ("q", "k", "v"), 8, (6, 4, 5), "")))
     return model
@@ -184,7 +185,7 @@ def trio(random_factors: Factory) -> Trio:
 
 @pytest.fixture(scope="session")
 def correct_randomly(random_factors: Factory) -> Factory:
-    """Attaches random factors to every group of a model; returns what was attached."""
+    """A function that attaches random factors to every group of a model and returns them."""
 
     def build(model: nn.Module, ids: Tensor, **options: Any) -> list[GroupFactors]:
         factors = [random_factors(group, **options) for group in find_groups(model, {"input_ids": ids})]
@@ -197,7 +198,7 @@ def correct_randomly(random_factors: Factory) -> Factory:
 
 @pytest.fixture(scope="session")
 def fold() -> Factory:
-    """Oracle of a corrected dense model: writes W + A B into a model's own weights."""
+    """A function that writes W + A B into the weights of a dense model: the reference for its corrected outputs."""
 
     def write(model: nn.Module, factors: list[GroupFactors]) -> nn.Module:
         with torch.no_grad():

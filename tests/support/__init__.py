@@ -1,1 +1,1 @@
-"""What several test files share: the matrix of bases, writers of checkpoints, tiny models, a local Hub, commands."""
+"""Helpers that several test files share: the table of bases, checkpoint writers, tiny models, a local Hub, commands."""

@@ -1,14 +1,15 @@
-"""Checkpoints by autoawq 0.2.9's own commands, for tests/quantizers/test_autoawq.py.
+"""Write checkpoints with the commands of autoawq 0.2.9, for tests/quantizers/test_autoawq.py.
 
-autoawq lives in an environment of its own, which glowq is not installed in. So this runs twice:
+autoawq needs a separate environment, in which glowq is not installed. So this script runs twice:
 
-    python -m support.autoawq_writer prepare SOURCE           in the tests' environment: the model, and text
-    python -m support.autoawq_writer quantize SOURCE TARGET   in autoawq's environment: two checkpoints
+    python -m support.autoawq_writer prepare SOURCE           in the environment of the tests: the model, and text
+    python -m support.autoawq_writer quantize SOURCE TARGET   in the environment of autoawq: two checkpoints
 
-TARGET/as-on-gpu is what autoawq writes where its search runs on a GPU. TARGET/damaged-by-cpu is what it writes without
-one: it keeps the weights to restore with `.cpu()`, which copies nothing there, and then multiplies them in place. Each
-linear layer that it folds scales into ends up with those of the first try in its columns as well, divided out of
-nothing: another model than the source. (https://github.com/mit-han-lab/llm-awq/issues/28 is about the same lines.)
+TARGET/as-on-gpu is the checkpoint that autoawq writes if its search runs on a GPU. TARGET/damaged-by-cpu is the one
+that it writes without a GPU. There its search saves the original weights with `.cpu()`, which makes no copy of a CPU
+tensor, and then multiplies the weights in place. So the columns of each linear layer with folded scales also keep the
+scales of the first trial, which no other layer divides out, and the checkpoint is not equivalent to the source model.
+(https://github.com/mit-han-lab/llm-awq/issues/28 is about the same lines of code.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TEXTS = "calibration.json"
 
 
 def prepare(source: Path) -> None:
-    """Two blocks of the bundled model, and what the tests' other libraries calibrate on."""
+    """Write two blocks of the bundled model, and the text on which the tests calibrate the other libraries."""
     from support import writers
     from support.bases import small_model
 
@@ -34,11 +35,11 @@ def prepare(source: Path) -> None:
 
 
 def quantize(source: Path, target: Path) -> None:
-    """As autoawq's readme has it: 4 bits in groups of 64, scales searched and folded, weights clipped."""
+    """Quantize as in autoawq's readme: 4 bits in groups of 64, scales searched and folded, weights clipped."""
     from awq.quantize.quantizer import AwqQuantizer
 
     class CopyingQuantizer(AwqQuantizer):
-        """autoawq's quantizer, whose search restores copies, as it does on a GPU."""
+        """The quantizer of autoawq with a search that saves copies of the weights, as on a GPU."""
 
         def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module: Any, *rest: Any) -> Any:
             handle = module.register_state_dict_post_hook(_copy)
@@ -62,7 +63,7 @@ def _write(source: Path, target: Path, quantizer: type) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoAWQForCausalLM.from_pretrained(str(source))
-    # A list, because the default is a dataset on the Hub. Texts of more than 512 tokens are left out.
+    # The texts are given, because the default is a dataset on the Hub. autoawq skips texts of more than 512 tokens.
     settings = {"calib_data": json.loads((source / TEXTS).read_text()), "max_calib_samples": SAMPLES}
     model.quantize(tokenizer, quant_config=CONFIG, quantizer_cls=quantizer, **settings)
     model.save_quantized(str(target))

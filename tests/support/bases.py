@@ -1,4 +1,4 @@
-"""The test matrix: one row per base quantizer, with the library's own way to read its weight back."""
+"""The test matrix: one row per base quantizer, with the function of its library that dequantizes a weight."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Base:
     """One kind of quantized model: a `--base` name, or a checkpoint that a library wrote.
 
     Attributes:
-        name: as `--base` takes it, or of the checkpoint's writer and settings.
+        name: a value of `--base`, or a name for the checkpoint's writer and settings.
         package: import name of the library.
-        extra: pip extra that installs it.
-        bits: nominal bits a weight.
+        extra: pip extra that installs the library.
+        bits: nominal bits per weight.
         kernel_error: largest relative error of the library's kernel (bfloat16 or float16 inside) on float32 inputs.
-        dequantize: the library's own read-back of one module.
-        write: quantizes the model in the first folder with the library alone and saves it into the second, as its
-            users do; None for a `--base` name, which quantizes while loading.
-        read: the library's own way to the model, where from_pretrained has none: (folder, dtype) -> model. The folder
-            is what `write` saved, or the full-precision model of a `--base` name.
+        dequantize: function of the library that dequantizes the weight of one module.
+        write: quantizes the model in the first folder with the library alone and saves it into the second folder, as
+            users of the library do; None for a `--base` name, which quantizes while loading.
+        read: the library's own loader, (folder, dtype) -> model, if from_pretrained cannot load the model. The folder
+            is the output of `write`, or the full-precision model for a `--base` name.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Base:
         return self.write is None
 
     def load(self, dtype: torch.dtype = torch.float32, folder: str | Path | None = None, **options: Any) -> Any:
-        """A model quantized by this base, untouched by glowq: `folder`, or two blocks of the bundled model."""
+        """Load a model quantized by this base, without glowq: `folder`, or two blocks of the bundled model."""
         from transformers import AutoModelForCausalLM
 
         source = small_model() if folder is None else Path(folder)
@@ -70,7 +70,7 @@ class Base:
         return AutoModelForCausalLM.from_pretrained(self.checkpoint(source), dtype=dtype, **options)
 
     def config(self, source: Path) -> Any:
-        """The transformers quantization config of a preset, with text to quantize with where it needs any."""
+        """Return the transformers quantization config of a preset, with calibration text if the quantizer needs it."""
         from transformers import AutoTokenizer
 
         from glowq.quantizers.registry import base_config, with_calibration
@@ -80,7 +80,7 @@ class Base:
         return with_calibration(base_config(self.name), ids[0, : ids.shape[1] // 128 * 128].reshape(-1, 128))
 
     def checkpoint(self, source: Path) -> Path:
-        """The folder that `write` saved `source` to; never written to again."""
+        """Return the folder with the quantized `source` that `write` saved. Tests do not change it."""
         write = self.write
         assert write is not None
         return written(write.func, source, **write.keywords) if isinstance(write, partial) else written(write, source)
@@ -88,13 +88,13 @@ class Base:
 
 @cache
 def _quantized(base: Base, source: Path, dtype: torch.dtype) -> Any:
-    """What GPTQ takes seconds to quantize, once a process: never run and never changed."""
+    """Load a model that takes seconds to quantize, once per process. The caller copies it and never runs it."""
     return base.load(dtype, source, device_map="cpu")
 
 
 @cache
 def small_model() -> Path:
-    """The first two blocks of the bundled model, trained weights and tokenizer, as a model of its own."""
+    """Return the folder of a model made of the first two blocks of the bundled model, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def fill(folder: Path) -> None:
@@ -136,7 +136,7 @@ def _awq(module: Any) -> Tensor:
 
 
 def _compressed_tensors(module: Any) -> Tensor:
-    """The library replaces the packed tensors by `.weight` when the model first runs."""
+    """Dequantize a module. When the model first runs, the library replaces the packed tensors by `.weight`."""
     from compressed_tensors.compressors import decompress_module
 
     if not hasattr(module, "weight"):
@@ -190,7 +190,7 @@ def repacks() -> bool:
 
 
 def rows(*names: str) -> list[Any]:
-    """The named rows (all of them without names) as pytest parameters; one whose library is absent is skipped."""
+    """Return the named rows (all rows without names) as pytest parameters. Rows of missing libraries are skipped."""
     chosen = [base for base in BASES if not names or base.name in names]
     return [
         pytest.param(base, id=base.name, marks=pytest.mark.skipif(not base.installed, reason=f"needs {base.package}"))

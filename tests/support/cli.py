@@ -1,4 +1,4 @@
-"""The commands as tests run them: in this process, or in one of their own."""
+"""Functions that run the commands of glowq, in this process or in a new one."""
 
 import json
 import os
@@ -17,21 +17,21 @@ MODEL = str(EXAMPLE)
 
 
 def call(*arguments):
-    """A command in this process."""
+    """Run a command in this process."""
     typed = [str(argument) for argument in arguments]
     with patch.object(sys, "argv", ["glowq", *typed]):
         return CliRunner().invoke(app, typed, prog_name="glowq")
 
 
 def result_of(*arguments):
-    """What a command with --json printed, its whole stdout."""
+    """Run a command with --json and return the object on stdout, which holds nothing else."""
     done = call(*arguments, "--json")
     assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def fresh(folder, *arguments):
-    """A command in a process of its own."""
+    """Run a command in a new process."""
     command = [sys.executable, "-m", "glowq", *map(str, arguments)]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=300)

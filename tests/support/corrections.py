@@ -1,4 +1,4 @@
-"""Saved corrections that are changed on disk."""
+"""Changes of saved corrections on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def changed(whole: Path, copy: Path, change: Any) -> Path:
-    """A copy of a correction whose stored quantization config is another."""
+    """Copy a saved correction and change its stored quantization config."""
     shutil.copytree(whole, copy)
     config = json.loads((copy / "config.json").read_text())
     change(config["quantization_config"])

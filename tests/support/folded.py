@@ -1,4 +1,4 @@
-"""Models that scales are folded into by hand, and quantized by rounding: what the tests of folding take apart again."""
+"""Models with known channel scales in their weights, quantized by rounding, for the tests of channel scales."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IDS = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 class Plain:
-    """A backend of linear modules whose float weights stand for their quantized ones."""
+    """A backend that uses the float weight of a linear module as its quantized weight."""
 
     def scales(self, module: nn.Module) -> list[Tensor]:
         return []
@@ -43,7 +43,7 @@ class Plain:
 
 
 class ScaledActivation(nn.Module):
-    """What AWQ puts in the place of an activation that scales were folded out of."""
+    """The module with which AWQ replaces an activation in order to divide its output by scales."""
 
     def __init__(self, act: nn.Module, scales: Tensor) -> None:
         super().__init__()
@@ -87,7 +87,11 @@ def build(config: Any, **changes: Any) -> Any:
 
 @torch.no_grad()
 def fold(block: Any, producer: str, consumers: list[str], seed: int) -> Tensor:
-    """Fold random scales out of one layer into the next ones, as AWQ does; returns s, a number a consumer column."""
+    """Divide a layer by random scales and multiply the next layers by them, as AWQ does.
+
+    Returns:
+        One scale for each input channel of the consumers.
+    """
     layer = block.get_submodule(producer)
     width = block.get_submodule(consumers[0]).weight.shape[1]
     if isinstance(layer, nn.Linear):
@@ -96,7 +100,7 @@ def fold(block: Any, producer: str, consumers: list[str], seed: int) -> Tensor:
         layer.weight[-heads:] /= scale[:, None]
         if layer.bias is not None:
             layer.bias[-heads:] /= scale
-        # Grouped heads, 16 wide: each one is read by as many heads as there are of them for one.
+        # Grouped heads of width 16: several query heads read each value head, so its scales are repeated.
         scale = scale.view(-1, 1, 16).expand(-1, width // heads, -1).reshape(-1)
     elif not list(layer.parameters()):
         scale = random_scales(width, seed)

@@ -1,4 +1,4 @@
-"""Moments of made-up inputs, one of them large."""
+"""Input moments of random inputs with one large channel."""
 
 from __future__ import annotations
 

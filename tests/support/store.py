@@ -1,7 +1,7 @@
-"""Where models that take long to quantize are kept between the runs of the tests.
+"""A cache, between test runs, of models that take long to quantize.
 
-A folder for everything that could change what the libraries write: the code that calls them, what they quantize and
-calibrate on, their versions, and what the processor can do.
+The name of its folder is a hash of everything that could change the files of the libraries: the code that calls them,
+the model, the calibration text, their versions, and the instruction set of the processor.
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
-STORE = "GLOWQ_TEST_MODELS"  # names the folder that the processes of a test run share
+STORE = "GLOWQ_TEST_MODELS"  # environment variable with the folder that the processes of a test run share
 DAY = 24 * 60 * 60  # seconds
 
 
 def open_store(parent: Path, model: Path, texts: list[str]) -> None:
-    """Let this process and its children keep models below `parent`, and remove what no run used for a day.
+    """Let this process and its children keep models below `parent`, and remove folders that no run used for a day.
 
-    Less than a day old may be of a run that is still under way, with the files as they were when it started.
+    A folder that was used within a day may belong to a test run that has not ended.
 
     Args:
-        model: the folder of the model that is quantized.
-        texts: what the libraries calibrate on.
+        parent: folder of the cache.
+        model: folder of the model that is quantized.
+        texts: texts on which the libraries calibrate.
     """
     folder = parent / _key(model, texts)
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     for other in parent.iterdir():
         if other.stat().st_mtime < time.time() - DAY:
-            shutil.rmtree(other, ignore_errors=True)  # another run may remove it too
+            shutil.rmtree(other, ignore_errors=True)  # another run may remove it at the same time
     os.environ[STORE] = str(folder)
 
 
 def once(name: str, fill: Callable[[Path], Any]) -> Path:
-    """The folder of this name in the store, filled by the first process that asks for it; never written to again."""
+    """Return the folder of this name in the store. The first process that asks for it fills it; nothing changes it."""
     folder = _store() / name
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             made = _store() / f"{name}.part"
-            shutil.rmtree(made, ignore_errors=True)  # of a run that was ended while it wrote
+            shutil.rmtree(made, ignore_errors=True)  # from a run that ended before it was complete
             made.mkdir()
             fill(made)
             made.rename(folder)
@@ -59,21 +60,21 @@ def once(name: str, fill: Callable[[Path], Any]) -> Path:
 
 
 def written(write: Callable[..., Any], source: Path, **settings: Any) -> Path:
-    """The folder that a function of `writers` saved a model to, with these settings; never written to again."""
+    """Return the folder to which a function of `writers` saved a model with these settings. Nothing changes it."""
     name = f"{write.__name__}-{_hash(iter((digest(source).encode(), repr(sorted(settings.items())).encode())))}"
     return once(name, lambda folder: write(source, folder, **settings))
 
 
 @cache
 def digest(folder: Path) -> str:
-    """A hash of the names and the contents of all files of a folder."""
+    """Return a hash of the names and contents of all files in a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return _hash(part for file in files for part in (str(file.relative_to(folder)).encode(), file.read_bytes()))
 
 
 @cache
 def _store() -> Path:
-    """The folder of the test run, or one of this process."""
+    """Return the folder that the test run shares, or a temporary folder of this process."""
     if STORE in os.environ:
         return Path(os.environ[STORE])
     folder = Path(tempfile.mkdtemp(prefix="glowq-bases-"))

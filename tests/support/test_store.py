@@ -1,4 +1,4 @@
-"""Models that are kept between runs: one folder for everything that could change them."""
+"""The cache of quantized models: anything that could change a model leads to another folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests leave the store of the run alone."""
+    """Use a temporary store, so that these tests do not change the store of the test run."""
     folder = tmp_path / "kept"
     folder.mkdir()
     monkeypatch.setenv(store.STORE, str(folder))

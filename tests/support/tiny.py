@@ -1,4 +1,4 @@
-"""A tiny Llama with the bundled tokenizer, and the calls that every test of correcting, saving and loading makes."""
+"""A tiny Llama with the bundled tokenizer, and functions that quantize, correct and load it."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1)
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A seed of torch's global generator that the test's caller does not see."""
+    """Seed torch's global generator inside this context and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
-    """A random full-precision Llama of two layers, saved with the bundled tokenizer."""
+    """Save a random full-precision Llama of two layers with the bundled tokenizer, and return the folder."""
     with seeded(seed):
         LlamaForCausalLM(LlamaConfig(**{**SHAPE, **config})).to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(EXAMPLE).save_pretrained(folder)
@@ -52,14 +52,14 @@ def tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat
 
 
 def library_texts(folder: Path) -> None:
-    """train.txt and test.txt: modules of the standard library, none in both."""
+    """Write train.txt and test.txt from different modules of the standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for target, names in (("train", ("csv.py", "shutil.py")), ("test", ("textwrap.py", "bisect.py", "argparse.py"))):
         (folder / f"{target}.txt").write_text("".join((library / name).read_text("utf-8") for name in names))
 
 
 def biased_llama(folder: Path) -> Path:
-    """`tiny_llama` in float32, with a random bias in every linear layer of its blocks."""
+    """Save `tiny_llama` in float32, with a random bias in every linear layer of its blocks."""
     model = load(tiny_llama(folder, attention_bias=True, mlp_bias=True, dtype=torch.float32))
     with torch.no_grad(), seeded(0):
         for name, parameter in model.named_parameters():
@@ -70,7 +70,7 @@ def biased_llama(folder: Path) -> Path:
 
 
 def quantized(folder: Path | str, base: str, **kwargs: Any) -> Any:
-    """The model quantized by its library alone, without glowq's quantizer."""
+    """Load a model that its library quantizes, without glowq's quantizer."""
     config = glowq.GlowQConfig(base=base).base
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs)
 
@@ -83,23 +83,23 @@ def correct(model: nn.Module, folder: Path, **options: Any) -> glowq.Correction:
 
 
 def corrected(folder: Path, base: str, **options: Any) -> tuple[Any, glowq.Correction]:
-    """A quantized model, corrected in place, and its correction."""
+    """Quantize a model and correct it in place. Return the model and the correction."""
     model = quantized(folder, base)
     return model, correct(model, folder, **options)
 
 
 def load(folder: Path | str, **kwargs: Any) -> Any:
-    """Plain transformers."""
+    """Load a model with plain transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    """Logits of two fixed sequences, shape (2, 24, vocabulary)."""
+    """Return the logits of two fixed sequences, shape (2, 24, vocabulary)."""
     with torch.no_grad():
         found: Tensor = model(input_ids=ids).logits
     return found
 
 
 def gap(model: nn.Module, expected: Tensor) -> float:
-    """Largest absolute difference between a model's logits and the expected ones."""
+    """Return the largest absolute difference between a model's logits and the expected logits."""
     return float((logits(model) - expected).abs().max())

@@ -1,4 +1,4 @@
-"""Checkpoints as the libraries that quantize write them, each by that library's own commands."""
+"""Functions that write quantized checkpoints, each with the quantization library's own commands."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from glowq.data.text import read_texts
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 TEXTS = [text[:1200] for text in read_texts("python-stdlib") if len(text) > 1200][::16]
-"""What the libraries calibrate on: beginnings of modules of the standard library, 300 to 500 tokens each."""
+"""Texts on which the libraries calibrate: beginnings of modules of the standard library, 300 to 500 tokens each."""
 
 
 def gptqmodel(source: Path, target: Path, **settings: Any) -> None:
-    """gptqmodel's own quantizer and its own save (which writes AutoGPTQ's zero points)."""
+    """Quantize and save with gptqmodel, which writes zero points in AutoGPTQ's format."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(str(source), QuantizeConfig(**settings, device="cpu", offload_to_disk=False))
@@ -29,7 +29,7 @@ def gptqmodel(source: Path, target: Path, **settings: Any) -> None:
 
 
 def awq(source: Path, target: Path, **settings: Any) -> None:
-    """gptqmodel's AWQ: 4 bits in groups of 64, scales folded into norms and linear layers, weights clipped."""
+    """Quantize with gptqmodel's AWQ: 4 bits in groups of 64, scales folded into norms and linear layers, clipping."""
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization import FORMAT, METHOD
     from gptqmodel.utils.backend import BACKEND
@@ -41,7 +41,7 @@ def awq(source: Path, target: Path, **settings: Any) -> None:
 
 
 def optimum(source: Path, target: Path, **settings: Any) -> None:
-    """transformers' GPTQConfig, which quantizes with optimum, and save_pretrained."""
+    """Quantize with transformers' GPTQConfig, which uses optimum, and save with save_pretrained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
     config = GPTQConfig(**settings, dataset=TEXTS, tokenizer=str(source), backend="torch", model_seqlen=512)
@@ -50,7 +50,7 @@ def optimum(source: Path, target: Path, **settings: Any) -> None:
 
 
 def auto_gptq(source: Path, target: Path) -> None:
-    """What AutoGPTQ 0.7 wrote: zero points less one, and a config that names no format. 4 bits, asymmetric."""
+    """Write a checkpoint as AutoGPTQ 0.7 did: 4 bits, asymmetric, zero points minus one, no format in the config."""
     optimum(source, target, bits=4, group_size=64, sym=False)
     file = target / "model.safetensors"
     tensors = load_file(file)
@@ -78,7 +78,7 @@ def auto_gptq(source: Path, target: Path) -> None:
 
 
 def quantize_with_hqq(source: Path, dtype: torch.dtype, **settings: Any) -> Any:
-    """HQQ's own quantization of a model in memory."""
+    """Quantize a model in memory with HQQ's own function."""
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
     from transformers import AutoModelForCausalLM
@@ -89,25 +89,25 @@ def quantize_with_hqq(source: Path, dtype: torch.dtype, **settings: Any) -> Any:
 
 
 def hqq(source: Path, target: Path, **settings: Any) -> None:
-    """HQQ's own save: a config.json that does not mention HQQ, and a pickle of all weights."""
+    """Save with HQQ's own function, which writes a config.json without HQQ's settings and a pickle of all weights."""
     from hqq.models.hf.base import AutoHQQHFModel
 
     AutoHQQHFModel.save_quantized(quantize_with_hqq(source, torch.bfloat16, **settings), str(target))
 
 
 def load_with_hqq(folder: Path, dtype: torch.dtype) -> Any:
-    """HQQ's own load of what it saved."""
+    """Load a model that HQQ saved, with HQQ's own function."""
     from hqq.models.hf.base import AutoHQQHFModel
 
     return AutoHQQHFModel.from_quantized(str(folder), compute_dtype=dtype, device="cpu")
 
 
 def compressed_tensors(source: Path, target: Path, **settings: Any) -> None:
-    """compressed-tensors' own rounding to nearest and its own compressor, as llm-compressor calls them.
+    """Quantize with compressed-tensors' rounding to nearest and its compressor, as llm-compressor calls them.
 
     Args:
-        **settings: of `QuantizationArgs`, e.g. num_bits, strategy, group_size, symmetric; also `ignore`, names of
-            modules to leave alone, and `input_activations`.
+        **settings: settings of `QuantizationArgs`, for example num_bits, strategy, group_size, symmetric; also
+            `ignore`, the names of modules that are not quantized, and `input_activations`.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -140,7 +140,7 @@ def compressed_tensors(source: Path, target: Path, **settings: Any) -> None:
 
 
 def gguf(source: Path, file: Path, kind: str) -> None:
-    """A Llama as llama.cpp's converter writes it, by the gguf library: linear layers as `kind` ("Q4_0", "Q8_0")."""
+    """Write a Llama with the gguf library as llama.cpp's converter does; linear layers have type `kind` ("Q4_0")."""
     from gguf import GGMLQuantizationType, GGUFWriter, TensorNameMap, get_tensor_name_map, quants
     from gguf.constants import MODEL_ARCH
 
@@ -163,7 +163,7 @@ def gguf(source: Path, file: Path, kind: str) -> None:
     for name, tensor in load_file(source / "model.safetensors").items():
         weight = tensor.float()
         count = heads.get(name.split(".")[-2])
-        if count is not None:  # llama.cpp rotates neighbouring pairs, transformers rotates halves
+        if count is not None:  # llama.cpp's rotary embedding rotates adjacent pairs, transformers' halves
             weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         target = names.get_name(name, try_suffixes=(".weight",))
         if name.endswith("_proj.weight"):
@@ -178,7 +178,7 @@ def gguf(source: Path, file: Path, kind: str) -> None:
 
 
 def float8(source: Path, target: Path) -> None:
-    """Fine-grained float8 as DeepSeek publishes it: blocks of 128 x 128, each with the inverse of its scale."""
+    """Quantize to fine-grained float8 as DeepSeek does: blocks of 128 x 128, each stored with its inverse scale."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     tensors = load_file(source / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
