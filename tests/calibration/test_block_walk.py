@@ -1,4 +1,4 @@
-"""The walk against ordinary forwards: each block is measured behind the corrected blocks before it."""
+"""The block walk compared with whole forwards: each block gets its inputs from the corrected blocks before it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Factory = Callable[..., Any]
 
 
 class Recorder:
-    """Stands in for a collector and keeps every input."""
+    """A replacement for a collector that keeps every input."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -38,7 +38,7 @@ def by_block(groups: list[Group]) -> dict[str, list[Group]]:
 
 
 def uneven(limit: int = 64) -> list[dict[str, Tensor]]:
-    """Three batches of other shapes, one of them padded."""
+    """Return three batches of different shapes; one of them has padding."""
     shapes = ((2, 7), (1, 11), (3, 4))
     generator = torch.Generator().manual_seed(0)
     inputs = [{"input_ids": torch.randint(1, limit, shape, generator=generator)} for shape in shapes]
@@ -47,7 +47,7 @@ def uneven(limit: int = 64) -> list[dict[str, Tensor]]:
 
 
 def walked(model: nn.Module, batches: list[dict[str, Any]], factors: Factory) -> dict[str, list[Tensor]]:
-    """Group name -> its inputs in the walk; every block is corrected before the next one."""
+    """Return group name -> its inputs in the block walk, which corrects every block before the next one."""
     stops = by_block(find_groups(model, batches[0]))
     found: dict[str, list[Tensor]] = {}
     with BlockWalk(model, batches, list(stops)) as walk:
@@ -61,7 +61,7 @@ def walked(model: nn.Module, batches: list[dict[str, Any]], factors: Factory) ->
 
 
 def ordinary(model: nn.Module, batches: list[dict[str, Any]], factors: Factory) -> dict[str, list[Tensor]]:
-    """The same by whole forwards, one for each block and batch."""
+    """Return the same inputs from whole forwards of the model, one for each block and batch."""
     found: dict[str, list[Tensor]] = {}
     for groups in by_block(find_groups(model, batches[0])).values():
         handles = []
@@ -87,7 +87,7 @@ def same(found: dict[str, list[Tensor]], exact: dict[str, list[Tensor]]) -> None
         )
 
 
-def untouched(model: nn.Module) -> bool:
+def has_no_hooks(model: nn.Module) -> bool:
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -106,8 +106,8 @@ def test_the_bundled_model_is_walked_alike(bundled: Any, token_ids: Tensor, rand
     def small(group: Group) -> Any:
         return random_factors(group, scale=0.02)
 
-    twin = copy.deepcopy(model)
-    same(walked(model, batches, small), ordinary(twin, batches, small))
+    copied = copy.deepcopy(model)
+    same(walked(model, batches, small), ordinary(copied, batches, small))
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "falcon", "opt", "bert"])
@@ -118,8 +118,8 @@ def test_other_architectures_are_walked_alike(kind: str, random_factors: Factory
     extra = {"opt": {"word_embed_proj_dim": 32, "ffn_dim": 48}, "gemma2": {"num_key_value_heads": 2, "head_dim": 8}}
     config = AutoConfig.for_model(kind, intermediate_size=48, **changes, **extra.get(kind, {}))
     model = AutoModel.from_config(config).eval()
-    twin = copy.deepcopy(model)
-    same(walked(model, uneven(), random_factors), ordinary(twin, uneven(), random_factors))
+    copied = copy.deepcopy(model)
+    same(walked(model, uneven(), random_factors), ordinary(copied, uneven(), random_factors))
 
 
 def test_a_part_with_a_config_of_its_own_keeps_no_cache(random_factors: Factory) -> None:
@@ -130,9 +130,9 @@ def test_a_part_with_a_config_of_its_own_keeps_no_cache(random_factors: Factory)
     vision = CLIPVisionConfig(image_size=8, patch_size=4, **size)
     config = LlavaConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=63)
     model = LlavaForConditionalGeneration(config).eval()
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     batches = uneven(limit=60)
-    same(walked(model, batches, random_factors), ordinary(twin, batches, random_factors))
+    same(walked(model, batches, random_factors), ordinary(copied, batches, random_factors))
     assert model.config.text_config.use_cache is True
 
 
@@ -181,7 +181,7 @@ def test_nothing_is_left_on_the_model(tiny_llama: Factory, moment: str) -> None:
     else:
         with pytest.raises(IndexError):
             run()
-    assert untouched(model)
+    assert has_no_hooks(model)
     assert model.training
     assert model.model.layers[0].mlp.up_proj.training
     assert not any(module.training for module in model.model.layers[1].modules())
@@ -199,8 +199,8 @@ def test_inference_mode_outside_does_not_matter(tiny_llama: Factory, random_fact
 
 
 def test_a_forward_under_autocast_is_alone_in_it(tiny_llama: Factory, random_factors: Factory) -> None:
-    model, twin = tiny_llama(), tiny_llama()
-    for each in (model, twin):
+    model, copied = tiny_llama(), tiny_llama()
+    for each in (model, copied):
         each.forward = torch.autocast("cpu", torch.bfloat16)(each.forward)
     stops = by_block(find_groups(model, uneven()[0]))
     with BlockWalk(model, uneven(), list(stops)) as walk:
@@ -208,11 +208,11 @@ def test_a_forward_under_autocast_is_alone_in_it(tiny_llama: Factory, random_fac
             for _ in walk.collect(stop, []):
                 assert not torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled("cpu")
-    same(walked(model, uneven(), random_factors), ordinary(twin, uneven(), random_factors))
+    same(walked(model, uneven(), random_factors), ordinary(copied, uneven(), random_factors))
 
 
 class InPlace(nn.Module):
-    """A block that writes into its own input and gives it back."""
+    """A block that adds to its input in place and returns it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,14 +223,14 @@ class InPlace(nn.Module):
 
 
 class Pure(InPlace):
-    """The same without writing."""
+    """The same block without the write in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(x)
 
 
 class Blocks(nn.Module):
-    """Two blocks; the first reads `x` itself."""
+    """Two blocks; the first one reads the input of the model."""
 
     def __init__(self, kind: type[InPlace]) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def test_a_block_that_writes_into_its_input_runs_once(random_factors: Factory) -
 
 def test_batches_made_in_inference_mode_are_walked(random_factors: Factory) -> None:
     model = Blocks(Pure)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.inference_mode():
         x = torch.randn(2, 4)
-    same(walked(model, [{"x": x}], random_factors), ordinary(twin, [{"x": x}], random_factors))
+    same(walked(model, [{"x": x}], random_factors), ordinary(copied, [{"x": x}], random_factors))

@@ -1,4 +1,4 @@
-"""Distilled factors: nearer to the reference on text that they never saw, and of the same shapes."""
+"""Distilled factors are closer to the reference model on held-out text, and have the same shapes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_model_is_left_as_it_was(tiny_llama: Factory, tiny_ids: Tensor, rand
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert not any("glowq" in name for name, _ in model.named_modules())
-    for old, new in zip(factors, found, strict=True):  # random factors only do harm: they are unlearned
+    for old, new in zip(factors, found, strict=True):  # distillation reduces random factors, which only do harm
         assert (new.group, new.right.shape, new.right.dtype) == (old.group, old.right.shape, old.right.dtype)
         assert not torch.equal(new.right, old.right)
         assert torch.equal(new.gains, old.gains)
@@ -88,7 +88,7 @@ def test_what_does_no_better_on_held_out_sequences_is_not_taken(
     none = [
         replace(entry, lefts={name: torch.zeros_like(left) for name, left in entry.lefts.items()}) for entry in factors
     ]
-    found = distill(model, model, none, tiny_ids.repeat(8, 1), steps=2)  # nothing can be nearer than the model itself
+    found = distill(model, model, none, tiny_ids.repeat(8, 1), steps=2)  # nothing can be closer than the model itself
     assert all(torch.equal(new.right, old.right) for new, old in zip(found, none, strict=True))
 
 
@@ -105,7 +105,7 @@ def test_bad_input_is_named(tiny_llama: Factory, tiny_ids: Tensor, random_factor
     with pytest.raises(NonFiniteError, match="divergence from the reference is NaN"):
         distill(model, broken, factors, tiny_ids, steps=1)
 
-    class Wall(torch.autograd.Function):
+    class Detach(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
             return x.clone()
@@ -114,7 +114,7 @@ def test_bad_input_is_named(tiny_llama: Factory, tiny_ids: Tensor, random_factor
         def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
             return None
 
-    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: (Wall.apply(args[0]), *args[1:]))
+    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: (Detach.apply(args[0]), *args[1:]))
     with pytest.raises(SensitivityError, match=r"layers\.0.*no gradient reaches its factors"):
         distill(model, tiny_llama(), factors, tiny_ids, steps=1)
     handle.remove()

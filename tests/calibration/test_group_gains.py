@@ -1,4 +1,4 @@
-"""What one group's correction does to a model's answers, against whole forwards of transformers' own."""
+"""The measured effect of one group's correction on the model's outputs, compared with whole forwards of the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ids() -> Tensor:
     return torch.randint(1, 64, (6, 16), generator=torch.Generator().manual_seed(3))
 
 
-def log_chances(model: nn.Module, ids: Tensor) -> Tensor:
+def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits.double().log_softmax(-1)
 
@@ -47,7 +47,7 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
     return (first.exp() * (first - second)).sum(-1).flatten()
 
 
-def alone(model: nn.Module, entry: GroupFactors, run: Callable[[], Tensor]) -> Tensor:
+def attached(model: nn.Module, entry: GroupFactors, run: Callable[[], Tensor]) -> Tensor:
     attach(model, entry)
     try:
         return run()
@@ -57,7 +57,7 @@ def alone(model: nn.Module, entry: GroupFactors, run: Callable[[], Tensor]) -> T
 
 @pytest.fixture
 def pair(tiny_llama: Factory) -> tuple[nn.Module, nn.Module]:
-    """A model, and one with noise on every linear weight, which takes the quantized one's place."""
+    """A reference model, and a copy with noise on every linear weight in place of a quantized model."""
     reference, model = tiny_llama(num_hidden_layers=3), tiny_llama(num_hidden_layers=3)
     with torch.no_grad():
         for module in model.modules():
@@ -72,9 +72,9 @@ def test_changes_and_benefits_are_those_of_whole_forwards(
     reference, model = pair
     factors = [random_factors(group, scale=0.2) for group in find_groups(model, {"input_ids": ids})]
     found = measure_groups(model, reference, factors, ids)
-    wanted, plain = log_chances(reference, ids), log_chances(model, ids)
+    wanted, plain = log_probabilities(reference, ids), log_probabilities(model, ids)
     for entry in factors:
-        given = alone(model, entry, lambda: log_chances(model, ids))
+        given = attached(model, entry, lambda: log_probabilities(model, ids))
         benefit = kl(wanted, plain) - kl(wanted, given)
         measured = found[entry.group.name]
         assert measured.unit == "nats"
@@ -83,7 +83,7 @@ def test_changes_and_benefits_are_those_of_whole_forwards(
         sequences = benefit.reshape(ids.shape).mean(1)  # shorter than a part: each is one independent value
         spread = 2.5706 * float(sequences.std()) / math.sqrt(len(sequences))  # Student's t, 5 degrees of freedom
         assert measured.benefit.high - measured.benefit.value == pytest.approx(spread, rel=2e-3)
-    assert torch.equal(log_chances(model, ids), plain)
+    assert torch.equal(log_probabilities(model, ids), plain)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -99,14 +99,14 @@ def test_tokens_of_one_sequence_are_not_independent(pair: tuple[nn.Module, nn.Mo
 
 
 def test_a_small_change_is_told_from_rounding(pair: tuple[nn.Module, nn.Module], random_factors: Factory) -> None:
-    """bfloat16 answers differ by some 1e-4 nats after any change at all."""
+    """A small change is measured in bfloat16, although rounding alone changes the outputs by about 1e-4 nats."""
     reference, model = pair
-    # Rounding differs from processor to processor, and from token to token: enough of them that its mean does not.
+    # Rounding differs between processors and between tokens. Many tokens make its mean the same on all processors.
     ids = torch.randint(1, 64, (48, 16), generator=torch.Generator().manual_seed(3))
     tiny = [random_factors(group, scale=0.012) for group in find_groups(model, {"input_ids": ids})]
     exact = {
         entry.group.name: float(
-            kl(log_chances(model, ids), alone(model, entry, lambda: log_chances(model, ids))).mean()
+            kl(log_probabilities(model, ids), attached(model, entry, lambda: log_probabilities(model, ids))).mean()
         )
         for entry in tiny
     }
@@ -122,8 +122,8 @@ def test_a_small_change_is_told_from_rounding(pair: tuple[nn.Module, nn.Module],
     rounded = measure_groups(model, reference, half, ids)[largest].change
     assert rounded == pytest.approx(exact[largest], rel=0.5)
     entry = next(entry for entry in half if entry.group.name == largest)
-    plain = log_chances(model, ids)
-    assert float(kl(plain, alone(model, entry, lambda: log_chances(model, ids))).mean()) > 5 * exact[largest]
+    plain = log_probabilities(model, ids)
+    assert float(kl(plain, attached(model, entry, lambda: log_probabilities(model, ids))).mean()) > 5 * exact[largest]
 
 
 def test_blocks_before_the_group_are_not_run_again(
@@ -146,8 +146,13 @@ def states(model: nn.Module, ids: Tensor) -> list[Tensor]:
     return [nn.functional.normalize(state, dim=-1) for state in (tokens, pooled, tokens.mean(1))]
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share their weights: its block runs again
 def test_an_encoder_is_measured_by_its_states(kind: str, random_factors: Factory) -> None:
+=======
+@pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share weights, so a block runs several times
+def test_an_encoder_is_measured_by_its_states(kind: str, ids: Tensor, random_factors: Factory) -> None:
+>>>>>>> b63ce46 (Plain words in tests of calibration)
     torch.manual_seed(0)
     ids = torch.randint(1, 64, (24, 16))
     model: Any = BertModel(BertConfig(**ENCODER)) if kind == "bert" else AlbertModel(AlbertConfig(**ENCODER))
@@ -181,31 +186,31 @@ def test_gains_take_the_unit_of_what_was_measured(tmp_path: Path) -> None:
     for before, after in zip(correction.factors, changed, strict=True):
         assert float(after.gains.sum()) == pytest.approx(measured[before.group.name].change, rel=1e-9)
         assert after.total / before.total == pytest.approx(float(after.gains.sum() / before.gains.sum()), rel=1e-9)
-        # Half of its gains were measured on other tokens; both are nats, and of one size.
+        # The earlier gains were measured on other tokens. Both are in nats and of similar size.
         assert 0.4 < float(after.gains.sum() / before.gains.sum()) < 2.5
 
 
 def test_a_group_that_only_does_harm_is_not_bought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved_llama(tmp_path / "source")
     whole = correct(quantized(source, "torchao-int2"), source, rank=None, budget="5%")
-    victim = max(whole.factors, key=lambda entry: float(entry.gains.sum())).group
+    reversed_group = max(whole.factors, key=lambda entry: float(entry.gains.sum())).group
 
     from glowq.pipeline.block_solver import BlockSolver
 
     solve = BlockSolver.solve
 
-    def turned(entry: GroupFactors) -> GroupFactors:
+    def negated(entry: GroupFactors) -> GroupFactors:
         return replace(entry, lefts={name: -left for name, left in entry.lefts.items()})
 
-    def backwards(self: Any, stops: Any, sequences: Tensor) -> list[GroupFactors]:
-        """The victim's correction points away from its error."""
-        return [turned(entry) if entry.group == victim else entry for entry in solve(self, stops, sequences)]
+    def solve_reversed(self: Any, stops: Any, sequences: Tensor) -> list[GroupFactors]:
+        """Solve, and reverse the sign of the correction of `reversed_group`, so that it increases the error."""
+        return [negated(entry) if entry.group == reversed_group else entry for entry in solve(self, stops, sequences)]
 
-    monkeypatch.setattr(BlockSolver, "solve", backwards)
+    monkeypatch.setattr(BlockSolver, "solve", solve_reversed)
     guarded = correct(quantized(source, "torchao-int2"), source, rank=None, budget="5%")
-    assert victim.name in whole.ranks
-    assert victim.name not in guarded.ranks
+    assert reversed_group.name in whole.ranks
+    assert reversed_group.name not in guarded.ranks
     refused = guarded.config.provenance.not_restored
-    assert victim.name not in whole.config.provenance.not_restored
-    assert refused[victim.name]["high"] < 0
+    assert reversed_group.name not in whole.config.provenance.not_restored
+    assert refused[reversed_group.name]["high"] < 0
     assert guarded.factor_bytes <= 0.05 * guarded.base_bytes

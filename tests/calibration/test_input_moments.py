@@ -1,4 +1,4 @@
-"""Streamed moments against float64 sums over all tokens at once."""
+"""Streamed input moments compared with float64 sums over all tokens at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUP = Group("layer", ("layer",), WIDTH, (3, 1), "layer")
 
 
 class Model(nn.Module):
-    """One linear layer, called `times` times a forward."""
+    """One linear layer that each forward calls `times` times."""
 
     def __init__(self, times: int = 1) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 
 def batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Uneven batches of correlated tokens with one outlier channel."""
+    """Return batches of different shapes, with correlated tokens and one outlier channel."""
     mix = torch.randn(WIDTH, WIDTH) + torch.tensor([0, 0, 20, 0, 0, 0])
     return [(torch.randn(*shape, WIDTH) @ mix).to(dtype) for shape in ((2, 5), (1, 9), (3, 1))]
 
@@ -215,7 +215,7 @@ def test_the_input_is_neither_changed_nor_tracked() -> None:
 
 
 def test_rounded_energy_finds_the_same_subspace() -> None:
-    """bfloat16 inputs: what the streamed energy's leading directions leave, against the exact energy's own."""
+    """With bfloat16 inputs, the leading directions of the streamed energy leave as little error as the exact ones."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(96, 96, generator=generator) * torch.logspace(0, -2, 96)
     x = (torch.randn(8, 256, 96, generator=generator) @ mix).bfloat16()

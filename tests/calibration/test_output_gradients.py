@@ -1,4 +1,4 @@
-"""The output moments against what the Fisher information is by definition, and against measured losses."""
+"""The output moments compared with the definition of the Fisher information, and with measured losses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Factory = Callable[..., Any]
 
 
 class OneLayer(PreTrainedModel):
-    """Embedding, one linear layer, and a head whose softmax is the model's word."""
+    """An embedding, one linear layer, and a head with logits."""
 
     config_class = PreTrainedConfig
 
@@ -55,14 +55,14 @@ def test_the_moment_is_the_fisher_information_of_the_head() -> None:
     ids = torch.randint(0, 7, (400, 50))
     found = output_moments(model, [GROUP], [{"input_ids": part} for part in ids.split(100)])["layer"]
     with torch.no_grad():
-        chances = model(ids).logits.softmax(-1).double().flatten(0, 1)
+        probabilities = model(ids).logits.softmax(-1).double().flatten(0, 1)
         weight = model.head.weight.double()
-        mean = chances @ weight
-        expected = (torch.einsum("tv,vi,vj->ij", chances, weight, weight) - mean.T @ mean) / len(chances)
+        mean = probabilities @ weight
+        expected = (torch.einsum("tv,vi,vj->ij", probabilities, weight, weight) - mean.T @ mean) / len(probabilities)
     assert found.dtype == torch.float32
     torch.testing.assert_close(
         found.double(), expected, rtol=0.05, atol=0.02 * float(expected.abs().max())
-    )  # 20,000 labels
+    )  # the moment is estimated from 20,000 sampled labels
 
 
 def test_half_the_quadratic_form_is_the_loss_measured(token_ids: Tensor) -> None:
@@ -113,7 +113,7 @@ def test_wide_groups_keep_their_diagonal_and_a_low_rank_part(tiny_llama: Factory
     found = output_moments(model, groups, [batch] * 2, full_width=40)
     for name, moment in found.items():
         if full[name].shape[0] > 40:
-            # Fewer outputs than directions: nothing is lost.
+            # The low-rank part has at least as many directions as outputs, so it is exact.
             moment = moment.diagonal.diag() + moment.factor @ moment.factor.T
         torch.testing.assert_close(moment, full[name], rtol=1e-3, atol=1e-5 * float(full[name].abs().max()))
     again = output_moments(model, groups, [batch] * 2, full_width=40)
@@ -122,7 +122,7 @@ def test_wide_groups_keep_their_diagonal_and_a_low_rank_part(tiny_llama: Factory
 
 
 def test_the_low_rank_part_closes_most_of_what_the_diagonal_loses() -> None:
-    """gate and up of a trained model, 1536 outputs: what a solve leaves is measured under the exact moment."""
+    """The remaining error for gate and up (1536 outputs) of a trained model, measured with the exact moment."""
     model = load(small_model(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(small_model())
     ids = tokenizer(
@@ -173,14 +173,14 @@ ONE_OF_EACH = (
 
 @pytest.mark.parametrize("base", rows(*ONE_OF_EACH))
 def test_gradients_pass_through_every_library(base: Base, token_ids: Tensor) -> None:
-    """The direction is the reference's own, as far as a model of so few bits still computes the same function."""
+    """The moments have the direction of those of the reference model; the tolerance depends on the bits."""
     batch = {"input_ids": token_ids}
     reference, model = load(small_model(), dtype=torch.float32), base.load()
     prepare_model(model)
     groups = find_groups(model, batch)
     expected = output_moments(reference, groups, [batch])
     found = output_moments(model, groups, [batch], teacher=lambda inputs: reference(**inputs).logits)
-    if base.name.startswith("awq"):  # its outputs are scaled: up_proj's rows are other units
+    if base.name.startswith("awq"):  # AWQ scales the outputs of up_proj, so its rows differ
         groups = [group for group in groups if len(group.members) == 3]
     for group in groups:
         pair = (found[group.name].flatten(), expected[group.name].flatten())
@@ -231,11 +231,11 @@ def test_without_gradients_errors_are_counted_in_output_units_and_it_is_said(
         raise SensitivityError("model.layers.0.mlp.down_proj: no gradient of the loss reaches its output.")
 
     options["calibration"] = token_sequences(TEXTS, tokenizer, length=128, limit=1024)
-    train, _ = split(options["calibration"], 1 / 8)  # the rest is measured on
+    train, _ = split(options["calibration"], 1 / 8)  # glowq measures the gains on the rest
     one_sided = {**options, "calibration": train}
     expected = glowq.correct(quantized(source, "nf4"), method="glowq-one-sided", **one_sided)
     monkeypatch.setattr("glowq.pipeline.correct.output_moments", refuse)
     with pytest.warns(NoGradientWarning, match=r"down_proj: no gradient .* counted in output units"):
         found = glowq.correct(quantized(source, "nf4"), **options)
-    assert found.config.provenance.gains == "nats"  # measured, all the same
+    assert found.config.provenance.gains == "nats"  # the gains are measured nevertheless
     assert all(torch.equal(tensor, expected.tensors()[name]) for name, tensor in found.tensors().items())
