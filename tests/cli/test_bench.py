@@ -1,4 +1,4 @@
-"""`glowq bench`: figures that agree with each other and with the correction, three models of one memory, refusals."""
+"""`glowq bench`: consistent figures, three models that share the memory of one base, and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROW = {"model", "batch", "length", "factor_bytes", "byte_ratio", "peak_bytes"} |
 
 @pytest.fixture(scope="module")
 def timed(rank_8: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """(what --json printed, the folder) of two batch sizes and two lengths."""
+    """The result of --json and the output folder, for two batch sizes and two lengths."""
     output = tmp_path_factory.mktemp("bench") / "out"
     return result_of("bench", rank_8, *SIZES, "--seed", 7, "--output", output), output
 
@@ -139,7 +139,7 @@ class TestFiles:
 
 
 def memory(model: nn.Module) -> dict[str, int]:
-    """Where every tensor of the base begins."""
+    """Return the address of every tensor of the base."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.data_ptr() for name, tensor in tensors.items() if "glowq_" not in name}
 
@@ -158,13 +158,13 @@ class TestThreeModels:
         assert list(found) == MODELS
         assert torch.equal(found["base"], logits(plain, ids))
         assert torch.equal(found["shared"], corrected)
-        # The same products, each rounded on its own: a step or two of the largest logit's.
+        # The same products, but each is rounded separately: a difference of at most two steps at the largest logit.
         rounding = 2 * torch.finfo(torch.bfloat16).eps * float(corrected.abs().max())
         assert float((found["per module"] - corrected).abs().max()) <= rounding
         assert float((found["base"] - corrected).abs().max()) > 4 * rounding
 
     def test_fast_kernels_rewrite_the_weights_of_all_three(self, model: Any) -> None:
-        """They share one memory, which must be rewritten once."""
+        """The three models share the memory of the weights, which must be rewritten only once."""
         before = {name: logits(made) for name, made in variants(model).items()}
         glowq.use_fast_kernels(model)
         for turn in (MODELS, MODELS[::-1]):
@@ -210,7 +210,7 @@ class TestThreeModels:
 
 
 def refused(done: Any, message: str) -> None:
-    """One line, and status 1."""
+    """Assert that a command failed with status 1 and this message on one line of stderr."""
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
     assert re.fullmatch(r"glowq: error: [^\n]+\n", done.stderr), done.stderr
@@ -249,7 +249,7 @@ class TestRefused:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A correction of an encoder of 64 positions."""
+    """A correction of an encoder with 64 positions."""
     path = tmp_path_factory.mktemp("bert")
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
     shape["max_position_embeddings"] = 64
@@ -262,7 +262,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A correction of a decoder with a table of 64 positions."""
+    """A correction of a decoder with a table of 64 position embeddings."""
     path = tmp_path_factory.mktemp("gpt2")
     tokens = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
     with seeded(0):
@@ -289,7 +289,7 @@ class TestOtherModels:
         assert len({line.count("|") for line in lines if line.startswith("| ")}) == 1
 
     def test_an_encoder_reads_up_to_its_last_position(self, bert: Path) -> None:
-        """Nothing is decoded after the prompt, which may be as long as the model takes."""
+        """An encoder decodes nothing after the prompt, so the prompt may use all positions."""
         options = ["--batch-sizes", 1, "--lengths", 64, "--repeats", 1]
         assert [row["length"] for row in result_of("bench", bert, *options)["rows"]] == [64] * 3
 
@@ -301,7 +301,7 @@ class TestOtherModels:
 
 @pytest.fixture(scope="module")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A correction of a model of one block: tracing takes seconds a block, model and shape."""
+    """A correction of a model with one block, because tracing takes seconds per block, model and shape."""
     folder = tmp_path_factory.mktemp("one-block")
     corrected(tiny_llama(folder / "llama", num_hidden_layers=1), "nf4")[1].save_pretrained(folder / "correction")
     return folder / "correction"
@@ -321,7 +321,7 @@ class TestSettings:
 
     @pytest.mark.slow
     def test_every_model_and_shape_gets_a_graph(self, one_block: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """They are more than torch.compile makes of one piece of code by itself."""
+        """These are more graphs than torch.compile compiles for one function by default."""
         torch.compiler.reset()
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         models = variants(load(one_block).eval())

@@ -1,4 +1,4 @@
-"""The commands, the way people type them: results, exit codes, and what reaches stdout."""
+"""The commands as users type them: results, exit codes and stdout."""
 
 import json
 import re
@@ -29,7 +29,7 @@ WIDTHS = ["--tokens", "512", "--sequence-length", "64"]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Sums are taken in the same order as in a process of its own."""
+    """Use one thread, so that sums are computed in the same order as in a new process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def notes(folder):
 
 @pytest.fixture(scope="module")
 def corrected(folder, notes):
-    """(the finished process, its correction's folder): run from a folder with nothing in it but the text."""
+    """The finished process and the folder of its correction. It runs in a folder that holds only the text."""
     arguments = ["correct", MODEL, "--base", "nf4", "--calibration", "notes.txt", "--output", "out", *SIZES, "--json"]
     return fresh(folder, *arguments), folder / "out"
 
@@ -63,7 +63,7 @@ def correction(corrected):
 
 @pytest.fixture(scope="module")
 def quantized(folder):
-    """The model quantized by transformers alone, saved; its tokenizer is left out."""
+    """Folder of the model quantized and saved by transformers alone, without its tokenizer."""
     config = glowq.GlowQConfig(base="nf4").base
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto", quantization_config=config)
     prepare_model(model)
@@ -94,7 +94,7 @@ class TestCorrect:
         assert held_out["tokens"] == 1024 // 8
         gap = held_out["quantized"] - held_out["reference"]
         assert held_out["recovered"] == pytest.approx((held_out["quantized"] - held_out["corrected"]) / gap)
-        assert held_out["recovered_ci95"] is None  # two sequences of 64 tokens: nothing to resample
+        assert held_out["recovered_ci95"] is None  # two sequences are too few for a bootstrap
 
     def test_an_interval_from_eight_held_out_sequences_on(self, notes, folder):
         sizes = ["--rank", "2", "--calibration-tokens", "2048", "--sequence-length", "32"]
@@ -217,7 +217,7 @@ class TestEvaluate:
 class TestGroups:
     def test_llama(self, correction):
         found = result_of("groups", MODEL)
-        assert found["groups"].pop()["members"] == ["lm_head"]  # which quantizers leave alone
+        assert found["groups"].pop()["members"] == ["lm_head"]  # quantizers skip it
         assert len(found["groups"]) == 32
         assert found["skipped"] == {}
         assert found["groups"][0] == {
@@ -307,7 +307,7 @@ class TestRun:
 class TestErrors:
     @pytest.fixture
     def places(self, tmp_path, notes):
-        """Folders that commands must refuse, by the word that a command line holds for them."""
+        """Folders that commands must refuse, by the word that stands for them in a command line."""
         stored = json.loads(Path(MODEL, "config.json").read_text())
         for kind in ("bitsandbytes", "glowq"):
             settings = {"quant_method": kind, **({"load_in_4bit": True} if kind == "bitsandbytes" else {})}

@@ -1,4 +1,4 @@
-"""`glowq compare`: every method within its bytes, figures that agree, files all or nothing, and what is refused."""
+"""`glowq compare`: every method stays within its bytes, the figures are consistent, all files are written or none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def command(folder: Path) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def compared(folder: Path, command: list[Any]) -> tuple[dict[str, Any], Path]:
-    """(what --json printed, the folder) of all methods at three budgets."""
+    """The result of --json and the output folder, for all methods at three budgets."""
     output = folder / "out"
     return result_of(*command, "--budgets", ",".join(BUDGETS), "--output", output), output
 
@@ -213,7 +213,7 @@ class TestFiles:
 
 @pytest.fixture(scope="module")
 def grouped(folder: Path, command: list[Any]) -> tuple[dict[str, Any], Path]:
-    """(what --json printed, the folder) of the two kinds of GlowQ-S beside what they are measured against."""
+    """The result of --json and the output folder, for both kinds of GlowQ-S and the methods to compare them with."""
     few = ["--methods", "glowq-s,glowq-s-ratio,glowq-published,glowq", "--budgets", "4%,9%"]
     return result_of(*command, *few, "--output", folder / "groups"), folder / "groups"
 

@@ -1,4 +1,4 @@
-"""`glowq inspect` on every kind of model: what it tells from headers against what the loaded modules say."""
+"""`glowq inspect` on every kind of model: its report from file headers equals the settings of the loaded modules."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def inspected(model: Any) -> dict[str, Any]:
 
 
 def checkpoint(base: Base, folder: Path) -> Path:
-    """What the library wrote, or transformers' save of a preset."""
+    """Return a checkpoint that the library wrote or, for a preset, one that transformers saved."""
     if not base.is_preset:
         return base.checkpoint(small_model())
     model = base.load(dtype=torch.bfloat16)
     prepare_model(model)
     if hasattr(model.config.quantization_config, "dataset"):
-        model.config.quantization_config.dataset = None  # token ids, which no JSON holds
+        model.config.quantization_config.dataset = None  # token ids, which JSON cannot store
     model.save_pretrained(folder)
     return folder
 
@@ -234,7 +234,7 @@ def test_float8_is_corrected_once_it_was_dequantized(tmp_path: Path) -> None:
 
 
 def changed(folder: Path, tmp_path: Path, **settings: Any) -> Path:
-    """A copy of a model with other words in its quantization config."""
+    """Return a copy of a model with changed fields in its quantization config."""
     copy = Path(shutil.copytree(folder, tmp_path / "changed"))
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {**config.get("quantization_config", {}), **settings}
@@ -265,7 +265,7 @@ def test_a_layout_that_cannot_be_read_is_named(base: Base, tmp_path: Path) -> No
     folder = changed(base.checkpoint(small_model()), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    tensors[f"{name}.qweight"] = tensors[f"{name}.qweight"].T.contiguous()  # AWQ's GEMV kernels keep it so
+    tensors[f"{name}.qweight"] = tensors[f"{name}.qweight"].T.contiguous()  # the layout of AWQ's GEMV kernels
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     found = inspected(folder)
     assert "AWQ's GEMM layout, the only one that glowq reads" in found["skipped"][name]

@@ -1,4 +1,4 @@
-"""`glowq select`: what it writes is `Correction.cut` of what it read, and bad budgets leave nothing behind."""
+"""`glowq select` writes the same correction as `Correction.cut`, and writes nothing for a bad budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """A correction of rank 8, with the figures that `glowq correct` would have measured."""
+    """A rank-8 correction with held-out figures, as `glowq correct` records them."""
     _, correction = corrected(tiny_llama(folder / "model"), "nf4", rank=8)
     figures = {"reference": 9.0, "quantized": 9.5, "corrected": 9.2, "recovered": 0.6, "tokens": 512}
     correction.config.record(command="glowq correct model --output OUT", held_out=figures)
@@ -38,7 +38,7 @@ def provenance_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def selected(whole: Path, folder: Path) -> tuple[dict[str, Any], Path]:
-    """(what --json printed, the folder) of a cut to 3%."""
+    """The result of --json and the output folder, for a cut to 3%."""
     return result_of("select", whole, "--budget", "3%", "--output", folder / "cut"), folder / "cut"
 
 

@@ -1,4 +1,4 @@
-"""What is imported at the start: help, wrong usage and `import glowq` answer without torch."""
+"""Imports at startup: help, usage errors and `import glowq` do not import torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from glowq.quantizers.registry import base_names
 from glowq.solving.methods.base import method_names
 
 HEAVY = ("accelerate", "datasets", "huggingface_hub", "numpy", "torch", "transformers")
-# What glowq imports with transformers' registry that is neither its own nor imported by transformers anyway: Conv1D,
-# which is one of the layers that it corrects, from a file that imports nothing more.
+# The only module outside glowq that `import glowq` adds to the imports of transformers' registry. It holds Conv1D, a
+# layer that glowq corrects, and imports no further modules.
 ADDED = {"transformers.pytorch_utils"}
 
 RUN = """
@@ -29,7 +29,7 @@ except SystemExit as ending:
 
 
 def after(code: str) -> dict[str, Any]:
-    """The global names of text, numbers and lists that `code` leaves in a fresh process, and "modules" there."""
+    """Run `code` in a new process. Return its global integers, strings and lists, and the imported "modules"."""
     report = """
 import json, sys
 found = {name: value for name, value in list(globals().items()) if isinstance(value, int | str | list)}
@@ -94,7 +94,7 @@ def test_registration_imports_little_that_transformers_does_not() -> None:
 
 
 def test_imports_set_nothing_of_the_compiler_and_do_not_import_it() -> None:
-    """Names that modules import at their head; torch and transformers may import it themselves."""
+    """No module of glowq imports `torch._dynamo` at import time; torch and transformers may import it themselves."""
     code = """
 import builtins
 asked, plain = [], builtins.__import__

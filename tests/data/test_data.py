@@ -1,4 +1,4 @@
-"""Text to token batches, through the public functions and the bundled model's own tokenizer."""
+"""From text to token batches, with the public functions and the tokenizer of the bundled model."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def numbered():
-    """200 documents that can be told apart by the number they repeat, about 20 tokens each or more."""
+    """200 documents, each with its own number and about 20 tokens or more."""
     return [f"item{number:03d} = " + "x + " * 20 for number in range(200)]
 
 
@@ -62,7 +62,7 @@ class TestReadTexts:
         train, held_out = read_texts("python-stdlib"), read_texts("python-stdlib:held-out")
         assert len(train) > 10 * len(held_out) > 0
         assert read_texts("python-stdlib:held-out") == held_out
-        # Identical files (the empty packages' docstrings, mostly) may stand on both sides; the paths never do.
+        # The parts share no path, but a few files with different paths have the same text.
         shared = set(train) & set(held_out)
         assert len(shared) <= 2
         for name in ("json/decoder.py", "argparse.py", "ast.py"):
@@ -111,7 +111,7 @@ class TestReadTexts:
 class TestReadDataset:
     @pytest.fixture
     def requests(self, monkeypatch):
-        """The calls that reach `datasets.load_dataset`, which answers with a small data set of its own kind."""
+        """The calls of `datasets.load_dataset`, which is replaced by a function that returns a small data set."""
         import datasets
 
         calls = []

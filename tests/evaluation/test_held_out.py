@@ -1,4 +1,4 @@
-"""How the share of the gap that a correction recovers is shown, and that a share of no gap is not."""
+"""Display of the recovered share of the gap; no share is shown if there is no gap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.tiny import corrected, tiny_llama
 
 
 def figures(quantized: float | None, **changes: Any) -> dict[str, Any]:
-    """Those of a reference at perplexity 10 and a correction that is a hundredth better than the quantized model."""
+    """Return held-out figures with reference perplexity 10 and corrected perplexity 9.9."""
     found = {"reference": 10.0, "quantized": quantized, "corrected": 9.9, "recovered": 37.02, "tokens": 1024}
     return {**found, "recovered_ci95": [-5.0, 80.0], **changes}
 
@@ -45,14 +45,14 @@ def test_nothing_measured_shows_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> glowq.Correction:
-    """A correction of rank 8, with the figures that `glowq correct` would have measured."""
+    """A rank-8 correction with held-out figures, as `glowq correct` records them."""
     _, correction = corrected(tiny_llama(tmp_path_factory.mktemp("source") / "llama"), "nf4", rank=8)
     correction.config.record(held_out=figures(12.0, recovered=0.6))
     return correction
 
 
 class TestCut:
-    """Figures were measured on the whole, and are no figures of a part."""
+    """Figures measured on the whole correction do not apply to a part of it."""
 
     @pytest.mark.parametrize("cut", [{"rank": 4}, {"budget": "5%"}], ids=str)
     def test_a_part_has_none(self, measured: glowq.Correction, tmp_path: Path, cut: dict[str, Any]) -> None:

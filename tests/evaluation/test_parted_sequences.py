@@ -1,4 +1,4 @@
-"""Text too short to calibrate on and to measure on is refused with how many tokens would do."""
+"""Text that is too short for calibration and evaluation is refused; the error states how many tokens are needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def part(model: Path, tokenizer: Any, tmp_path: Path) -> Any:
-    """Parts a text of about so many tokens."""
+    """A function that divides a text of about `words` tokens and returns the numbers of sequences in both parts."""
 
     def apply(words: int, tokens: int = 32768, length: int = 64) -> tuple[int, int]:
         (tmp_path / "notes.txt").write_text("x\n" * words)
@@ -35,7 +35,7 @@ def part(model: Path, tokenizer: Any, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("words", [1, 20, 40])
 def test_a_tiny_file(part: Any, tokenizer: Any, words: int) -> None:
-    found = len(tokenizer("x\n" * words, add_special_tokens=False)["input_ids"]) + 1  # and the end of the text
+    found = len(tokenizer("x\n" * words, add_special_tokens=False)["input_ids"]) + 1  # plus the end-of-text token
     assert found < 128
     with pytest.raises(
         CalibrationError, match=rf"needed 128 tokens for 2 sequences, found {found} in 1 documents; give"

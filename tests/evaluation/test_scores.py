@@ -1,4 +1,4 @@
-"""Perplexity, KL and their intervals, against transformers' own loss and against figures worked out by hand."""
+"""Perplexity, KL and their intervals, compared with transformers' loss and with values computed by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEQUENCES = torch.randint(0, 4096, (6, 48), generator=torch.Generator().manual_s
 
 
 class Fixed(nn.Module):
-    """Predicts the same distribution everywhere."""
+    """A model that predicts the same distribution at every position."""
 
     def __init__(self, probabilities: list[float]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_the_bootstrap_of_a_mean() -> None:
     generator = torch.Generator().manual_seed(7)
     rows = torch.randint(4, (400, 4), generator=generator)
     means = sorted(float(columns[row, 0].mean()) for row in rows)
-    # The q-quantile of n sorted figures lies at position q (n - 1), between its two neighbours.
+    # The q-quantile of n sorted values is at position q (n - 1), interpolated between the two nearest values.
     assert found.value == 4.0
     assert found.low == pytest.approx(means[9] + 0.975 * (means[10] - means[9]))
     assert found.high == pytest.approx(means[389] + 0.025 * (means[390] - means[389]))

@@ -1,4 +1,4 @@
-"""The benchmarks behind README's figures run, at small sizes, and print what they are read for."""
+"""The benchmarks behind README's figures run at small sizes and print the fields that README uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs one with --json, as its command does, and returns what it printed."""
+    """A function that runs a benchmark with --json and returns the printed object."""
 
     def call(name: str, *arguments: str) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", [name, *arguments, "--json"])

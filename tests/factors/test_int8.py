@@ -1,4 +1,4 @@
-"""Factors in int8: what rounding does to them, and that a model computes with them what the same floats compute."""
+"""Int8 factors: the rounding error, and a model that computes the same with them as with equal float factors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def drawn(dtype: torch.dtype, rank: int = 6) -> tuple[Tensor, dict[str, Tensor]]:
-    """Factors whose ranks are of very different sizes, the third one zero."""
+    """Return random factors whose ranks have very different sizes; the third rank is zero."""
     sizes = torch.logspace(0, -3, rank)
     sizes[2] = 0
     right, lefts = torch.randn(rank, 40) * sizes[:, None], {"q": torch.randn(24, rank), "k": torch.randn(8, rank) / 3}
@@ -30,7 +30,7 @@ def drawn(dtype: torch.dtype, rank: int = 6) -> tuple[Tensor, dict[str, Tensor]]
 
 
 def parts(right: Tensor, lefts: dict[str, Tensor]) -> Tensor:
-    """What every rank adds, A_k B_k of all members: shape (r, O, d), float64."""
+    """Return the product A_k B_k of every rank k for all members, shape (r, O, d), float64."""
     left = torch.cat(list(lefts.values())).double()
     return left.T[:, :, None] * right.double()[:, None]
 
@@ -49,7 +49,11 @@ class TestRounding:
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_every_value_is_off_by_half_a_step_at_most(self, dtype: torch.dtype) -> None:
-        """A row's step is its largest value over 127; a column's at most twice that: its scale is a power of two."""
+        """Each rounded value is at most half a step from its exact value.
+
+        The step of a row is its largest value divided by 127. The step of a column is at most twice as large, because
+        its scale is a power of two.
+        """
         right, lefts = drawn(dtype)
         found, found_lefts = round_factors(right, lefts)
         for rank in range(len(right)):
@@ -63,7 +67,7 @@ class TestRounding:
             row, before = found[rank].double(), right[rank].double()
             row, before = row / row.abs().max(), before / before.abs().max()
             assert (row - before).abs().max() <= 0.5 / 127 + 1e-6
-            stretched = float(row @ before / (before @ before))  # the row's own rounding moves its size a little
+            stretched = float(row @ before / (before @ before))  # rounding changes the norm of the row slightly
             error = (parts(found, found_lefts)[rank] - parts(right, lefts)[rank]).abs().max() / size
             assert error <= 0.5 / 127 + 1.0 / 127 + 1.0 / 127**2 + 1e-6
             assert abs(stretched - 1) < 0.01
@@ -98,7 +102,7 @@ class TestInAModel:
 
     @pytest.fixture
     def pair(self, trio: Any, rounded: GroupFactors) -> tuple[Any, Any]:
-        """The same model with the factors in int8, and with the same values as floats."""
+        """Two equal models, one with int8 factors and one with the same values as floats."""
         glowq.detach(trio)
         plain = type(trio)()
         plain.load_state_dict(trio.state_dict())
@@ -123,7 +127,7 @@ class TestInAModel:
 
     @pytest.mark.parametrize("rank", [1, 3, 15, 16, 17])
     def test_ranks_of_zeros_are_held_and_never_seen(self, trio: Any, random_factors: Factory, rank: int) -> None:
-        """torch's product of int8 rows on the CPU takes sixteen ranks at once."""
+        """Int8 factors get ranks of zeros up to a multiple of 16, because torch's CPU product takes 16 ranks at once."""
         glowq.detach(trio)
         entry = random_factors(Group("q+k+v", ("q", "k", "v"), 8, (6, 4, 5), ""), rank=rank)
         right, lefts = round_factors(entry.right, entry.lefts)
@@ -178,5 +182,5 @@ class TestInAModel:
 
 
 def test_left_factors_need_no_scale_of_their_own() -> None:
-    """Their unit is the same for all, so that cutting ranks off costs no byte of what stays."""
+    """All left factors have the same fixed unit, so that cutting ranks needs no new scales for the remaining ranks."""
     assert LEFT_UNIT == 2.0**-7
