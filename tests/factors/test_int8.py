@@ -127,7 +127,7 @@ class TestInAModel:
 
     @pytest.mark.parametrize("rank", [1, 3, 15, 16, 17])
     def test_ranks_of_zeros_are_held_and_never_seen(self, trio: Any, random_factors: Factory, rank: int) -> None:
-        """Int8 factors get ranks of zeros up to a multiple of 16, because torch's CPU product takes 16 ranks at once."""
+        """Zero ranks fill int8 factors up to a multiple of 16, because torch's CPU product takes 16 ranks at once."""
         glowq.detach(trio)
         entry = random_factors(Group("q+k+v", ("q", "k", "v"), 8, (6, 4, 5), ""), rank=rank)
         right, lefts = round_factors(entry.right, entry.lefts)

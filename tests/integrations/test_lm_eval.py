@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: every model of a comparison is run, and `glowq run` loads a saved one in it."""
+"""Tasks of lm-evaluation-harness: a comparison runs every model on them, and `glowq run` loads a saved correction."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task of one's own: the perplexity of two texts."""
+    """A custom task: the perplexity of two texts."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text[:300]}) + "\n" for text in TEXTS[:2]))
     (folder / "own.yaml").write_text(TASK.format(name="own", data=folder / "texts.jsonl"))
@@ -48,7 +48,7 @@ def command(compared_folder: Path) -> list[Any]:
 
 
 def byte_perplexity(folder: Path, model: Any) -> float:
-    """What the task measures, by the model's own forward: every text follows the token that ends one."""
+    """Compute the measure of the task with the model's forward. An end-of-text token precedes every text."""
     tokenizer, total, size = AutoTokenizer.from_pretrained(folder), 0.0, 0
     for text in (text[:300] for text in TEXTS[:2]):
         ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids]])
@@ -64,8 +64,8 @@ def test_every_model_is_run(command: list[Any], task: Path, compared_folder: Pat
     found = {model: tasks["own"]["byte_perplexity"]["value"] for model, tasks in result["tasks"].items()}
     assert list(found) == ["reference", "quantized", "svd at 6%", "qera at 6%", "eora at 6%"]
     expected = byte_perplexity(compared_folder / "model", load(compared_folder / "model"))
-    assert found["reference"] == pytest.approx(expected, rel=1e-3)  # batches round otherwise
-    assert found["eora at 6%"] == found["qera at 6%"]  # one solve
+    assert found["reference"] == pytest.approx(expected, rel=1e-3)  # rounding depends on the batches
+    assert found["eora at 6%"] == found["qera at 6%"]  # both methods solve the same
     assert len({found[name] for name in ("reference", "quantized", "svd at 6%", "qera at 6%")}) == 4
 
 

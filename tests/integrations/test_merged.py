@@ -1,4 +1,4 @@
-"""W' = Q + A B in one dense model: by `dequantize()` in memory, and by `glowq export --to merged` in files."""
+"""The dense model with W' = Q + A B, from `dequantize()` in memory and from `glowq export --to merged` on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support import bases
 from support.cli import call, result_of
 from support.tiny import correct, corrected, gap, load, logits, quantized, tiny_llama
 
-HALF_STEP = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-23}  # relative; float32's doubled for its arithmetic
+HALF_STEP = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-23}  # relative; doubled for float32 arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(
     model: nn.Module, dequantize: Callable[[nn.Module], Tensor], correction: glowq.Correction
 ) -> dict[str, Tensor]:
-    """Q + A B in float64, Q read by the library that quantized it."""
+    """Return Q + A B in float64, where the quantization library dequantizes Q."""
     return {
         member: dequantize(model.get_submodule(member)).double() + left.double() @ entry.right.double()
         for entry in correction.factors
@@ -125,7 +125,7 @@ def test_every_base(base: bases.Base, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["nf4", "none"])
 def test_conv1d_keeps_its_orientation(base: str, tmp_path: Path) -> None:
-    """GPT-2 stores its weights transposed; those of bitsandbytes are not."""
+    """GPT-2 stores its weights transposed; bitsandbytes does not."""
     shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 4096}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(bases.MODEL).save_pretrained(tmp_path / "gpt2")

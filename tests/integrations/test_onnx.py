@@ -1,4 +1,4 @@
-"""The ONNX export: what ONNX Runtime and onnxruntime-genai compute, against dense models of transformers."""
+"""The ONNX export: outputs of ONNX Runtime and onnxruntime-genai, compared with dense models of transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from glowq.integrations.onnx.operators import use_operators
 from glowq.models.loading import load_config, load_model
 from support.tiny import biased_llama, correct, corrected, load, tiny_llama
 
-# Every test waits for an export or makes one.
+# Every test needs an export, which is slow.
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
@@ -40,7 +40,7 @@ TOKENS = 16
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Any:
-    """Sums are taken in one order, whatever else runs."""
+    """Use one thread, so that sums are always computed in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,22 +58,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(source: Path) -> Path:
-    """Its export, from the command line."""
+    """The folder of the exported correction, written by the command."""
     target = source.parent / "export"
     done = CliRunner().invoke(app, ["export", str(source), "--to", "onnx", "--output", str(target), "--json"])
     assert done.exit_code == 0, done.stderr
-    (source.parent / "said.json").write_text(done.stdout)
+    (source.parent / "report.json").write_text(done.stdout)
     return target
 
 
 @pytest.fixture(scope="module")
-def said(written: Path) -> dict[str, Any]:
-    return json.loads((written.parent / "said.json").read_text())
+def report(written: Path) -> dict[str, Any]:
+    return json.loads((written.parent / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def dense(source: Path) -> Any:
-    """The oracle: transformers' own Llama with W' = Q + A B, float32."""
+    """The reference for the outputs: transformers' Llama with W' = Q + A B in float32."""
     return load(source).dequantize(torch.float32)
 
 
@@ -84,7 +84,7 @@ def session(folder: Path) -> Any:
 
 
 def step(running: Any, ids: Tensor, mask: Tensor, past: dict[str, np.ndarray]) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Logits of the last tokens that the mask covers, and the cache after them."""
+    """Run the graph on the last tokens that the mask covers. Return their logits and the new cache."""
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy(), **past}
     names = [output.name for output in running.get_outputs()]
@@ -124,7 +124,7 @@ def test_onnx_runtime_decodes_the_dense_models_tokens(written: Path, dense: Any)
     past, new = empty(running, 1), ids
     while ids.shape[1] < expected.shape[1]:
         logits, past = step(running, new, torch.ones_like(ids), past)
-        logits[..., 0] = -torch.inf  # the end of the text, which min_new_tokens forbids
+        logits[..., 0] = -torch.inf  # min_new_tokens forbids the end-of-text token
         new = logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, new], 1)
     assert torch.equal(ids, expected)
@@ -150,7 +150,7 @@ def test_genai_decodes_the_dense_models_tokens(written: Path, dense: Any) -> Non
 
 
 def products(graph: Any) -> Counter[str]:
-    """Factor -> how many products the graph takes with it."""
+    """Return factor name -> number of matrix products with it in the graph."""
     found: Counter[str] = Counter()
     for node in graph.node:
         factors = [name for name in node.input if ".factor" in name]
@@ -159,7 +159,7 @@ def products(graph: Any) -> Counter[str]:
     return found
 
 
-def test_the_right_factor_is_one_node_a_group(written: Path, source: Path, said: dict[str, Any]) -> None:
+def test_the_right_factor_is_one_node_a_group(written: Path, source: Path, report: dict[str, Any]) -> None:
     graph = onnx.load(written / "model.onnx", load_external_data=False).graph
     groups = json.loads((source / "config.json").read_text())["quantization_config"]["groups"]
     found = products(graph)
@@ -167,8 +167,8 @@ def test_the_right_factor_is_one_node_a_group(written: Path, source: Path, said:
     assert len(rights) == len(groups) == 8
     assert len(found) - len(rights) == sum(len(group["members"]) for group in groups.values()) == 14
     assert set(found.values()) == {1}
-    assert Counter(node.op_type for node in graph.node if node.domain) == {"MatMulBnb4": 14} == said["operators"]
-    assert said["check"]["groups"] == said["check"]["right_factor_nodes"] == 8
+    assert Counter(node.op_type for node in graph.node if node.domain) == {"MatMulBnb4": 14} == report["operators"]
+    assert report["check"]["groups"] == report["check"]["right_factor_nodes"] == 8
 
 
 def test_inputs_and_outputs_have_their_usual_names_and_free_axes(written: Path) -> None:
@@ -185,16 +185,16 @@ def test_inputs_and_outputs_have_their_usual_names_and_free_axes(written: Path) 
     assert inputs[past[0]] == ["batch_size", 2, "past_sequence_length", 32]
 
 
-def test_the_folder_needs_nothing_else(written: Path, said: dict[str, Any]) -> None:
+def test_the_folder_needs_nothing_else(written: Path, report: dict[str, Any]) -> None:
     names = {"model.onnx", "model.onnx.data", "config.json", "genai_config.json", "tokenizer.json"}
-    assert names <= set(said["files"])
+    assert names <= set(report["files"])
     assert "quantization_config" not in json.loads((written / "config.json").read_text())
     graph = (written / "model.onnx").read_bytes()
     for path in (Path(glowq.__file__).parent, Path(torch.__file__).parents[2], written.parent):
         assert str(path).encode() not in graph
-    assert said["check"]["max_difference"] < TOLERANCE
-    assert said["check"]["greedy_tokens"] > 0
-    assert 0 < said["kernel_difference"] < 0.02  # bitsandbytes computes in bfloat16 here
+    assert report["check"]["max_difference"] < TOLERANCE
+    assert report["check"]["greedy_tokens"] > 0
+    assert 0 < report["kernel_difference"] < 0.02  # bitsandbytes computes in bfloat16 here
 
 
 def test_the_same_correction_gives_the_same_bytes(written: Path, source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's operators against the library that quantized: its own dequantization and float64 products."""
+"""ONNX Runtime's operators, compared with float64 products of the weights that the quantization library dequantizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.bases import Base, rows, small_model
 
 FLOATS = ("nf4", "nf4-double", "fp4", "fp4-double")
 WHOLE = ("torchao-int8", "torchao-int4", "torchao-int2", "quanto-int8", "w4a16", "w4a16-asym", "w8a16-channels")
-BETWEEN = ("quanto-int2", "quanto-int4", "hqq-2", "hqq-4")  # zero points between the codes
+BETWEEN = ("quanto-int2", "quanto-int4", "hqq-2", "hqq-4")  # zero points that are not integers
 CALIBRATED = ("gptq-2", "gptq-4", "gptq-8", "gptqmodel-int8-rows", "auto-gptq-int4", "awq-int4")
 INT8_INPUTS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 MODULES = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
@@ -35,7 +35,7 @@ def operator(model: nn.Module, name: str) -> Operator:
 
 
 def runtime(made: Operator, x: Tensor) -> Tensor:
-    """What ONNX Runtime's kernel computes from the operator's tensors, in a graph of this one node."""
+    """Run the operator in ONNX Runtime, as the only node of a graph."""
     outputs, inputs = made.shape
     tensors = [numpy_helper.from_array(tensor.numpy(), f"operand {n}") for n, tensor in enumerate(made.operands())]
     attributes = {"K": inputs, "N": outputs, **made.attributes()}
@@ -50,7 +50,10 @@ def runtime(made: Operator, x: Tensor) -> Tensor:
 
 
 def assert_computes(made: Operator, weight: Tensor, count: int) -> None:
-    """Kernel and eager product of `count` rows are float64's, but for the library's rounding and that of the sums."""
+    """Assert that ONNX Runtime and eager torch compute the product of `count` rows.
+
+    The bound allows the rounding of the library's weight and of float32 sums, relative to a float64 product.
+    """
     x = torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(count))
     expected = x.double() @ weight.double().T
     unit = torch.finfo(weight.dtype).eps + math.sqrt(weight.shape[1]) * torch.finfo(torch.float32).eps
@@ -98,7 +101,7 @@ def test_bitsandbytes_bytes_are_used_as_they_are(base: Base) -> None:
 
 
 def gptq(bits: int, group_size: int, zeros: Tensor | int, order: Tensor | None = None) -> nn.Module:
-    """gptqmodel's own module with random codes in its layout: 48 outputs, 256 inputs."""
+    """Return a module of gptqmodel with random codes: 48 outputs, 256 inputs."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
     outputs, inputs = 48, 256
@@ -116,7 +119,7 @@ def gptq(bits: int, group_size: int, zeros: Tensor | int, order: Tensor | None =
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """Codes packed along the last dimension into int32, lowest bits first."""
+    """Pack codes along the last dimension into int32 words, lowest bits first."""
     shifts = torch.arange(0, 32, bits)
     packed = (codes.long().unflatten(-1, (-1, len(shifts))) << shifts).sum(-1)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
@@ -186,7 +189,7 @@ def test_groups_of_torchao(size: int, reason: str | None) -> None:
             operator(layer, "0")
         return
     made = operator(layer, "0")
-    assert made.attributes()["block_size"] == 16  # which 48 is a multiple of, each scale three times
+    assert made.attributes()["block_size"] == 16  # 48 is a multiple of 16, so each scale is stored three times
     assert_computes(made, layer[0].weight.dequantize(), 3)
 
 

@@ -1,4 +1,4 @@
-"""What the ONNX export refuses: packings, operators, kinds of models, absent packages; nothing is left behind."""
+"""Errors of the ONNX export: unsupported packings, operators, models, missing packages. It leaves no files behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from glowq.errors import ConfigError, ExportError, ModelNotFoundError, UntestedVersionWarning
 from glowq.integrations.export.registry import export
-from glowq.integrations.onnx import exporter as door
+from glowq.integrations.onnx import exporter
 from glowq.integrations.onnx.graph import describe, export_graph
 from support.tiny import corrected, quantized, tiny_llama
 
@@ -71,10 +71,10 @@ def test_what_is_no_correction_is_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_said_first(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"needs {package}, which is not installed: pip install 'glowq\[onnx\]'"):
-        door.write("nowhere", tmp_path)
+        exporter.write("nowhere", tmp_path)
 
 
 def test_untested_versions_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(door, "_TESTED", {"onnxruntime": "<1"})
+    monkeypatch.setattr(exporter, "_TESTED", {"onnxruntime": "<1"})
     with pytest.warns(UntestedVersionWarning, match="onnxruntime 1"), pytest.raises(ModelNotFoundError):
-        door.write(str(tmp_path / "nowhere"), tmp_path)
+        exporter.write(str(tmp_path / "nowhere"), tmp_path)

@@ -1,4 +1,4 @@
-"""optimum's exporter step: the same files as `glowq correct`, and optimum-cli imports nothing until it is asked."""
+"""The exporter step for optimum writes the same files as `glowq correct`, and optimum-cli starts without glowq."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def optimum(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs optimum-cli in this process; returns (exit status, stdout, stderr)."""
+    """A function that runs optimum-cli in this process and returns (exit status, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["/somewhere/optimum-cli", *map(str, arguments)])
-        # optimum-quanto's part of optimum-cli cannot be loaded with this optimum, and says so.
+        # The commands of optimum-quanto cannot be loaded with this version of optimum, and print an error.
         monkeypatch.setattr(optimum_cli, "load_subpackages", lambda: None)
         capfd.readouterr()
         status: Any = 0
@@ -82,7 +82,7 @@ def test_failure_is_one_line_and_status_1(optimum: Any, source: Path, notes: Pat
 def test_a_task_names_the_class(source: Path, notes: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"base": "nf4", "calibration": str(notes), "rank": 2, **CALIBRATION}
     found = main_export(str(source), tmp_path / "out", task="feature-extraction", **options)
-    assert found["held_out"] is None  # states have no perplexity
+    assert found["held_out"] is None  # a model without logits has no perplexity
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaModel"]
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A correction as a LoRA adapter, loaded through every door that PEFT, transformers and GPTQModel have."""
+"""A correction exported as a LoRA adapter, loaded with every loader of PEFT, transformers and GPTQModel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ WHOLE: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "init_lora_wei
 
 
 def varied(correction: glowq.Correction) -> glowq.Correction:
-    """Ranks from 1 to 6, and two groups left out: one whose siblings in the other blocks are corrected."""
+    """Return a correction with ranks from 1 to 6 and without the first and the last group.
+
+    The same modules as in the first group are corrected in other blocks.
+    """
     parts = []
     for index, entry in enumerate(correction.factors[1:-1]):
         whole = glowq.Correction([entry], correction.config, correction.model_config, correction.base_bytes)
@@ -58,9 +61,9 @@ def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rounded_apart(model: Any) -> Tensor:
-    """A corrected model's logits with A (B x) rounded before it is added, as PEFT does.
+    """Return the logits of a corrected model that rounds A (B x) before it adds it, as PEFT does.
 
-    Where another hook may keep a layer's output, it is not written into; elsewhere one rounding less is made.
+    glowq rounds it separately if another hook may keep the layer's output. Otherwise it adds in place and rounds once.
     """
     handles = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
     found = logits(model)
@@ -81,8 +84,8 @@ def exported(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, export(str(saved / "correction"), "peft", folder)
 
 
-def typed(folder: Path) -> Any:
-    """What the adapter's README.md says to type, typed; PEFT's factors in the dtype of the files, not in float32."""
+def load_as_in_readme(folder: Path) -> Any:
+    """Run the code of the adapter's README.md and return its model, with PEFT's factors in the dtype of the files."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     names: dict[str, Any] = {}
@@ -98,24 +101,24 @@ def typed(folder: Path) -> Any:
 
 
 def test_what_the_readme_says_gives_the_corrected_models_bits(exported: Any, expected: Tensor) -> None:
-    assert gap(typed(exported[0]), expected) == 0.0
+    assert gap(load_as_in_readme(exported[0]), expected) == 0.0
     assert exported[1]["check"]["max_difference"] == 0.0
 
 
-@pytest.mark.parametrize("door", ["PeftModel", "load_adapter", "AutoModelForCausalLM"])
-def test_every_door_leads_to_the_corrected_model(door: str, source: Path, exported: Any, expected: Tensor) -> None:
+@pytest.mark.parametrize("loader", ["PeftModel", "load_adapter", "AutoModelForCausalLM"])
+def test_every_door_leads_to_the_corrected_model(loader: str, source: Path, exported: Any, expected: Tensor) -> None:
     folder, nf4 = exported[0], glowq.GlowQConfig(base="nf4").base
-    if door == "AutoModelForCausalLM":
+    if loader == "AutoModelForCausalLM":
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4)
     else:
         model = quantized(source, "nf4")
-        if door == "load_adapter":
+        if loader == "load_adapter":
             model.load_adapter(folder)
     prepare_model(model)
-    if door == "PeftModel":
+    if loader == "PeftModel":
         model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     assert gap(model, expected) == 0.0
-    model.disable_adapters() if door != "PeftModel" else model.base_model.disable_adapter_layers()
+    model.disable_adapters() if loader != "PeftModel" else model.base_model.disable_adapter_layers()
     assert gap(model, logits(quantized(source, "nf4"))) < gap(model, expected)
 
 
@@ -152,14 +155,14 @@ def test_padded_ranks_need_no_pattern(saved: Path, source: Path, expected: Tenso
     assert settings["rank_pattern"] == settings["alpha_pattern"] == {}
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {min(tensor.shape) for tensor in tensors.values()} == {6}
-    model = typed(tmp_path / "adapter")
-    assert gap(model, expected) < 0.05 * gap(quantized(source, "nf4"), expected)  # another order of summation
+    model = load_as_in_readme(tmp_path / "adapter")
+    assert gap(model, expected) < 0.05 * gap(quantized(source, "nf4"), expected)  # the order of sums differs
 
 
 def test_filled_modules_are_all_that_are_quantized(saved: Path, expected: Tensor, tmp_path: Path) -> None:
     facts = export(str(saved / "correction"), "peft", tmp_path / "adapter", fill_modules=True)
     assert facts["modules"] == 4 * 7
-    assert gap(typed(tmp_path / "adapter"), expected) == 0.0
+    assert gap(load_as_in_readme(tmp_path / "adapter"), expected) == 0.0
 
 
 def test_a_rank_above_the_engines_limit_says_what_to_type(saved: Path, tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_every_base(base: bases.Base, tmp_path: Path) -> None:
     correct(model, bases.small_model(), tokenizer=tokenizer).save_pretrained(tmp_path / "correction")
     facts = export(str(tmp_path / "correction"), "peft", tmp_path / "adapter")
     assert facts["check"]["max_difference"] == 0.0
-    assert gap(typed(tmp_path / "adapter"), rounded_apart(model)) == 0.0
+    assert gap(load_as_in_readme(tmp_path / "adapter"), rounded_apart(model)) == 0.0
 
 
 def test_a_dense_base(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_a_dense_base(tmp_path: Path) -> None:
     rounded = load(tmp_path / "rounded")
     correct(rounded, reference, dense=True).save_pretrained(tmp_path / "correction")
     export(str(tmp_path / "correction"), "peft", tmp_path / "adapter")
-    assert gap(typed(tmp_path / "adapter"), rounded_apart(rounded)) == 0.0
+    assert gap(load_as_in_readme(tmp_path / "adapter"), rounded_apart(rounded)) == 0.0
 
 
 def test_an_encoder(tmp_path: Path) -> None:
@@ -211,14 +214,14 @@ def test_an_encoder(tmp_path: Path) -> None:
     correct(model, tmp_path / "bert", tokenizer=tokenizer).save_pretrained(tmp_path / "correction")
     facts = export(str(tmp_path / "correction"), "peft", tmp_path / "adapter")
     assert facts["check"]["max_difference"] == 0.0
-    found = typed(tmp_path / "adapter")
+    found = load_as_in_readme(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(found(IDS)[0], model(IDS)[0])
 
 
 @pytest.fixture(scope="module")
 def gptq(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPTQ checkpoint of gptqmodel, and a correction of it with groups left out."""
+    """Folder of a GPTQ checkpoint of gptqmodel and its correction, which leaves out two groups."""
     pytest.importorskip("gptqmodel")
     folder = tmp_path_factory.mktemp("gptq")
     writers.gptqmodel(source, folder / "base", bits=4, group_size=32, desc_act=False)
@@ -243,7 +246,7 @@ def test_gptqmodels_own_loader(gptq: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="must both be present"):
         GPTQModel.load(str(gptq / "base"), adapter=Lora(rank=6, path=str(tmp_path / "some")), **settings)
     found = GPTQModel.load(str(gptq / "base"), adapter=Lora(rank=6, path=str(tmp_path / "all")), **settings)
-    # Its kernel rounds otherwise than the one that transformers takes.
+    # The kernel of GPTQModel rounds differently from the kernel in transformers.
     assert gap(found.model, expected) < 0.25 * effect
 
 
@@ -260,7 +263,7 @@ def test_a_base_that_only_the_full_form_holds(source: Path, tmp_path: Path) -> N
     code = f"import glowq; from transformers import LlamaForCausalLM; {lines[1]}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, env=os.environ)
     export(str(tmp_path / "full"), "peft", tmp_path / "adapter", base_model=str(tmp_path / "base"))
-    assert gap(typed(tmp_path / "adapter"), logits(load(tmp_path / "full"))) < 0.05
+    assert gap(load_as_in_readme(tmp_path / "adapter"), logits(load(tmp_path / "full"))) < 0.05
 
 
 def test_another_base_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -281,8 +284,8 @@ def test_an_option_of_another_exporter_is_refused(saved: Path, tmp_path: Path) -
 
 
 def test_merging_into_the_quantized_base_loses_the_correction(source: Path, exported: Any, expected: Tensor) -> None:
-    """Why the card advises against it; PEFT asks nobody but the base."""
-    model = typed(exported[0])
+    """Merging loses the correction, so the card advises against it. PEFT makes no call that glowq could refuse."""
+    model = load_as_in_readme(exported[0])
     before = gap(quantized(source, "nf4"), expected)
     merged = model.merge_and_unload()
     prepare_model(merged)

@@ -1,4 +1,4 @@
-"""A LoRA adapter as a correction: what PEFT says with it is what the corrected model says, and nothing else gets in."""
+"""Import of LoRA adapters as corrections: the corrected model computes the same as PEFT; other adapters are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from support.tiny import IDS, corrected, gap, load, logits, quantized, tiny_llam
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BASE = "torchao-int4"  # whose kernel computes in float32
+BASE = "torchao-int4"  # its kernel computes in float32
 LAYER = "model.layers.0.self_attn"
 
 
@@ -46,12 +46,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(source: Path) -> Any:
-    """The quantized model; importing leaves it as it is."""
+    """The quantized model. Importing an adapter does not change it."""
     return quantized(source, BASE)
 
 
 def trained(source: Path, folder: Path, **settings: Any) -> Tensor:
-    """Let PEFT make and save an adapter of random weights; returns what the model says with it."""
+    """Save an adapter of PEFT with random weights, and return the logits of the model with it."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ALL, "task_type": "CAUSAL_LM", **settings}
     adapted = get_peft_model(quantized(source, BASE), LoraConfig(**options))
@@ -107,7 +107,7 @@ def test_modules_of_one_input_and_one_right_factor_share_again(source: Path, bas
     trained(source, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    for name in "kv":  # v's own stays another's; o reads another input, and shares with nobody
+    for name in "kv":  # k shares with q; v gets the factor of o, which reads another input
         tensors[f"base_model.model.{LAYER}.{name}_proj.lora_A.weight"] = tensors[
             f"base_model.model.{LAYER}.{'q' if name == 'k' else 'o'}_proj.lora_A.weight"
         ].clone()
@@ -122,7 +122,7 @@ def test_modules_of_one_input_and_one_right_factor_share_again(source: Path, bas
 
 @pytest.fixture(scope="module")
 def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A correction of ranks 5 and 2, one group left out."""
+    """Folder of a correction with ranks 5 and 2, without the first group."""
     _, correction = corrected(source, BASE, rank=5)
     correction.factors = [*correction.factors[1:4], *correction.cut(rank=2).factors[4:]]
     folder = tmp_path_factory.mktemp("made") / "correction"
@@ -149,7 +149,7 @@ def test_an_adapter_of_other_quantized_weights_is_refused(made: Path, source: Pa
 
 
 def test_what_gptqmodel_writes(base: Any, tmp_path: Path) -> None:
-    """Its config leaves out what is not set, its names are lower case, and it knows no alpha, whatever the rank."""
+    """gptqmodel's config leaves out unset fields and uses lower-case names; its alpha has no effect at any rank."""
     peft = pytest.importorskip("gptqmodel.adapter.peft")
     peft.LoraConfig(
         r=4, lora_alpha=4, target_modules=["q_proj"], rank_pattern={r".*\.1\..*q_proj.*": 2}
@@ -172,10 +172,10 @@ def test_what_gptqmodel_writes(base: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_eora_of_gptqmodel(source: Path, tmp_path: Path) -> None:
-    """Quantized, then corrected by gptqmodel itself: glowq's model says what gptqmodel's says.
+    """gptqmodel quantizes a model and makes an EoRA adapter; glowq's model computes the same with the adapter.
 
-    In two steps: gptqmodel 7.6 that makes an adapter while it quantizes has two threads that take two locks in
-    opposite order (`GPTQProcessor.submodule_finalize` and `pack_module`), and stands still more often than not.
+    The test uses two steps. If gptqmodel 7.6 makes an adapter while it quantizes, two threads take two locks in
+    opposite order (`GPTQProcessor.submodule_finalize` and `pack_module`), and usually block each other.
     """
     pytest.importorskip("gptqmodel")
     from gptqmodel import BACKEND, GPTQModel

@@ -1,4 +1,4 @@
-"""sentence-transformers loads a corrected encoder like any other."""
+"""sentence-transformers loads a corrected encoder like any other encoder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encoder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def embeddings(folder: Path, *, corrected: bool = True) -> torch.Tensor:
-    """The mean of the tokens' final states, sentence by sentence, by transformers alone."""
+    """Return the mean of the final token states of each sentence, computed one by one with plain transformers."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     glowq.set_enabled(model, corrected)
     with torch.no_grad():

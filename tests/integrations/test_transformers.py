@@ -1,4 +1,4 @@
-"""A corrected model is a transformers model: it generates, copies, saves, and says what it is."""
+"""A corrected model is a transformers model: it can be run, copied and saved, and its config describes it."""
 
 from __future__ import annotations
 
@@ -175,13 +175,13 @@ def test_a_text_generation_pipeline(saved: Any, source: Path) -> None:
 
 def test_a_copy_stands_alone(loaded: Any) -> None:
     expected = logits(loaded)
-    twin = copy.deepcopy(loaded)
-    assert gap(twin, expected) == 0.0
+    copied = copy.deepcopy(loaded)
+    assert gap(copied, expected) == 0.0
     glowq.detach(loaded)
     assert gap(loaded, expected) > 0.0
-    assert gap(twin, expected) == 0.0
+    assert gap(copied, expected) == 0.0
     originals = {id(module) for module in loaded.modules()}
-    assert not any(id(module) in originals for module in twin.modules())
+    assert not any(id(module) in originals for module in copied.modules())
 
 
 def test_a_detached_model_saves_as_its_plain_base(loaded: Any, source: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_base_that_changed_under_its_correction_is_refused(tmp_path: Path) -> 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
-    """A function that puts a folder into the Hub's cache under a name, as if it had been downloaded."""
+    """A function that puts a folder into the Hub's cache under a repository name, as if it had been downloaded."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -259,9 +259,9 @@ def test_a_hub_repository_names_its_base_and_that_ones_commit(source: Path, tmp_
     stored = model.config.quantization_config.base_model
     assert (stored["name"], stored["revision"]) == ("me/base", COMMIT)
     tokenizer = AutoTokenizer.from_pretrained("me/base")
-    twin = quantized("me/base", "nf4")
+    other = quantized("me/base", "nf4")
     options = {"calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CALIBRATION}
-    glowq.correct(twin, reference="me/base", **options).save_pretrained(tmp_path / "correction")
+    glowq.correct(other, reference="me/base", **options).save_pretrained(tmp_path / "correction")
     hub("me/correction", tmp_path / "correction")
     assert gap(load("me/correction"), logits(model)) == 0.0
     plain = quantized(source, "nf4")
@@ -269,13 +269,13 @@ def test_a_hub_repository_names_its_base_and_that_ones_commit(source: Path, tmp_
     assert gap(plain, logits(model)) == 0.0
 
 
-@pytest.mark.parametrize("door", ["from_pretrained", "correct"])
-def test_a_pinned_revision_is_the_base(door: str, source: Path, tmp_path: Path, hub: Any) -> None:
-    """Not the main branch, whose weights are others."""
+@pytest.mark.parametrize("function", ["from_pretrained", "correct"])
+def test_a_pinned_revision_is_the_base(function: str, source: Path, tmp_path: Path, hub: Any) -> None:
+    """The base is the pinned revision and not the main branch, whose weights differ."""
     hub("me/base", tiny_llama(tmp_path / "main", seed=5))
     hub("me/base", source, "v2", OTHER_COMMIT)
     options: dict[str, Any] = {"calibration": TEXTS, "rank": 4, **CALIBRATION}
-    if door == "from_pretrained":
+    if function == "from_pretrained":
         model = load("me/base", revision="v2", quantization_config=glowq.GlowQConfig(base="nf4", **options))
         stored = model.config.quantization_config
     else:

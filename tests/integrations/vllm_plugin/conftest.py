@@ -1,4 +1,4 @@
-"""vLLM in this process, and the models that `make test-vllm` wrote for it (`writer.py`)."""
+"""Fixtures that run vLLM in this process, with the models that `make test-vllm` wrote (`writer.py`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that it can be looked into
-    "VLLM_CPU_INT4_W4A8": "0",  # which rounds the inputs of 4-bit layers to 8 bits, as transformers does not
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process, so that tests can inspect it
+    "VLLM_CPU_INT4_W4A8": "0",  # do not round inputs of 4-bit layers to 8 bits, like transformers
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else one process for each memory node is the most
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise only one process per memory node is possible
     "VLLM_NO_USAGE_STATS": "1",
 }
 for name, value in SETTINGS.items():
@@ -24,7 +24,7 @@ for name, value in SETTINGS.items():
 
 @pytest.fixture(scope="session", autouse=True)
 def checkpoints() -> Path:
-    """The folder of the models."""
+    """Folder of the models."""
     folder = os.environ.get("GLOWQ_VLLM_CHECKPOINTS")
     if folder is None:
         pytest.skip("needs vLLM and the models that `make test-vllm` writes")
@@ -33,7 +33,7 @@ def checkpoints() -> Path:
 
 @contextmanager
 def open_engine(folder: Path, **options: Any) -> Iterator[Any]:
-    """vLLM with one model, whose errors arrive as they are."""
+    """Open a model in vLLM. The exceptions of vLLM reach the caller unchanged."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -50,5 +50,5 @@ def open_engine(folder: Path, **options: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def engine() -> Callable[..., Any]:
-    """Opens a model in vLLM: `with engine(folder, **options) as llm`."""
+    """A function that opens a model in vLLM: `with engine(folder, **options) as llm`."""
     return open_engine

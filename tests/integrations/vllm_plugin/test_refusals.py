@@ -1,4 +1,4 @@
-"""What vLLM cannot serve rightly it does not serve, and says why (`make test-vllm`)."""
+"""vLLM refuses corrections that it cannot serve correctly, and gives the reason (`make test-vllm`)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_base_without_a_kernel_here_is_refused_by_vllm_with_and_without_a_corr
 
 @pytest.fixture
 def damaged(tmp_path: Path, checkpoints: Path) -> Callable[[str, Callable[..., None]], Path]:
-    """Copies a corrected model of compressed-tensors and lets a function change its tensors and its config.json."""
+    """A function that copies a corrected compressed-tensors model and changes its tensors and its config.json."""
 
     def damage(form: str, change: Callable[..., None]) -> Path:
         folder = tmp_path / form

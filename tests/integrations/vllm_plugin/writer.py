@@ -1,12 +1,13 @@
-"""Corrected models for tests/vllm_plugin, in both saved forms, and what transformers says of them.
+"""Write corrected models in both saved forms, and their outputs in transformers, for the tests in this folder.
 
-vLLM lives in an environment of its own, without the libraries that quantize. So this runs in the tests' environment:
+vLLM needs a separate environment, without the quantization libraries. So this script runs in the environment of the
+other tests:
 
     python writer.py TARGET
 
-and writes TARGET/NAME/base, /correction and /full for each of `BASES`, with TARGET/NAME/expected.json. The factors are
-random and large enough to change what the model says. Their ranks differ, one group is missing, and in the second block
-q and v are groups of their own while k is in none, as cutting a correction of single modules may leave it.
+It writes TARGET/NAME/base, /correction and /full for each of `BASES`, with TARGET/NAME/expected.json. The factors are
+random and large enough to change the outputs of the model. Their ranks differ and one group is missing. In the second
+block q and v are separate groups and k is in no group, as after cutting a correction of single modules.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ from support.bases import small_model
 from support.tiny import SHAPE, load, seeded
 
 PROMPT, ANSWER = 24, 12  # tokens
-STRENGTH = 0.3  # of a correction's product, beside the weight that it corrects
+STRENGTH = 0.3  # standard deviation of A B x for inputs with standard deviation 1
 
 
 def torchao(source: Path, target: Path) -> None:
-    """torchao's integers in groups of 64, as transformers saves them."""
+    """Save a model that torchao quantizes to integers in groups of 64, with transformers."""
     load(source, quantization_config=base_config("torchao-int4"), dtype=torch.bfloat16).save_pretrained(target)
 
 
 def llama(source: Path, target: Path) -> None:
-    """Plain weights with biases; one head of keys and values, which two processes have to share."""
+    """Save an unquantized Llama with biases and one head of keys and values, which two processes must share."""
     plain(LlamaConfig(**SHAPE | {"num_key_value_heads": 1}, attention_bias=True, mlp_bias=True), target)
 
 
 def plain(config: Any, target: Path) -> None:
-    """A random model without quantization, its answers surer than those of a fresh one."""
+    """Save a random model without quantization. Its large weights make clearer predictions than default weights."""
     with seeded(0):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         for name, parameter in model.named_parameters():
@@ -66,7 +67,7 @@ def plain(config: Any, target: Path) -> None:
 
 BASES: dict[str, Callable[[Path, Path], None]] = {
     "gptq": partial(writers.gptqmodel, bits=4, group_size=64, desc_act=False),
-    "awq": partial(writers.awq, sym=False),  # with zero points, which most AWQ models have
+    "awq": partial(writers.awq, sym=False),  # with zero points, like most AWQ models
     "awq-symmetric": writers.awq,
     "w4a16": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
     "w4a16-int8": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
@@ -82,16 +83,16 @@ BASES: dict[str, Callable[[Path, Path], None]] = {
     "torchao": torchao,
     "llama": llama,
     "cohere": lambda source, target: plain(CohereConfig(**SHAPE), target),  # q, k, v, gate and up share an input
-    "phi3": lambda source, target: plain(Phi3Config(**SHAPE), target),  # fuses q, k, v and gate, up by itself
+    "phi3": lambda source, target: plain(Phi3Config(**SHAPE), target),  # its own layers fuse q, k, v and gate, up
     "mixtral": lambda source, target: plain(MixtralConfig(**SHAPE, num_local_experts=4), target),
 }
 
 
-IN_INT8 = ("w4a16-int8",)  # whose factors are stored a byte a value
+IN_INT8 = ("w4a16-int8",)  # bases whose factors are stored in int8
 
 
 def random_factors(model: Any, groups: list[Group]) -> list[GroupFactors]:
-    """Factors of ranks 3, 4, 5, ..., of `STRENGTH` times the size of the weights."""
+    """Return random factors of ranks 3, 4, 5, ..., scaled by `STRENGTH`."""
     found = []
     for index, group in enumerate(groups):
         generator = torch.Generator().manual_seed(index)
@@ -108,7 +109,7 @@ def random_factors(model: Any, groups: list[Group]) -> list[GroupFactors]:
 
 
 def some_groups(model: Any, ids: Tensor) -> list[Group]:
-    """The model's groups; of the second block without o, and with q and v alone."""
+    """Return the groups of the model. In the second block o and k are left out, and q and v are separate groups."""
     groups = []
     for group in find_groups(model, {"input_ids": ids}):
         if ".1.self_attn.o_proj" in group.name:
@@ -123,25 +124,25 @@ def some_groups(model: Any, ids: Tensor) -> list[Group]:
 
 
 def scores(model: Any, ids: Tensor) -> Tensor:
-    """Log-probabilities of every token that may follow, shape (n, length - 1, vocabulary), float32."""
+    """Return the log-probabilities of all next tokens, shape (n, length - 1, vocabulary), float32."""
     with torch.no_grad():
         found: Tensor = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
     return found
 
 
 def exact(folder: Path, *, corrected: bool = True) -> Any:
-    """The model in float32, as a dense one; of its base alone if not `corrected`."""
+    """Return the model as a dense model in float32, without its correction if not `corrected`."""
     model = load(folder, dtype=torch.bfloat16)
     if not corrected:
         glowq.detach(model)
     merge_into_dense(model, torch.float32)
-    return nn.Module.float(model)  # which transformers does not know to be dense now
+    return nn.Module.float(model)  # transformers still marks the model as quantized, so its float() raises
 
 
 def expected(folder: Path, prompts: Tensor) -> dict[str, Any]:
-    """What transformers answers, and how likely each token is.
+    """Return greedy answers of transformers and the log-probabilities of their tokens.
 
-    Of `prompts` the three with the surest answers are taken, among those that the base alone answers otherwise.
+    From the prompts that the base answers differently, this selects the three with the clearest predictions.
     """
     model, dense = load(folder, dtype=torch.bfloat16), exact(folder)
     options: dict[str, Any] = {"max_new_tokens": ANSWER, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -150,20 +151,20 @@ def expected(folder: Path, prompts: Tensor) -> dict[str, Any]:
         ids = ids[(ids != model.generate(prompts, **options)).any(1)]
     best = scores(dense, ids)[:, PROMPT - 1 :].topk(2).values
     ids = ids[(best[..., 0] - best[..., 1]).amin(1).argsort(descending=True)[:3]]
-    said: dict[str, Any] = {"prompts": ids[:, :PROMPT].tolist(), "answers": ids[:, PROMPT:].tolist()}
+    record: dict[str, Any] = {"prompts": ids[:, :PROMPT].tolist(), "answers": ids[:, PROMPT:].tolist()}
 
-    def of(model: Any) -> list[list[float]]:
+    def token_scores(model: Any) -> list[list[float]]:
         found: list[list[float]] = scores(model, ids).gather(2, ids[:, 1:, None])[..., 0].tolist()
         return found
 
-    said["corrected"] = {"bfloat16": of(model), "float32": of(dense)}
+    record["corrected"] = {"bfloat16": token_scores(model), "float32": token_scores(dense)}
     with glowq.disabled(model):
-        said["base"] = {"bfloat16": of(model), "float32": of(exact(folder, corrected=False))}
-    return said
+        record["base"] = {"bfloat16": token_scores(model), "float32": token_scores(exact(folder, corrected=False))}
+    return record
 
 
 def write(name: str, target: Path) -> None:
-    """One model of `BASES`, its corrections, and what is expected of them."""
+    """Write one model of `BASES`, its correction in both forms, and the expected outputs."""
     base = target / "base"
     BASES[name](small_model(), base)
     tokenizer = AutoTokenizer.from_pretrained(small_model())
