@@ -1,4 +1,4 @@
-"""Scales that AWQ and SmoothQuant fold into a model are found from its weights, taken out, or refused."""
+"""Channel scales that AWQ and SmoothQuant fold into a model: glowq finds them in the weights and divides them out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_scales_folded_by_hand_are_found_and_the_reference_computes_the_same_in_
             true = relative(exact[name] - quantized, exact[name])
             assert relative(error, error + quantized) < 1.03 * true
             with torch.no_grad():
-                quantized.add_(error)  # W' itself
+                quantized.add_(error)  # gives W', the weight before quantization
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
 
@@ -102,7 +102,7 @@ def test_rounding_alone_is_taken_for_no_folding(bits: int, spread: float, symmet
     reference = llama()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
-            if "proj" in name:  # columns as unequal as those of models with outlier channels
+            if "proj" in name:  # columns of different size, as in models with outlier channels
                 parameter *= (torch.randn(parameter.shape[1]) * spread).exp()
     model = quantize(copy.deepcopy(reference), bits, symmetric=symmetric)
     found = unfolding(model, reference)
@@ -240,12 +240,12 @@ def test_awq_by_its_own_library_is_unfolded(awq_checkpoint: Path) -> None:
                 quantized = read_weight(backends[name], name, model.get_submodule(name))
                 full = reference.weight(name, shape)
                 after, before = relative(error, error + quantized), relative(full - quantized, full)
-                assert after < 0.13  # round to nearest makes 0.10
+                assert after < 0.13  # rounding to nearest gives 0.10
                 if name in found.scales:
                     assert after < 0.8 * before
                 else:
                     kept.add(name.rpartition(".")[2])
-    assert kept == {"o_proj"}  # AWQ folds nothing into it where heads are grouped
+    assert kept == {"o_proj"}  # with grouped heads, AWQ folds no scales into o_proj
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass: the same moments, less memory, nothing left behind."""
+"""Blocks that are recomputed in the backward pass give the same moments, need less memory and leave no changes."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_the_moments_of_a_quantized_model_are_the_same_bits(base: Base, token_id
 
 
 class Kept:
-    """Counts the bytes of the distinct storages that a forward keeps for its backward pass."""
+    """Counts the bytes of all storages that a forward keeps for its backward pass."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
         self._alive: list[Tensor] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        self._alive.append(tensor)  # so that no address is used twice
+        self._alive.append(tensor)  # keeps the memory, so that no address is reused
         self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -95,16 +95,16 @@ def test_every_forward_is_what_it_was(tiny_llama: Factory, tiny_ids: Tensor) -> 
 
 
 def test_whole_blocks_are_computed_again(tiny_llama: Factory, tiny_ids: Tensor) -> None:
-    """A forward that were left early would leave weights that a hook brought in where they are."""
+    """A recomputed forward always runs to its end, because a hook may load weights before it and remove them after."""
     model, left = tiny_llama(), []
     block = model.get_submodule(blocks(model)[0])
 
-    def noting(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def record_call(forward: Any, *args: Any, **kwargs: Any) -> Any:
         found = forward(*args, **kwargs)
         left.append(True)
         return found
 
-    block.forward = partial(noting, block.forward)
+    block.forward = partial(record_call, block.forward)
     output_moments(model, find_groups(model, {"input_ids": tiny_ids}), [{"input_ids": tiny_ids}], checkpoint=True)
     assert len(left) == 3  # the trace, the forward, and the backward pass
 

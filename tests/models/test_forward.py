@@ -1,4 +1,4 @@
-"""Which models calibration text is enough for."""
+"""Models that can be calibrated with text alone; an encoder with a decoder cannot."""
 
 from __future__ import annotations
 

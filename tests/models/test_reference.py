@@ -1,4 +1,4 @@
-"""The full-precision reference: read one weight at a time, and refused by name where it cannot be one."""
+"""The full-precision reference model is read one weight at a time, and unsuitable models are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input-sharing groups: real architectures built from tiny configs, and toys that try to mislead."""
+"""Groups of modules that share an input, in real architectures with tiny configs and in difficult toy models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BERT_LIKE = {
     "intermediate.dense",
     "output.dense",
 }
-# architecture -> config changes, prefix of block 1, the groups in it
+# architecture -> config changes, prefix of block 1, groups of block 1
 DECODERS: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "llama": (GQA, "model.layers.1", LLAMA_LIKE),
     "mistral": (GQA, "model.layers.1", LLAMA_LIKE),
@@ -166,7 +166,7 @@ def test_mambas_uncalled_projection_is_skipped_with_a_reason(tiny_ids: Tensor) -
 
 
 class Toy(nn.Module):
-    """Two or three linear layers, called as `calls` says."""
+    """Linear layers that the function `calls` runs."""
 
     def __init__(self, calls: Callable[[Toy, Tensor], Any]) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Toy(nn.Module):
 
 
 class Stack(nn.Module):
-    """One block: modules share a group inside a block only."""
+    """A model with one block, because only modules of the same block can share a group."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Methods compared at equal bytes through Python: paired scores, one solve for every budget, no text used twice."""
+"""Comparison of methods at equal bytes from Python: paired scores, one solve for all budgets, no overlapping text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(compared_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> tuple[Any, Comparison, torch.Tensor]:
-    """(the quantized model, three methods at two budgets, report tokens), through Python."""
+    """The quantized model, the comparison of three methods at two budgets, and the report tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     train, test = (
         token_sequences(read_texts(folder / f"{name}.txt"), tokenizer, length=64, limit=1024)
@@ -66,7 +66,7 @@ class TestMeasuring:
                 attach(model, factors)
             alone = score_models({"reference": reference, "alone": model}, sequences)
             glowq.detach(model)
-            for name in ("nll", "kl", "top1"):  # of the same sequences, in the same order: paired
+            for name in ("nll", "kl", "top1"):  # the scores are paired: the same sequences in the same order
                 assert torch.equal(getattr(scores[entry.label], name), getattr(alone["alone"], name))
             assert torch.equal(scores["reference"].nll, alone["reference"].nll)
 
@@ -180,7 +180,7 @@ def test_uniform_rank_is_the_largest_within_the_bytes(shared: bool) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_nested(name: str) -> None:
-    """What lets one solve serve every budget."""
+    """The first ranks of a solve equal a solve at that rank, so one solve serves every budget."""
     error, moments = moments_of()
     solve = get_method(name).solve
     small, large = solve(error, moments, 3, 0), solve(error, moments, 9, 0)

@@ -1,4 +1,4 @@
-"""What `correct` recovers, how it goes on after an interruption, and the shapes of model that it can walk."""
+"""`correct`: the recovered share of the gap, resuming after an interruption, and the supported kinds of models."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ SOLVER = "glowq.solving.methods.glowq.factorize"
 
 @pytest.fixture(scope="module")
 def scores() -> dict[str, Score]:
-    """The bundled model, quantized three ways and corrected two ways, on text that no calibration saw."""
+    """Held-out scores of the bundled model with three quantizers, each without and with two methods of correction."""
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     held_out = token_sequences(read_texts("python-stdlib:held-out"), tokenizer, length=256, limit=48 * 256)
     models = {"reference": load(EXAMPLE)}
     for base in ("nf4", "torchao-int3", "torchao-int2"):
         models[base] = quantized(EXAMPLE, base)
-        for method, count in (("glowq", 4096), ("svd", 256)):  # svd solves without statistics of the text
+        for method, count in (("glowq", 4096), ("svd", 256)):  # svd uses no statistics of the text
             options = {"calibration_tokens": count, "sequence_length": 256, "method": method}
             models[f"{base}-{method}"] = corrected(EXAMPLE, base, rank=16, calibration="python-stdlib", **options)[0]
     return score_models(models, held_out)
@@ -67,7 +67,7 @@ def share(scores: dict[str, Score], base: str, method: str) -> Interval:
     return recovered(scores["reference"], scores[base], scores[f"{base}-{method}"])
 
 
-# Measured at rank 16 with Python 3.11's library: 0.49, 0.62 and 0.61 (plain svd: 0.20, 0.21 and 0.23).
+# Measured at rank 16 with the library of Python 3.11: 0.49, 0.62 and 0.61 (svd: 0.20, 0.21 and 0.23).
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "floor"), [("nf4", 0.2), ("torchao-int3", 0.35), ("torchao-int2", 0.45)])
 def test_the_share_of_the_gap_recovered(scores: dict[str, Score], base: str, floor: float) -> None:
@@ -90,7 +90,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Solver:
-    """Counts the groups it solves, and fails at one of them."""
+    """A solver that counts the groups and can raise KeyboardInterrupt at one of them."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.calls = 0
@@ -104,7 +104,7 @@ class Solver:
 
 
 def run(model: nn.Module, source: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int | None, **options: Any) -> Any:
-    """(the correction, the groups that had to be solved), on a solver that may be interrupted."""
+    """Return the correction and the number of groups that were solved, with a solver that may be interrupted."""
     monkeypatch.setattr(SOLVER, solver := Solver(fail_at))
     tokenizer = AutoTokenizer.from_pretrained(source)
     options = {"calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CALIBRATION, **options}
@@ -152,7 +152,7 @@ def test_blocks_of_another_reference_are_not_taken_up(
     glowq.detach(model)
     tuned = load(source)
     for name, parameter in tuned.named_parameters():
-        if "proj" in name:  # other embeddings would be refused
+        if "proj" in name:  # a reference with changed embeddings would be refused
             parameter.data.mul_(1.01)
     shutil.copytree(source, tmp_path / "tuned")
     tuned.save_pretrained(tmp_path / "tuned")
@@ -201,7 +201,7 @@ def test_where_every_group_harms_a_budget_buys_nothing(
 
 
 def test_a_model_that_lost_nothing_has_nothing_to_spend_a_budget_on(source: Path) -> None:
-    """Dense weights that are the reference's own: every factor is zero."""
+    """The dense weights equal those of the reference model, so every factor is zero."""
     model = load(source)
     with pytest.raises(NoGainError, match="a budget has nothing to spend on"):
         correct(model, source, rank=None, budget="9%", dense=True)

@@ -1,4 +1,4 @@
-"""Every base through the public door: corrected, saved in both forms, loaded again, bit for bit."""
+"""Every base through the public API: correcting it, saving both forms, and loading them again bit for bit."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ def _dtype(base: Base) -> torch.dtype:
 
 @pytest.fixture(scope="module")
 def held_out() -> Tensor:
-    """Token ids of text that nothing was calibrated on, shape (16, 128)."""
+    """Token ids of held-out text, shape (16, 128)."""
     tokenizer = AutoTokenizer.from_pretrained(small_model())
     return token_sequences(read_texts("python-stdlib:held-out"), tokenizer, length=128, limit=2048, seed=1)
 
 
 @pytest.fixture(scope="module", params=rows())
 def made(request: pytest.FixtureRequest) -> tuple[Base, Any, glowq.Correction]:
-    """One row and its corrected model, in bfloat16 unless that would drown what 8 bits lose."""
+    """One row, its corrected model and the correction.
+
+    Models of 8 bits are float32, because bfloat16 rounding would hide their small quantization error.
+    """
     base: Base = request.param
     model = base.load(dtype=_dtype(base))
     correction = glowq.correct(
@@ -90,14 +93,14 @@ def test_saved_in_one_piece_and_loaded_again_is_the_same_model_or_refused(made: 
     assert method_of(loaded.config.quantization_config) == "glowq"
     loaded.save_pretrained(tmp_path / "again")
     assert gap(load(tmp_path / "again"), expected) == 0.0
-    loaded.save_pretrained(tmp_path / "full")  # over the very files that it was loaded from
+    loaded.save_pretrained(tmp_path / "full")  # overwrites the files that it was loaded from
     assert gap(load(tmp_path / "full"), expected) == 0.0
     if not base.is_preset and base.read is None:
         _the_same_tensors(base.checkpoint(small_model()), tmp_path / "full", quantized_modules(model))
 
 
 def _the_same_tensors(original: Path, saved: Path, modules: Any) -> None:
-    """The quantized tensors are those of the checkpoint, whatever the library made of them in memory."""
+    """Assert that saving writes the quantized tensors of the checkpoint, even if the library changed them in memory."""
     before, after = load_file(original / "model.safetensors"), load_file(saved / "model.safetensors")
     quantized = [key for key in before if key.rpartition(".")[0] in modules]
     assert quantized
