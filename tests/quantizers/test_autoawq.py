@@ -1,4 +1,4 @@
-"""Checkpoints that autoawq 0.2.9 wrote itself are read, un-folded, corrected and saved (`make test-autoawq`)."""
+"""Checkpoints of autoawq 0.2.9: reading, dividing out channel scales, correcting and saving (`make test-autoawq`)."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ pytestmark = [
 
 
 def unpack(words: Tensor) -> np.ndarray:
-    """4-bit numbers of AWQ's int32 words, shape (n, m) -> (n, 8 m).
+    """Unpack the 4-bit numbers from AWQ's int32 words, shape (n, m) -> (n, 8 m).
 
-    Each word holds eight neighbouring columns, from its lowest bits up in the order 0, 2, 4, 6, 1, 3, 5, 7.
+    Each word holds eight adjacent columns in the order 0, 2, 4, 6, 1, 3, 5, 7, from the lowest bits upwards.
     """
     unsigned = words.numpy().view(np.uint32)
     columns = np.empty((unsigned.shape[0], unsigned.shape[1] * 8), dtype=np.int64)
@@ -55,7 +55,10 @@ def unpack(words: Tensor) -> np.ndarray:
 
 
 def stored_weight(tensors: dict[str, Tensor], name: str, dtype: torch.dtype) -> np.ndarray:
-    """(code - zero point) * scale of the file's tensors, shape (o, d) float32, the scales as `dtype` holds them."""
+    """Return (code - zero point) * scale from the tensors of the file, shape (o, d), float32.
+
+    The scales are first rounded to `dtype`.
+    """
     codes, zeros = unpack(tensors[f"{name}.qweight"]), unpack(tensors[f"{name}.qzeros"])
     scales = tensors[f"{name}.scales"].to(dtype).float().numpy()
     inputs = np.arange(codes.shape[0]) // GROUP
@@ -73,7 +76,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def held_out() -> Tensor:
-    """Token ids of text that nothing was calibrated on, shape (16, 128)."""
+    """Token ids of held-out text, shape (16, 128)."""
     tokenizer = AutoTokenizer.from_pretrained(small_model())
     return token_sequences(read_texts("python-stdlib:held-out"), tokenizer, length=128, limit=2048, seed=1)
 
@@ -85,21 +88,21 @@ def correct(model: Any) -> glowq.Correction:
 
 
 def lost(model: Any, ids: Tensor) -> float:
-    """Mean KL divergence from the full-precision model, nats a token."""
+    """Return the mean KL divergence from the full-precision model, in nats per token."""
     reference = load(small_model(), dtype=model.dtype)
     return float(score_models({"reference": reference, "model": model}, ids)["model"].kl.mean())
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def made(request: pytest.FixtureRequest) -> tuple[torch.dtype, Any, glowq.Correction]:
-    """The corrected model and its correction."""
+    """The dtype, the corrected model and its correction."""
     model = load(CHECKPOINT, dtype=request.param)
     return request.param, model, correct(model)
 
 
 def test_the_checkpoint_is_of_autoawq(tensors: dict[str, Tensor]) -> None:
     config = json.loads((CHECKPOINT / "config.json").read_text())["quantization_config"]
-    assert config == {  # gptqmodel writes more: its name, a checkpoint format
+    assert config == {  # gptqmodel would also write its name and a checkpoint format
         "bits": 4,
         "group_size": GROUP,
         "modules_to_not_convert": None,
@@ -115,7 +118,7 @@ def test_weights_are_read_as_they_lie_in_the_file(tensors: dict[str, Tensor], dt
     model = load(CHECKPOINT, dtype=dtype)
     backends = prepare_model(model)
     assert {f"{name}.qweight" for name in backends} == {name for name in tensors if name.endswith(".qweight")}
-    half = torch.float16 if dtype == torch.float32 else dtype  # what the kernel multiplies by
+    half = torch.float16 if dtype == torch.float32 else dtype  # dtype of the scales in the kernel
     for name, backend in backends.items():
         module = model.get_submodule(name)
         assert type(module).__module__.startswith("gptqmodel.")
@@ -125,7 +128,7 @@ def test_weights_are_read_as_they_lie_in_the_file(tensors: dict[str, Tensor], dt
         assert np.array_equal(read.numpy(), stored_weight(tensors, name, half))
         with torch.no_grad():
             given = module(torch.eye(module.in_features, dtype=dtype)).T.float()
-        assert relative(given - read, read) < 5e-3  # the kernel's own rounding
+        assert relative(given - read, read) < 5e-3  # the kernel rounds
 
 
 def test_unfolding_finds_what_autoawq_folded(tensors: dict[str, Tensor]) -> None:
@@ -143,12 +146,12 @@ def test_unfolding_finds_what_autoawq_folded(tensors: dict[str, Tensor]) -> None
             stored = torch.from_numpy(stored_weight(tensors, name, torch.float16))
             full = original[f"{name}.weight"].float()
             before, after = relative(full - stored, full), relative(error, error + stored)
-            if name.endswith("o_proj"):  # its heads are grouped: autoawq folds nothing into it
+            if name.endswith("o_proj"):  # with grouped heads, autoawq folds no scales into o_proj
                 assert name not in found.scales
                 assert torch.equal(error, full - stored)
             else:
                 assert after < 0.9 * before
-            assert after < 0.13  # round to nearest makes 0.10
+            assert after < 0.13  # rounding to nearest gives 0.10
     for block in ("model.layers.0", "model.layers.1"):
         for norm, readers in (("input_layernorm", ATTENTION), ("post_attention_layernorm", MLP)):
             key = f"{block}.{norm}.weight"

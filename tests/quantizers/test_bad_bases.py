@@ -1,4 +1,4 @@
-"""Bases that are other ones, damaged or incomplete: refused by name at every door, with what to do."""
+"""Wrong, damaged or incomplete bases: every function and command refuses them by name and says what to do."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(text: Path, tmp_path: Path) -> Callable[..., str]:
-    """Runs a command that must fail with one line and status 1 and leave no output; returns the line."""
+    """A function that runs a command, asserts that it fails with status 1 and no output, and returns the error line."""
     options: dict[str, list[Any]] = {
         "correct": ["--calibration", text, "--output", tmp_path / "out", *SIZES],
         "evaluate": ["--data", text, "--tokens", 512, "--sequence-length", 64],
@@ -78,8 +78,8 @@ def test_a_reference_of_another_model_or_revision(base: Base, source: Path, refu
     folder = save_quantized(source, base.name, tmp_path / "nf4")
     narrow = tiny_llama(tmp_path / "narrow", intermediate_size=192)
     assert "(192, 128) in the reference and (256, 128)" in refused("correct", folder, "--reference", narrow)
-    stranger = tiny_llama(tmp_path / "stranger", seed=1)
-    assert re.search(r"the embeddings differ by .*revision", refused("correct", folder, "--reference", stranger))
+    unrelated = tiny_llama(tmp_path / "unrelated", seed=1)
+    assert re.search(r"the embeddings differ by .*revision", refused("correct", folder, "--reference", unrelated))
 
 
 @pytest.mark.parametrize("base", rows("nf4"))
@@ -130,7 +130,7 @@ def test_a_missing_shard_of_the_reference(base: Base, source: Path, refused: Any
 
 
 def change(folder: Path, tensor: str, edit: Callable[[Tensor], Tensor]) -> None:
-    """Write one tensor of one module of a checkpoint anew."""
+    """Change one tensor of one module in a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{NAME}.{tensor}"] = edit(tensors[f"{NAME}.{tensor}"].clone()).contiguous()
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -160,7 +160,7 @@ SCALES = {
 }
 
 
-# bitsandbytes writes scales of zero itself, for blocks of zeros.
+# No zero scales for bitsandbytes: it writes them itself for blocks of zeros.
 @pytest.mark.parametrize(
     ("base", "value"),
     [

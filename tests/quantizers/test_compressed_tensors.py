@@ -1,4 +1,4 @@
-"""compressed-tensors beyond the matrix: before and after its own decompression, other formats, refusals."""
+"""More tests of compressed-tensors: modules before and after decompression, other formats, and errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder of a kind, written once."""
+    """A function that returns the folder of a kind of checkpoint and writes it at the first call."""
     written: dict[str, Path] = {}
 
     def folder(kind: str, **more: Any) -> Path:
@@ -138,7 +138,7 @@ def test_activations_that_are_rounded_stay_so_and_the_weight_error_is_corrected(
     x = torch.randn(3, 768, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), glowq.disabled(model):
         assert float((module(x) - x @ module.weight.T).abs().max()) > 1e-4
-    # Rounded inputs make noise that differs from processor to processor: 3% of the whole on a few tokens.
+    # The noise of rounded inputs differs between processors, by 3% of the total on a few tokens.
     ids = torch.randint(0, 4096, (32, 64), generator=torch.Generator().manual_seed(1))
     reference = logits(load(small_model(), dtype=torch.float32), ids)
     with glowq.disabled(model):

@@ -1,4 +1,4 @@
-"""Weights that were dequantized while loading, or rounded without being packed: corrected as they are, if asked."""
+"""Dense weights that were dequantized on load or rounded without packing: glowq corrects them with `dense=True`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FILE = "model-Q4_0.gguf"
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """To nearest on four bits, one scale a row."""
+    """Round a weight to the nearest of 4-bit values, with one scale per row."""
     scale = weight.float().abs().amax(1, keepdim=True) / 7
     return ((weight.float() / scale).round() * scale).to(weight.dtype)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three kinds of the same model: gguf/, float8/ and fake/."""
+    """Folder with three kinds of the same model: gguf/, float8/ and fake/."""
     parent = tmp_path_factory.mktemp("dense")
     (parent / "gguf").mkdir()
     pytest.importorskip("gguf")
@@ -127,7 +127,7 @@ def test_a_gguf_weight_reads_as_the_gguf_library_dequantizes_it(folder: Path) ->
     module = model.get_submodule(NAME)
     expected = torch.from_numpy(quants.dequantize(stored.data, stored.tensor_type))
     assert torch.equal(read_weight(find_backend(module), NAME, module), expected)
-    # q and k are stored with their rows in another order, which transformers undoes.
+    # The file stores the rows of q and k in another order; transformers restores it.
     reference = load(small_model(), dtype=torch.float32)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"):
         weight, full = model.get_submodule(name).weight.detach(), reference.get_submodule(name).weight.detach()
@@ -172,10 +172,10 @@ def test_modules_without_error_need_no_correction(folder: Path) -> None:
 
 
 def test_an_unrelated_reference_is_refused(folder: Path, tmp_path: Path) -> None:
-    stranger = load(small_model())
+    unrelated = load(small_model())
     with seeded(0):
-        stranger.model.embed_tokens.weight.data.normal_(std=0.02)
-    stranger.save_pretrained(tmp_path)
+        unrelated.model.embed_tokens.weight.data.normal_(std=0.02)
+    unrelated.save_pretrained(tmp_path)
     with pytest.raises(ReferenceMismatchError, match="embeddings differ"):
         correct(opened(folder, "fake"), reference=tmp_path)
 

@@ -1,4 +1,4 @@
-"""GPTQ models as people have them: quantized while loading, written by several libraries, damaged in every way."""
+"""GPTQ models: quantized while loading, written by several libraries, and damaged in several ways."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def act_order() -> Path:
 
 @pytest.fixture(scope="module")
 def groups_of_128(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that optimum wrote: 4 bits, symmetric."""
+    """Folder of a symmetric 4-bit checkpoint written by optimum."""
     folder = tmp_path_factory.mktemp("optimum") / "model"
     writers.optimum(small_model(), folder, bits=4, group_size=128)
     return folder
@@ -53,7 +53,7 @@ def correct(model: Any, **options: Any) -> glowq.Correction:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Callable[[str, Callable[[Tensor], Tensor]], Path]:
-    """A copy of the act-order checkpoint with one tensor of one module changed."""
+    """A function that copies the act-order checkpoint and changes one tensor of one module."""
 
     def build(tensor: str, change: Callable[[Tensor], Tensor]) -> Path:
         folder = tmp_path / "damaged"
@@ -81,7 +81,7 @@ def test_the_weight_read_is_the_nearest_code_of_the_weight_quantized() -> None:
         read = read_weight(backend, name, model.get_submodule(name))
         full = reference.get_submodule(name).weight.float()
         step = model.get_submodule(name).scales.float().T
-        assert float(((read - full).abs() / step).median()) < 0.6, name  # GPTQ moves a code or two, never many
+        assert float(((read - full).abs() / step).median()) < 0.6, name  # GPTQ moves codes by one or two steps
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""HQQ: quantized while loading by its own library, and every layer that it makes."""
+"""HQQ: models that its library quantizes while loading, and all kinds of its layers."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def request(base: Any = "hqq-4", **options: Any) -> glowq.GlowQConfig:
 
 
 def quantize(source: Path, base: Any = "hqq-4", **options: Any) -> Any:
-    """Quantized while loading, and not corrected."""
-    few = {"rank": 1, "calibration_tokens": 128}  # for what is detached at once
+    """Load a model that is quantized while loading, without a correction."""
+    few = {"rank": 1, "calibration_tokens": 128}  # a small correction, because it is detached at once
     model = load(source, quantization_config=request(base, **few), **options)
     glowq.detach(model)
     return model
 
 
 def layer(shape: tuple[int, int] = (128, 24), **settings: Any) -> Any:
-    """One layer of HQQ's own making."""
+    """Return one layer that HQQ quantized."""
     with torch.no_grad():
         return HQQLinear(
             nn.Linear(*shape),
@@ -54,19 +54,19 @@ def layer(shape: tuple[int, int] = (128, 24), **settings: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_quantized_while_loading_is_what_hqq_makes(bits: int, dtype: torch.dtype, source: Path) -> None:
-    ours, librarys = (
+    ours, hqq_model = (
         quantize(source, f"hqq-{bits}", dtype=dtype),
         writers.quantize_with_hqq(source, dtype, nbits=bits, group_size=64),
     )
-    assert list(quantized_modules(ours)) == list(quantized_modules(librarys))
-    for name in quantized_modules(librarys):
-        made, expected = ours.get_submodule(name), librarys.get_submodule(name)
+    assert list(quantized_modules(ours)) == list(quantized_modules(hqq_model))
+    for name in quantized_modules(hqq_model):
+        made, expected = ours.get_submodule(name), hqq_model.get_submodule(name)
         assert made.compute_dtype == dtype
         assert torch.equal(made.W_q, expected.W_q)
         assert torch.equal(made.dequantize(), expected.dequantize())
         assert torch.equal(made.meta["zero"], expected.meta["zero"])
-    if dtype == torch.float32:  # in others HQQ also rounds the rotary embedding's frequencies, which must stay exact
-        assert gap(ours, logits(librarys)) == 0.0
+    if dtype == torch.float32:  # in others HQQ also rounds the rotary frequencies, which should stay exact
+        assert gap(ours, logits(hqq_model)) == 0.0
 
 
 def test_the_model_computes_with_the_weights_that_hqq_dequantizes(source: Path) -> None:
@@ -94,7 +94,10 @@ def test_saved_by_reference_and_quantized_again_is_the_same_model(
 
 
 def test_the_number_of_threads_changes_no_code() -> None:
-    """HQQ stops early by a mean over the whole weight; a correction is valid for these very codes."""
+    """HQQ stops early by a mean over the weight, whose sum order may depend on the threads.
+
+    A correction is valid only for the codes that it was made for, so they must not change.
+    """
     linear, threads, made = nn.Linear(1024, 1536, bias=False), torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):

@@ -1,4 +1,4 @@
-"""Models that HQQ saved, and the loads of them that would be silently wrong."""
+"""Models that HQQ saved, and ways of loading them that would silently give wrong weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hqq.models.hf.base import AutoHQQHFModel
 
 @pytest.fixture(scope="module")
 def stored(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What HQQ saved: a pickle, and a config.json without a word of HQQ."""
+    """Folder that HQQ saved: a pickle, and a config.json that does not mention HQQ."""
     folder = tmp_path_factory.mktemp("stored")
     writers.hqq(source, folder, nbits=4, group_size=64)
     return folder
@@ -31,7 +31,10 @@ def stored(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labelled(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HQQ's tensors in safetensors under a config.json that says hqq: what transformers 4 saved, and 5 misreads."""
+    """Folder with HQQ's tensors in safetensors and a config.json for hqq, as transformers 4 saved it.
+
+    Transformers 5 misreads it.
+    """
     model = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=64)
     model.config.quantization_config = HqqConfig(nbits=4, group_size=64)
     folder = tmp_path_factory.mktemp("labelled") / "hqq"
@@ -82,7 +85,7 @@ def test_a_checkpoint_that_transformers_would_misread_is_refused(labelled: Path)
 def test_a_model_that_transformers_gave_random_weights_is_refused(
     dense: bool, labelled: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", HqqHfQuantizer)  # as before glowq was imported
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "hqq", HqqHfQuantizer)  # the state before glowq is imported
     model = load(labelled)
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear, "transformers has learnt to load HQQ"
     with pytest.raises(BackendError, match="loaded before glowq was imported, by HqqHfQuantizer"):

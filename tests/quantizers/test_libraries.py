@@ -1,4 +1,4 @@
-"""Libraries that are absent or of a version that glowq was not tested with: named, with what to do."""
+"""Missing libraries and untested versions of libraries: the message names the library and says what to do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = {base.name: base for base in BASES}
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """Runs a command that must fail with one line and status 1; returns the line."""
+    """A function that runs a command, asserts that it fails with status 1, and returns the error line."""
     notes = tmp_path / "notes.txt"
     notes.write_text("\n".join(TEXTS))
 
@@ -45,7 +45,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes a library look as if it were not installed."""
+    """A function that makes a library look as if it were not installed."""
     real = importlib.util.find_spec
 
     def hide(package: str) -> None:
@@ -111,7 +111,7 @@ def test_an_absent_library_of_a_saved_correction(
 
 def test_an_absent_parent_of_a_library_is_an_absent_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(name: str, *rest: Any) -> None:
-        raise ModuleNotFoundError("No module named 'optimum'")  # what Python says of "optimum.quanto" without optimum
+        raise ModuleNotFoundError("No module named 'optimum'")  # Python's error for "optimum.quanto" without optimum
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
     with pytest.raises(errors.UnknownBaseError, match=r"needs optimum\.quanto.*pip install 'glowq\[quanto\]'"):
@@ -124,7 +124,7 @@ def canonical(distribution: str) -> str:
 
 @pytest.fixture
 def version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
-    """Lets a distribution say that it is of another version."""
+    """A function that makes a distribution report another version."""
     real = importlib.metadata.version
 
     def pretend(distribution: str, found: str) -> None:

@@ -1,4 +1,4 @@
-"""Models that are quantized in part: skipped modules, biases, tied heads, Conv1D, several settings, any dtype."""
+"""Partly quantized models: skipped modules, biases, tied heads, Conv1D, several settings in one model, any dtype."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder of a full-precision model of a kind, biases drawn at random, with the bundled tokenizer."""
+    """A function that returns the folder of a full-precision model with random biases and the bundled tokenizer."""
     made: dict[str, Path] = {}
 
     def folder(kind: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -85,7 +85,7 @@ def correct(model: Any, reference: Path, **options: Any) -> glowq.Correction:
 
 
 def state(model: Any, names: set[str]) -> dict[str, Tensor]:
-    """Every parameter but the quantized weights of `names` and the factors, as it is now."""
+    """Copy all parameters except the factors and the quantized weights of `names`."""
     return {
         key: value.detach().clone()
         for key, value in model.named_parameters()
@@ -94,10 +94,10 @@ def state(model: Any, names: set[str]) -> dict[str, Tensor]:
 
 
 def check(model: Any, reference: Path, folder: Path, opened: Callable[[Any], Any] = load) -> glowq.Correction:
-    """Correct a model, save both forms and load each again: the same logits, and nothing else touched.
+    """Correct a model, save both forms and load each again. Assert equal logits and no change of other parameters.
 
     Args:
-        opened: loads a saved form, as its users do.
+        opened: loads a saved form.
     """
     expected = set(quantized_modules(model))
     before = state(model, expected)
@@ -107,7 +107,7 @@ def check(model: Any, reference: Path, folder: Path, opened: Callable[[Any], Any
     assert members == expected
     after = state(model, expected)
     assert before.keys() == after.keys()
-    # A Linear4bit rounds its bias to what it computes in when it first runs, glowq or not.
+    # At its first forward, Linear4bit rounds its bias to its compute dtype, with or without glowq.
     assert [key for key in before if not torch.equal(before[key].to(after[key].dtype), after[key])] == []
     assert {f.dtype for e in attached_factors(model) for f in (e.right, *e.lefts.values())} == {model.dtype}
     wanted = logits(model)

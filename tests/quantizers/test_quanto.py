@@ -1,4 +1,4 @@
-"""optimum-quanto: every precision it has, its kernel for bfloat16, and what it cannot do."""
+"""optimum-quanto: all its precisions, its bfloat16 kernel, and unsupported cases."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ KINDS = ["int2", "int4", "int8", "float8"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wide enough for quanto's groups of 128, which it makes of rows longer than that."""
+    """Folder of a Llama with rows longer than 128, so that quanto uses groups of 128."""
     return tiny_llama(tmp_path_factory.mktemp("source") / "llama", hidden_size=256)
 
 
 def layer(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A layer of quanto's own making, 256 to 16."""
+    """Return a layer of quanto with 256 inputs and 16 outputs."""
     linear = nn.Linear(256, 16, dtype=dtype)
     weights = {"int2": quanto.qint2, "int4": quanto.qint4, "int8": quanto.qint8, "float8": quanto.qfloat8}[kind]
     return quanto.QLinear.from_module(linear, weights=weights, **options)
@@ -110,7 +110,7 @@ def test_short_rows_have_one_scale_each(tmp_path: Path) -> None:
 def test_the_bfloat16_kernel_multiplies_by_the_weight_read_and_not_by_quantos() -> None:
     module = frozen("int4", torch.bfloat16)
     assert type(module.weight).__name__ == "TinyGemmWeightQBitsTensor"
-    weight, librarys = read(module), module.weight.dequantize().detach().float()
+    weight, quanto_weight = read(module), module.weight.dequantize().detach().float()
     module.bias = None
     x = torch.randn(512, 256, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -118,10 +118,10 @@ def test_the_bfloat16_kernel_multiplies_by_the_weight_read_and_not_by_quantos() 
         output = module(x).double()
     assert torch.equal(seen, weight.bfloat16())
 
-    def off(candidate: Tensor) -> float:
+    def relative_error(candidate: Tensor) -> float:
         return float((output - x.double() @ candidate.double().T).norm() / output.norm())
 
-    assert off(weight) < 2**-9 < 2 * off(weight) < off(librarys)
+    assert relative_error(weight) < 2**-9 < 2 * relative_error(weight) < relative_error(quanto_weight)
 
 
 @pytest.mark.parametrize("kind", ["int2", "int4"])

@@ -1,4 +1,4 @@
-"""Every base quantizer's modules against what its own library says that they hold."""
+"""Modules of every base quantizer: glowq reads the same weights, codes and settings as their library."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from support.bases import BASES, BLOCKS, Base, repacks, rows
 
 BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 Loaded = tuple[Base, Any]
-SETTINGS: dict[str, str] = {}  # row -> how its first module reads
+SETTINGS: dict[str, str] = {}  # row -> settings of its first module
 
 
 @pytest.fixture(scope="module", params=rows())
 def loaded(request: pytest.FixtureRequest) -> Loaded:
-    """One row and its prepared model; tests here leave it as they found it."""
+    """One row and its prepared model. Tests must not change the model."""
     model = request.param.load()
     prepare_model(model)
     SETTINGS[request.param.name] = settings_of(model)
@@ -79,7 +79,7 @@ def test_the_kernel_multiplies_by_the_weight_read(loaded: Loaded, token_ids: Ten
     base, model = loaded
     weights = {name: read_weight(find_backend(m), name, m) for name, m in one_of_each_shape(model).items()}
     with torch.no_grad():
-        model(token_ids[:1, :8])  # until then compressed-tensors' modules cannot run
+        model(token_ids[:1, :8])  # compressed-tensors' modules can run only after a forward of the model
     for name, weight in weights.items():
         module = model.get_submodule(name)
         with torch.no_grad():
@@ -124,7 +124,8 @@ def test_damaged_scales_are_refused_by_name(loaded: Loaded) -> None:
     backend = find_backend(module)
     scales = backend.scales(module)[-1].view(-1)
     good = scales[:1].clone()
-    # In place and undone, for quanto's modules cannot be copied; gptqmodel's scales change in inference mode only.
+    # The change is made in place and undone, because quanto's modules cannot be copied. Only inference mode allows
+    # changes of gptqmodel's scales.
     with torch.inference_mode():
         scales[0] = float("nan")
     try:

@@ -1,4 +1,4 @@
-"""torchao's tensor classes: each read as what it is, and those that glowq cannot read refused by name."""
+"""torchao's tensor classes: glowq reads each supported class correctly and refuses the others by name."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ torchao = pytest.importorskip("torchao.quantization")
 
 
 def float8(**options: Any) -> nn.Linear:
-    """A layer of 128 to 32 whose weight torchao holds in float8."""
+    """Return a layer with 128 inputs and 32 outputs whose weight torchao stores in float8."""
     model = nn.Sequential(nn.Linear(128, 32, bias=False))
     torchao.quantize_(model, torchao.Float8WeightOnlyConfig(**options))
     return model[0]  # type: ignore[return-value]
 
 
 def int4(zero_point: float = 0.25, **options: Any) -> nn.Linear:
-    """A layer of 64 to 32 in groups of 32, as torchao stores it for a GPU: two codes a byte."""
+    """Return a layer of 64 inputs and 32 outputs in groups of 32, in torchao's layout for GPUs: two codes per byte."""
     codes = torch.arange(-1024, 1024).reshape(32, 64) % 16 - 8
     packed = (codes[:, 1::2] << 4 | codes[:, ::2] & 15).to(torch.int8)
     scale = (torch.arange(64).reshape(2, 32) + 1).to(torch.bfloat16) / 64
@@ -107,11 +107,11 @@ def test_scaled_inputs_are_refused() -> None:
         read(module)
 
 
-@pytest.mark.parametrize("question", ["weight", "codes", "scales", "scheme", "packed_bytes"])
-def test_an_unknown_class_is_refused_by_name(question: str) -> None:
+@pytest.mark.parametrize("method", ["weight", "codes", "scales", "scheme", "packed_bytes"])
+def test_an_unknown_class_is_refused_by_name(method: str) -> None:
     module = other()
     with pytest.raises(BackendError, match=r"Int4PlainInt32Tensor cannot be read; supported: Int8Tensor, .*"):
-        getattr(find_backend(module), question)(module)
+        getattr(find_backend(module), method)(module)
 
 
 def test_an_unknown_class_is_refused_when_the_model_is_loaded() -> None:
@@ -120,7 +120,7 @@ def test_an_unknown_class_is_refused_when_the_model_is_loaded() -> None:
 
 
 def other() -> nn.Linear:
-    """A layer with `qdata` of a layout that only an NPU or an XPU multiplies by."""
+    """Return a layer whose `qdata` has a layout that only NPUs and XPUs support."""
     linear = nn.Linear(64, 32, bias=False)
     weight = torchao.Int4PlainInt32Tensor(
         torch.zeros(32, 8, dtype=torch.int32),
