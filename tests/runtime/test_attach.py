@@ -1,4 +1,4 @@
-"""A correction's life on a model: copies, files, removal, and the libraries that wrap the model around it."""
+"""An attached correction: copying, pickling and detaching the model, and libraries that wrap its modules."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def pickled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_a_copy_is_equal_and_independent(trio: nn.Module, duplicate: Callable[[Any], Any]) -> None:
     x = torch.randn(3, 8)
-    trio.q(x)  # a slot half used must not travel
-    twin = duplicate(trio)
-    assert container(twin)._slot == [None]
+    trio.q(x)  # a stored right product must not be copied
+    copied = duplicate(trio)
+    assert container(copied)._slot == [None]
     corrected = trio(x)
-    assert torch.equal(twin(x), corrected)
+    assert torch.equal(copied(x), corrected)
     with torch.no_grad():
-        container(twin).right.factor.zero_()
+        container(copied).right.factor.zero_()
     assert torch.equal(trio(x), corrected)
     with disabled(trio):
         plain = trio(x)
-    assert torch.equal(twin(x), plain)
-    detach(twin)
-    assert torch.equal(twin(x), plain)
+    assert torch.equal(copied(x), plain)
+    detach(copied)
+    assert torch.equal(copied(x), plain)
     assert not torch.equal(trio(x), plain)
 
 
@@ -243,7 +243,7 @@ def test_a_member_that_is_called_by_keyword(trio: nn.Module) -> None:
     assert all(
         torch.equal(member(input=x), output) for member, output in zip((trio.q, trio.k, trio.v), expected, strict=True)
     )
-    trio.q(x)  # a slot half used by position serves a member that is called by keyword
+    trio.q(x)  # the right product of a call by position also serves a call by keyword
     assert torch.equal(trio.k(input=x), expected[1])
     assert container(trio)._slot[0] is not None
     assert torch.equal(trio.v(x), expected[2])
@@ -274,13 +274,13 @@ def test_changing_the_model_leaves_the_factors_that_were_attached(
     if int8:
         right, lefts = round_factors(factors.right, factors.lefts)
         factors = replace(factors, right=right, lefts=lefts, int8=True)
-    else:  # left factors that lie one after the other, as a model holds them
+    else:  # left factors in adjacent memory, as in a corrected model
         lefts = dict(zip(names, torch.cat(list(factors.lefts.values())).split(widths), strict=True))
         factors = replace(factors, lefts=lefts)
     before = copy.deepcopy(factors)
     held = attach(trio, factors)
     whole, _ = held._together()
-    assert whole.data_ptr() == held.lefts[0].factor.data_ptr()  # still one after the other
+    assert whole.data_ptr() == held.lefts[0].factor.data_ptr()  # still in adjacent memory
     with torch.no_grad():
         for parameter in trio.parameters():
             parameter.zero_()

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: one right product a group in the graph, no recompilation, eager's numbers."""
+"""torch.compile and torch.export: one right product per group in the graph, no recompilation, the results of eager."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def corrected(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) 
 
 
 class Counting:
-    """A backend that runs the graph as it is and counts its products with factors by the factors' shapes."""
+    """A backend that runs the graph unchanged and counts its products with factors by the shape of the factor."""
 
     def __init__(self) -> None:
         self.graphs: list[Counter[tuple[int, ...]]] = []
@@ -105,7 +105,7 @@ def test_disabling_and_detaching_are_seen(corrected: nn.Module, tiny_ids: Tensor
 def test_a_compiled_model_follows_when_a_correction_comes_and_goes(
     tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
 ) -> None:
-    """By itself, torch.compile does not look at hooks again, and would run the graph that it has."""
+    """By default torch.compile does not check hooks again, and would run its old graph."""
     model = tiny_llama(use_cache=False)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_compiled_model_follows_when_a_correction_comes_and_goes(
 def test_graphs_made_before_the_first_correction_are_thrown_away(
     tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
 ) -> None:
-    """In a process where nothing was attached yet, torch.compile's own setting holds."""
+    """Before the first correction in a process is attached, torch.compile uses its default setting."""
     model = tiny_llama(use_cache=False)
     backend = Counting()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -133,7 +133,7 @@ def test_graphs_made_before_the_first_correction_are_thrown_away(
         torch.testing.assert_close(compiled(tiny_ids).logits, corrected)
         assert torch._dynamo.config.skip_nnmodule_hook_guards is False
         graphs = len(backend.graphs)
-        correct_randomly(tiny_llama(use_cache=False), tiny_ids)  # throws nothing away again
+        correct_randomly(tiny_llama(use_cache=False), tiny_ids)  # does not discard graphs again
         compiled(tiny_ids)
         assert len(backend.graphs) == graphs
 
@@ -213,7 +213,7 @@ def test_export_keeps_one_right_product_a_group(corrected: nn.Module, tiny_ids: 
 
 @pytest.mark.parametrize(("length", "gradients"), [(7, False), (12, True)])
 def test_an_exported_model_needs_no_operator_of_glowq(corrected: nn.Module, length: int, gradients: bool) -> None:
-    """Whoever reads the file need not have glowq."""
+    """A program can load the exported file without glowq."""
     ids = torch.arange(2 * length).reshape(2, length)
     with torch.set_grad_enabled(gradients):
         program = torch.export.export(Logits(corrected), (ids,))
@@ -234,7 +234,7 @@ def test_generating_with_a_static_cache(tiny_llama: Factory, tiny_ids: Tensor, c
     found = model.generate(tiny_ids, **options, disable_compile=True)
     assert found.shape == (2, 7 + 64)
     assert torch.equal(found, expected)
-    assert len(backend.graphs) <= 2  # the prompt, and one step that serves all 63 others
+    assert len(backend.graphs) <= 2  # one for the prompt, and one for the 63 other steps
     assert all(right_products(uses) == len(attached(model)) for uses in backend.graphs)
 
 
@@ -256,5 +256,5 @@ def test_inductor_is_as_near_to_float64_as_eager(
     with torch.no_grad():
         oracle = copy.deepcopy(model).double()(tiny_ids).logits
         eager, found = (float((run(tiny_ids).logits - oracle).abs().max()) for run in (model, compiled))
-    assert found <= 4 * eager  # other orders of the same sums
+    assert found <= 4 * eager  # the orders of the sums differ
     assert eager < 1e-4

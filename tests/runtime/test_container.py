@@ -1,4 +1,4 @@
-"""A corrected model against dense float64 oracles: right, shared once, never stale, and removable."""
+"""A corrected model compared with dense float64 results: correct, with one shared right product that is never stale."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from glowq.runtime.container import SharedCorrection
 
 Factory = Callable[..., Any]
 MEMBERS = ("q", "k", "v")
-FEW, MANY = 3, 20  # tokens: of the first, one call computes what all members add
+FEW, MANY = 3, 20  # numbers of tokens; for few tokens, one call computes the corrections of all members
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
 
@@ -37,7 +37,7 @@ def container(model: nn.Module) -> SharedCorrection:
 
 
 def expected(model: nn.Module, member: str, x: Tensor) -> Tensor:
-    """x (W + A B)^T + b in float64."""
+    """Compute x (W + A B)^T + b in float64."""
     parts = container(model)
     left = parts.lefts[MEMBERS.index(member)].factor.detach().double()
     layer = model.get_submodule(member)
@@ -46,19 +46,19 @@ def expected(model: nn.Module, member: str, x: Tensor) -> Tensor:
 
 
 def input_gradient(model: nn.Module, member: str) -> Tensor:
-    """Gradient of the sum of the outputs with respect to one token, float64."""
+    """Return the gradient of the sum of the outputs with respect to one token, float64."""
     probe = torch.cat([torch.eye(8), torch.zeros(1, 8)])
     outputs = expected(model, member, probe).sum(1)
     return outputs[:8] - outputs[8]
 
 
-def right(model: nn.Module, member: str, x: Tensor, y: Tensor) -> bool:
+def is_correct(model: nn.Module, member: str, x: Tensor, y: Tensor) -> bool:
     return torch.allclose(y.double(), expected(model, member, x), rtol=0, atol=1e-5)
 
 
 @contextmanager
 def products(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the groups whose right product was computed, one entry each time."""
+    """Record the name of a group each time its right product is computed."""
     seen: list[str] = []
     handles = [
         part.right.register_forward_hook(lambda *_, name=name: seen.append(name))
@@ -127,9 +127,9 @@ def test_a_write_into_the_input_is_seen(trio: nn.Module) -> None:
     x = torch.randn(3, 8)
     trio.q(x)
     x.mul_(2)
-    assert right(trio, "k", x, trio.k(x))
+    assert is_correct(trio, "k", x, trio.k(x))
     x[0, 0] += 1
-    assert right(trio, "v", x, trio.v(x))
+    assert is_correct(trio, "v", x, trio.v(x))
 
 
 def test_a_new_tensor_at_an_old_address_is_another_input(trio: nn.Module) -> None:
@@ -138,7 +138,7 @@ def test_a_new_tensor_at_an_old_address_is_another_input(trio: nn.Module) -> Non
         memory[:] = torch.randn(3, 8).numpy()
         x = torch.from_numpy(memory)
         assert x.data_ptr() == memory.ctypes.data
-        assert right(trio, member, x, trio.get_submodule(member)(x))
+        assert is_correct(trio, member, x, trio.get_submodule(member)(x))
         del x
 
 
@@ -149,21 +149,21 @@ def test_a_new_tensor_at_an_old_address_is_another_input(trio: nn.Module) -> Non
 def test_any_order_and_number_of_calls(trio: nn.Module, calls: str) -> None:
     x = torch.randn(2, 3, 8)
     for member in calls:
-        assert right(trio, member, x, trio.get_submodule(member)(x))
+        assert is_correct(trio, member, x, trio.get_submodule(member)(x))
 
 
 def test_two_inputs_that_alternate(trio: nn.Module) -> None:
     inputs = torch.randn(2, 3, 8).unbind(0)
     for member in "qkvqkv":
         for x in inputs:
-            assert right(trio, member, x, trio.get_submodule(member)(x))
+            assert is_correct(trio, member, x, trio.get_submodule(member)(x))
 
 
 def test_a_view_of_the_input_is_another_input(trio: nn.Module) -> None:
     x = torch.randn(4, 8)
     trio.q(x)
-    assert right(trio, "k", x[1:], trio.k(x[1:]))
-    assert right(trio, "v", x.flip(0), trio.v(x.flip(0)))
+    assert is_correct(trio, "k", x[1:], trio.k(x[1:]))
+    assert is_correct(trio, "v", x.flip(0), trio.v(x.flip(0)))
 
 
 def test_inference_mode_shares_nothing_and_is_right(trio: nn.Module) -> None:
@@ -188,8 +188,8 @@ def test_a_product_without_a_graph_is_not_used_where_gradients_are_wanted(trio: 
 def test_a_half_precision_product_is_not_used_outside_of_autocast(trio: nn.Module) -> None:
     x = torch.randn(3, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not right(trio, "q", x, trio.q(x))
-    assert right(trio, "v", x, trio.v(x))
+        assert not is_correct(trio, "q", x, trio.q(x))
+    assert is_correct(trio, "v", x, trio.v(x))
 
 
 def test_an_input_that_asks_for_gradients_later_gets_all_of_them(trio: nn.Module) -> None:
@@ -216,7 +216,7 @@ def test_an_error_between_members_leaves_no_wrong_result(trio: nn.Module) -> Non
         trio.k(torch.randn(3, 9))
     x.add_(1)
     for member in "kqv":
-        assert right(trio, member, x, trio.get_submodule(member)(x))
+        assert is_correct(trio, member, x, trio.get_submodule(member)(x))
 
 
 def test_the_slot_keeps_no_input_alive(trio: nn.Module) -> None:
@@ -331,7 +331,7 @@ def test_an_output_that_another_hook_keeps_stays_as_it_was(
             handle.remove()
     for member, y in found.items():
         seen = kept[trio.get_submodule(member)]
-        assert right(trio, member, x, y)
+        assert is_correct(trio, member, x, y)
         assert seen is y if when == "after" else torch.equal(seen, plain[member])
 
 
@@ -398,7 +398,7 @@ def test_an_empty_batch(trio: nn.Module, mode: Any, shape: tuple[int, ...]) -> N
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_outputs_that_autocast_leaves_in_full_precision(trio: nn.Module, mode: Any, tokens: int) -> None:
-    """A quantized layer may compute in its own dtype whatever autocast says."""
+    """A quantized layer may compute in its own dtype, independent of autocast."""
     for member in MEMBERS:
         layer = trio.get_submodule(member)
         layer.forward = torch.autocast("cpu", enabled=False)(layer.forward)
@@ -417,4 +417,4 @@ def test_a_hook_on_a_factor_may_come_and_go_between_members(trio: nn.Module, tok
     with torch.no_grad():
         for member in ("q", "k", "v", "v", "k", "q"):
             with products(trio) if member == watched else nullcontext():
-                assert right(trio, member, x, trio.get_submodule(member)(x))
+                assert is_correct(trio, member, x, trio.get_submodule(member)(x))

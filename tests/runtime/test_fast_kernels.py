@@ -1,4 +1,4 @@
-"""Kernels that rewrite their weights: kept away until asked for, and from then on the model is only run."""
+"""Kernels that rewrite weights: used only after `use_fast_kernels`, after which the model can only be run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.bases import Base, repacks, rows
 from support.tiny import TEXTS, load, logits
 
 REWRITTEN = rows("nf4", "nf4-double") if repacks() else []
-REWRITTEN += rows("auto-gptq-int4", "awq-int4")  # for which gptqmodel picks torch's int4 products
+REWRITTEN += rows("auto-gptq-int4", "awq-int4")  # gptqmodel uses torch's int4 kernels for these
 OTHERS = rows("torchao-int8") + ([] if repacks() else rows("nf4"))
 
 
@@ -38,7 +38,7 @@ def test_the_model_says_nearly_the_same_and_is_not_corrected(base: Base, token_i
     model = prepared(base)
     assert glowq.use_fast_kernels(model) == len(quantized_modules(model))
     expected = answer(prepared(base), token_ids[:1])
-    # The kernels round scales and sums to eight bits of mantissa.
+    # The kernels round scales and sums to bfloat16, with eight bits of mantissa.
     assert (answer(model, token_ids[:1]) - expected).norm() < 0.03 * expected.norm()
     with pytest.raises(RepackedWeightError):
         glowq.correct(model, reference=model, calibration=TEXTS, tokenizer=AutoTokenizer.from_pretrained(source))

@@ -1,4 +1,4 @@
-"""The operators of a correction: torch's own checks, a float64 oracle, writes in place, gradients, and memory."""
+"""The operators of a correction: torch's checks, values compared with float64, in-place writes, gradients, memory."""
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ def lefts_of(rank: int, dtype: torch.dtype = torch.float32, widths: Sequence[int
 
 
 def added(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
-    """x B^T A^T in float64."""
+    """Compute x B^T A^T in float64."""
     return x.detach().double() @ right.detach().double().T @ left.detach().double().T
 
 
 def assert_close(found: Tensor, expected: Tensor, *parts: Tensor) -> None:
-    """Off by no more than the roundings on the way, each at most a unit of its dtype in the sum of absolute terms.
+    """Assert that the error is within the bound of the roundings of the computation.
 
     Args:
-        parts: what was multiplied, in order: every input and every product in between is rounded once to the factors'
-            dtype, the last of `parts`, and added up in float32 or better.
+        found: computed result.
+        expected: exact result, float64.
+        parts: the tensors that were multiplied, in order. Every input and every intermediate product is rounded once to
+            the dtype of the factors (the last of `parts`), and sums are computed in float32 or better.
     """
     first, *factors = (part.detach().double().abs() for part in parts)
     terms = sum(factor.shape[1] for factor in factors)
@@ -54,16 +56,16 @@ def assert_close(found: Tensor, expected: Tensor, *parts: Tensor) -> None:
 modes = pytest.mark.parametrize(
     "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=["grad", "no_grad", "inference"]
 )
-# On the CPU the functions go past torch's dispatcher, which other devices and compilers go through.
-doors = pytest.mark.parametrize("door", [operators, torch.ops.glowq], ids=["function", "dispatcher"])
+# On the CPU the functions bypass torch's dispatcher; on other devices and in compilers they use it.
+both_ops = pytest.mark.parametrize("ops", [operators, torch.ops.glowq], ids=["function", "dispatcher"])
 
 
 class TestTorchsChecks:
-    """`opcheck`: the schema tells what is written, fake tensors have the right shapes, and gradients can be traced."""
+    """`opcheck`: the schema names the written arguments, fake tensors have correct shapes, gradients can be traced."""
 
     @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
     def check(self, request: pytest.FixtureRequest) -> Callable[..., None]:
-        # The traced graph and eager take other paths with other roundings: a few units of the largest entries.
+        # The traced graph and eager round differently, by a few units of the largest entries.
         near = {"rtol": 8 * torch.finfo(request.param).eps, "atol": 64 * torch.finfo(request.param).eps}
 
         def run(operator: Any, *arguments: Any) -> None:
@@ -90,16 +92,16 @@ class TestTorchsChecks:
         output = draw(2, 3, 6, dtype=check.dtype, grad=grad in ("output", "all"))
         product = draw(2, 3, 5, dtype=check.dtype, grad=grad in ("factors", "all"))
         left = draw(6, 5, dtype=check.dtype, grad=grad in ("factors", "all"))
-        # A leaf that wants a gradient is written to by nobody.
+        # A leaf tensor that requires a gradient must not be written in place.
         check(torch.ops.glowq.left_add_.default, output.clone() if output.requires_grad else output, product, left)
 
 
 class TestValues:
-    @doors
+    @both_ops
     @modes
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("rank", [1, 5, 32])
-    def test_right_and_correction(self, door: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
+    def test_right_and_correction(self, ops: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
         for x_dtype, dtype in itertools.product(DTYPES, repeat=2):
             with mode():
                 x, factor, left = (
@@ -107,24 +109,24 @@ class TestValues:
                     draw(rank, 24, dtype=dtype),
                     draw(15, rank, dtype=dtype),
                 )
-                found = door.right(x, factor)
+                found = ops.right(x, factor)
                 assert found.dtype == dtype
                 assert_close(found, x.double() @ factor.double().T, x, factor)
-                found = door.correction(x, factor, left)
+                found = ops.correction(x, factor, left)
                 assert found.dtype == dtype
                 assert_close(found, added(x, factor, left), x, factor, left)
 
-    @doors
+    @both_ops
     @modes
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("rank", [1, 5, 32])
-    def test_left_add(self, door: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
+    def test_left_add(self, ops: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
         for output_dtype, dtype in itertools.product(DTYPES, repeat=2):
             with mode():
                 output = draw(*shape, 6, dtype=output_dtype)
                 product, left = draw(*shape, rank, dtype=dtype), draw(6, rank, dtype=dtype)
                 expected = output.double() + product.double() @ left.double().T
-                door.left_add_(output, product, left)
+                ops.left_add_(output, product, left)
                 assert output.dtype == output_dtype
                 assert_close(output, expected, product, left)
 
@@ -162,22 +164,22 @@ class TestValues:
 
 
 def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """An int8 factor and its rows' scales, powers of two, which every float dtype holds."""
+    """Return an int8 factor and one scale per row; the scales are powers of two, which are exact in every dtype."""
     return torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.exp2(
         torch.randint(-9, -5, (rows,)).float()
     )
 
 
 class TestInt8:
-    """Rows of int8 times their scale are the matrix that they stand for, whichever product of torch takes them."""
+    """Products with int8 rows and their scales equal products with the dense matrix, for every product of torch."""
 
-    @doors
+    @both_ops
     @modes
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize(("rank", "channels"), [(1, 24), (16, 32), (5, 48), (32, 20)])
     @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
     def test_products(
-        self, door: Any, mode: Any, shape: tuple[int, ...], rank: int, channels: int, dtype: torch.dtype
+        self, ops: Any, mode: Any, shape: tuple[int, ...], rank: int, channels: int, dtype: torch.dtype
     ) -> None:
         x, (right, scale), (left, left_scale) = (
             draw(*shape, channels, dtype=dtype),
@@ -187,31 +189,31 @@ class TestInt8:
         dense, dense_left = right * scale.to(dtype)[:, None], left * left_scale.to(dtype)[:, None]
         for scales in ((scale, left_scale), (scale.to(dtype), left_scale.to(dtype))):
             with mode():
-                found, both = door.right(x, right, scales[0]), door.correction(x, right, left, *scales)
+                found, both = ops.right(x, right, scales[0]), ops.correction(x, right, left, *scales)
             assert found.dtype == both.dtype == dtype
             assert_close(found, x.double() @ dense.double().T, x, dense)
             assert_close(both, added(x, dense, dense_left), x, dense, dense_left)
 
-    @doors
+    @both_ops
     @modes
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("rank", [1, 16, 20])
-    def test_left_add(self, door: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
+    def test_left_add(self, ops: Any, mode: Any, shape: tuple[int, ...], rank: int) -> None:
         left, scale = packed(6, rank)
         for output_dtype, dtype in itertools.product(DTYPES, repeat=2):
             dense = left * scale.to(dtype)[:, None]
             with mode():
                 output, product = draw(*shape, 6, dtype=output_dtype), draw(*shape, rank, dtype=dtype)
                 expected = output.double() + product.double() @ dense.double().T
-                door.left_add_(output, product, left, scale)
+                ops.left_add_(output, product, left, scale)
                 assert output.dtype == output_dtype
                 assert_close(output, expected, product, dense)
 
-    @doors
-    def test_gradients_of_the_input(self, door: Any) -> None:
+    @both_ops
+    def test_gradients_of_the_input(self, ops: Any) -> None:
         (right, scale), (left, left_scale) = packed(3, 4), packed(6, 3)
-        assert torch.autograd.gradcheck(lambda x: door.right(x, right, scale), float64(2, 4))
-        assert torch.autograd.gradcheck(lambda x: door.correction(x, right, left, scale, left_scale), float64(2, 4))
+        assert torch.autograd.gradcheck(lambda x: ops.right(x, right, scale), float64(2, 4))
+        assert torch.autograd.gradcheck(lambda x: ops.correction(x, right, left, scale, left_scale), float64(2, 4))
 
     def test_inputs_of_any_strides(self) -> None:
         (right, scale), transposed = packed(16, 32), packed(32, 16)
@@ -236,34 +238,34 @@ class TestInt8:
 
 
 class TestWritingInPlace:
-    @doors
+    @both_ops
     @modes
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("sliced", [False, True])
-    def test_the_same_memory_and_nothing_returned(self, door: Any, mode: Any, dtype: torch.dtype, sliced: bool) -> None:
+    def test_the_same_memory_and_nothing_returned(self, ops: Any, mode: Any, dtype: torch.dtype, sliced: bool) -> None:
         with mode():
             output = torch.zeros(3, 9, dtype=dtype)[:, :6] if sliced else torch.zeros(3, 6, dtype=dtype)
             place = output.data_ptr()
-            assert door.left_add_(output, torch.ones(3, 2), torch.ones(6, 2)) is None
+            assert ops.left_add_(output, torch.ones(3, 2), torch.ones(6, 2)) is None
             assert output.data_ptr() == place
             assert (output == 2).all()
 
-    @doors
+    @both_ops
     @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=["grad", "no_grad"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("grad", [False, True])
-    def test_the_version_counter_moves(self, door: Any, mode: Any, dtype: torch.dtype, grad: bool) -> None:
+    def test_the_version_counter_moves(self, ops: Any, mode: Any, dtype: torch.dtype, grad: bool) -> None:
         output, whole = torch.zeros(3, 6, dtype=dtype), torch.zeros(3, 9, dtype=dtype)
         left = torch.ones(6, 2, requires_grad=grad)
         with mode():
             for written in (output, whole[:, :6]):
                 before = written._version
-                door.left_add_(written, torch.ones(3, 2), left)
+                ops.left_add_(written, torch.ones(3, 2), left)
                 assert written._version > before
 
     def test_an_output_that_a_gradient_needs_is_noticed(self) -> None:
         x = draw(3, 6, grad=True)
-        output = x.exp()  # whose backward reads its result
+        output = x.exp()  # the backward of exp needs its result
         operators.left_add_(output, draw(3, 2), draw(6, 2))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
@@ -273,41 +275,41 @@ def float64(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def right_case(door: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    return door.right, [float64(2, 4), float64(3, 4)]
+def right_case(ops: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    return ops.right, [float64(2, 4), float64(3, 4)]
 
 
-def correction_case(door: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    return door.correction, [float64(2, 4), float64(3, 4), float64(6, 3)]
+def correction_case(ops: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    return ops.correction, [float64(2, 4), float64(3, 4), float64(6, 3)]
 
 
-def left_add_case(door: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def left_add_case(ops: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
     def add(output: Tensor, product: Tensor, left: Tensor) -> Tensor:
         written = output.clone()
-        door.left_add_(written, product, left)
+        ops.left_add_(written, product, left)
         return written
 
     return add, [float64(2, 5), float64(2, 3), float64(5, 3)]
 
 
-@doors
+@both_ops
 @pytest.mark.parametrize(
     "case",
     [right_case, correction_case, left_add_case],
     ids=["right", "correction", "left_add_"],
 )
 class TestGradients:
-    def test_first_and_second_order(self, door: Any, case: Callable[[Any], Any]) -> None:
-        function, inputs = case(door)
+    def test_first_and_second_order(self, ops: Any, case: Callable[[Any], Any]) -> None:
+        function, inputs = case(ops)
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
         for wanted in range(len(inputs)):
             only = [entry.detach().requires_grad_(place == wanted) for place, entry in enumerate(inputs)]
             assert torch.autograd.gradcheck(function, only)
 
-    def test_forward_mode(self, door: Any, case: Callable[[Any], Any]) -> None:
-        """Nothing requires a gradient there, and yet a derivative is wanted."""
-        function, inputs = case(door)
+    def test_forward_mode(self, ops: Any, case: Callable[[Any], Any]) -> None:
+        """In forward mode no input requires a gradient, but the operators must give a derivative."""
+        function, inputs = case(ops)
         inputs = [entry.detach() for entry in inputs]
         directions = [torch.randn_like(entry) for entry in inputs]
         _, found = torch.func.jvp(function, tuple(inputs), tuple(directions))
@@ -320,7 +322,7 @@ class TestGradients:
 
 
 def buffers(*spans: tuple[int, int]) -> list[Tensor]:
-    """Factors of one stretch of memory, a storage each: (first row, rows) of every one."""
+    """Return factors in one memory buffer, each with its own storage, from (first row, number of rows) of each."""
     memory = bytearray(torch.randn(32, 5).numpy().tobytes())
     return [
         torch.frombuffer(memory, dtype=torch.float32, count=5 * rows, offset=20 * first).view(rows, 5)
@@ -367,16 +369,16 @@ class TestStacked:
 
 
 class TestOnGPUsWithoutKernels:
-    """What runs on a GPU whose kernels cannot run: torch's products, and one warning that says so."""
+    """On a GPU on which the kernels cannot run, torch's products run, and one warning says so."""
 
     @pytest.fixture
     def reason(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         try:
             import glowq_kernels
-        except ImportError:  # installed before the kernels were part of the distribution
+        except ImportError:  # an older installation, without the kernels
             monkeypatch.syspath_prepend(KERNELS)
             import glowq_kernels
-        if glowq_kernels.unavailable() is None:  # on a GPU, or in triton's interpreter
+        if glowq_kernels.unavailable() is None:  # the kernels can run, on a GPU or in triton's interpreter
             monkeypatch.setattr(sys.modules["glowq_kernels"], "unavailable", lambda: "the kernels are out of reach.")
         operators._kernels.cache_clear()
         yield glowq_kernels.unavailable()

@@ -1,4 +1,4 @@
-"""Groups switched off and on again, on the models that transformers runs, compiles, generates with and saves."""
+"""Groups that are switched off and on again, on models that are run, compiled, used to generate, and saved."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ GENERATE: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_
 
 @pytest.fixture
 def corrected(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> tuple[Any, list[GroupFactors]]:
-    """A model with a correction of every group, and what was attached."""
+    """A model with a correction of every group, and the attached factors."""
     model = tiny_llama()
     return model, correct_randomly(model, tiny_ids)
 
 
 @pytest.fixture
 def only(tiny_llama: Factory, corrected: tuple[Any, list[GroupFactors]]) -> Callable[..., Any]:
-    """The same model, to which only some of the groups were ever attached."""
+    """A function that returns the same model with only the given groups attached."""
 
     def build(names: set[str]) -> Any:
         model = tiny_llama()
@@ -47,36 +47,36 @@ def only(tiny_llama: Factory, corrected: tuple[Any, list[GroupFactors]]) -> Call
 
 
 @torch.no_grad()
-def of(model: nn.Module, ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids).logits  # type: ignore[no-any-return]
 
 
 def test_all_off_is_the_base_and_all_on_the_corrected_model(corrected: Any, only: Any, tiny_ids: Tensor) -> None:
     model, _ = corrected
-    before, base = of(model, tiny_ids), of(only(set()), tiny_ids)
+    before, base = logits_of(model, tiny_ids), logits_of(only(set()), tiny_ids)
     assert not torch.allclose(before, base, atol=0.1)
     glowq.set_enabled(model, False)
-    assert torch.equal(of(model, tiny_ids), base)
+    assert torch.equal(logits_of(model, tiny_ids), base)
     glowq.set_enabled(model, False)
-    assert torch.equal(of(model, tiny_ids), base)
+    assert torch.equal(logits_of(model, tiny_ids), base)
     glowq.set_enabled(model, True)
-    assert torch.equal(of(model, tiny_ids), before)
+    assert torch.equal(logits_of(model, tiny_ids), before)
 
 
 def test_one_off_is_a_model_with_the_others_alone(corrected: Any, only: Any, tiny_ids: Tensor) -> None:
     model, factors = corrected
-    before, names = of(model, tiny_ids), {entry.group.name for entry in factors}
+    before, names = logits_of(model, tiny_ids), {entry.group.name for entry in factors}
     for name in names:
-        expected = of(only(names - {name}), tiny_ids)
+        expected = logits_of(only(names - {name}), tiny_ids)
         assert not torch.equal(expected, before)
         with glowq.disabled(model, [name]) as inside:
             assert inside is model
-            assert torch.equal(of(model, tiny_ids), expected)
-        assert torch.equal(of(model, tiny_ids), before)
+            assert torch.equal(logits_of(model, tiny_ids), expected)
+        assert torch.equal(logits_of(model, tiny_ids), before)
         glowq.set_enabled(model, False, names - {name})
-        assert torch.equal(of(model, tiny_ids), of(only({name}), tiny_ids))
+        assert torch.equal(logits_of(model, tiny_ids), logits_of(only({name}), tiny_ids))
         glowq.set_enabled(model, True, names - {name})
-        assert torch.equal(of(model, tiny_ids), before)
+        assert torch.equal(logits_of(model, tiny_ids), before)
 
 
 def test_groups_are_switched_one_after_another(corrected: Any, only: Any, tiny_ids: Tensor) -> None:
@@ -85,7 +85,7 @@ def test_groups_are_switched_one_after_another(corrected: Any, only: Any, tiny_i
     for name in sorted(left):
         glowq.set_enabled(model, False, name)
         left.remove(name)
-        assert torch.equal(of(model, tiny_ids), of(only(left), tiny_ids))
+        assert torch.equal(logits_of(model, tiny_ids), logits_of(only(left), tiny_ids))
 
 
 def test_contexts_nest_and_leave_what_was_set(corrected: Any, only: Any, tiny_ids: Tensor) -> None:
@@ -93,13 +93,13 @@ def test_contexts_nest_and_leave_what_was_set(corrected: Any, only: Any, tiny_id
     first, second, *others = (entry.group.name for entry in factors)
     glowq.set_enabled(model, False, [first])
     with glowq.disabled(model, [first, second]):
-        assert torch.equal(of(model, tiny_ids), of(only(set(others)), tiny_ids))
+        assert torch.equal(logits_of(model, tiny_ids), logits_of(only(set(others)), tiny_ids))
         with glowq.disabled(model):
-            assert torch.equal(of(model, tiny_ids), of(only(set()), tiny_ids))
-        assert torch.equal(of(model, tiny_ids), of(only(set(others)), tiny_ids))
+            assert torch.equal(logits_of(model, tiny_ids), logits_of(only(set()), tiny_ids))
+        assert torch.equal(logits_of(model, tiny_ids), logits_of(only(set(others)), tiny_ids))
     with pytest.raises(KeyError), glowq.disabled(model, [first, second]):
         raise KeyError
-    assert torch.equal(of(model, tiny_ids), of(only({second, *others}), tiny_ids))
+    assert torch.equal(logits_of(model, tiny_ids), logits_of(only({second, *others}), tiny_ids))
 
 
 def test_a_group_that_is_off_computes_nothing(corrected: Any, tiny_ids: Tensor) -> None:
@@ -109,7 +109,7 @@ def test_a_group_that_is_off_computes_nothing(corrected: Any, tiny_ids: Tensor) 
     for name, container in attached(model).items():
         container.right.register_forward_hook(lambda *_, name=name: seen.append(name))
     with glowq.disabled(model, [off]):
-        of(model, tiny_ids)
+        logits_of(model, tiny_ids)
     assert sorted(seen) == sorted(entry.group.name for entry in factors[1:])
 
 
@@ -117,23 +117,23 @@ def test_a_copy_is_switched_alone(corrected: Any, only: Any, tiny_ids: Tensor) -
     model, factors = corrected
     name = factors[0].group.name
     glowq.set_enabled(model, False, [name])
-    twin = copy.deepcopy(model)
-    expected = of(model, tiny_ids)
+    copied = copy.deepcopy(model)
+    expected = logits_of(model, tiny_ids)
     glowq.set_enabled(model, True)
-    assert torch.equal(of(twin, tiny_ids), expected)
-    assert not torch.equal(of(model, tiny_ids), expected)
+    assert torch.equal(logits_of(copied, tiny_ids), expected)
+    assert not torch.equal(logits_of(model, tiny_ids), expected)
 
 
 def test_an_unknown_name_switches_nothing(corrected: Any, tiny_ids: Tensor) -> None:
     model, _ = corrected
-    before, name = of(model, tiny_ids), "model.layers.0.self_attn.o_proj"
+    before, name = logits_of(model, tiny_ids), "model.layers.0.self_attn.o_proj"
     near = rf"no correction of a group '{name[:-1]}'.*correction\.ranks.*Did you mean '{name}'\?"
     for groups in ([name, name[:-1]], name[:-1]):
         with pytest.raises(ConfigError, match=near), glowq.disabled(model, groups):
             pass
         with pytest.raises(ConfigError, match=near):
             glowq.set_enabled(model, False, groups)
-    assert torch.equal(of(model, tiny_ids), before)
+    assert torch.equal(logits_of(model, tiny_ids), before)
     with pytest.raises(ConfigError, match=r"a group 'x' \(it carries those of 9 groups\).* of all groups\.$"):
         glowq.set_enabled(model, False, ["x"])
 
@@ -150,18 +150,18 @@ def test_a_compiled_model_follows(tiny_llama: Factory, tiny_ids: Tensor, correct
     model = tiny_llama(use_cache=False)
     names = [entry.group.name for entry in correct_randomly(model, tiny_ids)]
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    before = of(model, tiny_ids)
-    torch.testing.assert_close(of(compiled, tiny_ids), before)
+    before = logits_of(model, tiny_ids)
+    torch.testing.assert_close(logits_of(compiled, tiny_ids), before)
     for groups in ([names[0]], names[1:3], None, [names[0]]):
         with glowq.disabled(model, groups):
-            expected = of(model, tiny_ids)
+            expected = logits_of(model, tiny_ids)
             assert not torch.allclose(expected, before, atol=1e-2)
-            torch.testing.assert_close(of(compiled, tiny_ids), expected)
-        torch.testing.assert_close(of(compiled, tiny_ids), before)
+            torch.testing.assert_close(logits_of(compiled, tiny_ids), expected)
+        torch.testing.assert_close(logits_of(compiled, tiny_ids), before)
     glowq.set_enabled(compiled, False, [names[0]])  # through the wrapper that torch.compile returns
-    expected = of(model, tiny_ids)
+    expected = logits_of(model, tiny_ids)
     assert not torch.allclose(expected, before, atol=1e-2)
-    torch.testing.assert_close(of(compiled, tiny_ids), expected)
+    torch.testing.assert_close(logits_of(compiled, tiny_ids), expected)
     torch.compiler.reset()
 
 

@@ -1,4 +1,4 @@
-"""The solver against dense float64 linear algebra that shares no step with it."""
+"""The solver compared with dense float64 linear algebra, which shares no code with it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from glowq.solving.moments import LowRankMoment
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "stdlib-llama" / "model.safetensors"
 few = settings(derandomize=True, max_examples=12, deadline=None, database=None)
-# (outputs, inputs, rank): both sides of the size where the solver turns from dense to Krylov, wide and tall.
+# (outputs, inputs, rank): wide and tall shapes below and above the size at which the solver uses Krylov iteration.
 SHAPES = [(24, 40, 5), (64, 16, 16), (300, 224, 8), (224, 400, 16), (640, 256, 32)]
 
 
 def layer(outputs: int, inputs: int, *, tokens: int = 2048, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A rounding-like error and the moment of correlated inputs with two outlier channels."""
+    """Return an error like that of rounding, and the moment of correlated inputs with two outlier channels."""
     generator = torch.Generator().manual_seed(seed)
     decay = torch.arange(1, inputs + 1, dtype=torch.float64).pow(-0.5)
     x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) * decay
@@ -46,7 +46,7 @@ def square_root(moment: Tensor | None, width: int) -> Tensor:
 
 
 def spectrum(error: Tensor, moment: Tensor | None) -> Tensor:
-    """Squared singular values of E S^(1/2), descending: what each rank can remove."""
+    """Return the squared singular values of E S^(1/2), descending: the error that each rank can remove."""
     return torch.linalg.svdvals(error.double() @ square_root(moment, error.shape[1])).square()
 
 

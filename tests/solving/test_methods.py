@@ -1,4 +1,4 @@
-"""Each method minimises what its paper minimises, and is shared or alone as it says."""
+"""Each method minimises the objective of its paper, and shares the right factor or not as declared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def streamed(error: Tensor, moments: Moments) -> Moments:
 
 
 def weight_of(name: str, moments: Moments) -> Tensor:
-    """The dense S that the method's paper minimises under."""
+    """Return the dense weight S in the objective of the method's paper."""
     assert moments.second is not None
     identity = torch.eye(len(moments.magnitude), dtype=torch.float64)
     if name in {"svd", "zeroquant"}:

@@ -1,4 +1,4 @@
-"""The streamed diagonal plus low-rank moment against the matrix that it stands for."""
+"""The streamed diagonal plus low-rank moment, compared with the exact matrix."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 
 
 def gradients(tokens: int, width: int, *, decay: float = 1.0, rank: int | None = None) -> Tensor:
-    """Rows whose second moment has the eigenvalues k^(-2 decay), or as many of them as the rank."""
+    """Return rows whose second moment has eigenvalues close to k^(-2 decay), and only `rank` nonzero ones if given."""
     generator = torch.Generator().manual_seed(0)
     rank = width if rank is None else rank
-    loud = torch.arange(1, rank + 1).pow(-decay)
-    return torch.randn(tokens, rank, generator=generator) * loud @ torch.randn(rank, width, generator=generator)
+    scales = torch.arange(1, rank + 1).pow(-decay)
+    return torch.randn(tokens, rank, generator=generator) * scales @ torch.randn(rank, width, generator=generator)
 
 
 def streamed(rows: Tensor, rank: int, *, seed: int = 0) -> LowRankMoment:
@@ -46,7 +46,7 @@ def test_nothing_is_lost_where_the_sketch_holds_every_direction(width: int, rank
     expected, found = exact(rows), streamed(rows, rank)
     assert found.factor.shape == (width, min(rank, width))
     assert found.diagonal.dtype == found.factor.dtype == torch.float32
-    # Theorem 4.1 for the shift, 8 roundings of the largest eigenvalue, which is all that lies beyond the true rank.
+    # Theorem 4.1, where only the shift lies beyond the true rank: 8 float32 roundings of the largest eigenvalue.
     beyond = width * (1 + true_rank / (rank - true_rank - 1)) if rank < width else 2
     bound = beyond * 8 * 1.2e-7 * float(torch.linalg.matrix_norm(expected, 2))
     assert float(torch.linalg.matrix_norm(dense(found) - expected, 2)) < bound
@@ -67,7 +67,7 @@ def test_what_is_left_out_is_near_the_least_that_a_low_rank_part_can_leave() -> 
     values = torch.linalg.eigvalsh(exact(rows)).flip(0)
     factor = streamed(rows, 40).factor.double()
     left = float((exact(rows) - factor @ factor.T).diagonal().sum())
-    # Theorem 4.1 for a sketch of 40 directions, at the rank 19: 1 + 19 / (40 - 19 - 1) times the tail beyond it.
+    # Theorem 4.1 for a sketch of 40 directions at rank 19: 1 + 19 / (40 - 19 - 1) times the tail beyond that rank.
     assert float(values[40:].sum()) <= left <= (1 + 19 / 20) * float(values[19:].sum())
 
 
@@ -95,7 +95,7 @@ def test_rows_are_the_block_of_the_members_outputs() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements of any tensor that an operation gave out."""
+    """Records the number of elements of the largest tensor that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()

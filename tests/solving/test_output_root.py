@@ -1,4 +1,4 @@
-"""Every form of the root, and what the solver makes of it, against the dense moment that it is the root of."""
+"""Every form of the root of an output moment, and the solver's result with it, compared with the dense moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, DAMPING, UNIT = 50, 0.1, 0.125
 
 
 def moment(kind: str) -> tuple[Tensor | LowRankMoment, Tensor]:
-    """A moment and the dense matrix that it stands for."""
+    """Return a moment and its dense matrix."""
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(WIDTH, 7, generator=generator, dtype=torch.float64) * torch.logspace(3, -3, 7).double()
     diagonal = torch.rand(WIDTH, generator=generator, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_the_solver_finds_what_it_finds_by_the_matrix(
         factorize(error, inner if energy is None else None, rank, energy=energy, output_moment=output)
         for output in (LowRankMoment(diagonal, factor), whole)
     )
-    # A Krylov space stops within a thousandth of the optimum; a dense solve has no such freedom.
+    # Krylov iteration stops within a thousandth of the optimum. A dense solve is exact.
     rtol = 1e-5 if min(outputs, inputs) < 192 else 1e-3
     torch.testing.assert_close(found.gains, expected.gains, rtol=rtol, atol=0.0)
     assert found.total == pytest.approx(expected.total, rel=1e-2)

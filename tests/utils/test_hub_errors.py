@@ -1,4 +1,4 @@
-"""What is no answer of the Hub comes through as it was raised."""
+"""An exception that does not come from the Hub reaches the caller unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output folders: an earlier result is never lost, whatever fails while the next one takes its place."""
+"""Output folders: an earlier result is never lost, whatever fails while a new result replaces it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def failing_renames(monkeypatch: pytest.MonkeyPatch, *failures: BaseException | None) -> None:
-    """Path.rename, of which the first calls fail as told; None lets a call through."""
+    """Replace Path.rename so that its first calls raise the given exceptions; None lets a call succeed."""
     real, left = Path.rename, list(failures)
 
     def rename(self: Path, to: Any) -> Path:
@@ -74,7 +74,7 @@ def test_an_earlier_result_that_cannot_be_put_back_is_kept_and_named(
     assert str(kept.parent) in str(refusal.value)
 
 
-# safetensors and tokenizers raise no OSError.
+# If the disk is full, safetensors and tokenizers raise their own errors instead of OSError.
 @pytest.mark.parametrize("kind", [SafetensorError, Exception, OSError])
 def test_a_full_disk(kind: type[Exception], target: Path) -> None:
     def fill(folder: Path) -> None:
