@@ -71,7 +71,7 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     left, scale = torch.zeros(OUTPUTS, RANK, dtype=torch.int8), torch.zeros(OUTPUTS)
     product = torch.zeros(tokens, RANK, dtype=dtype)
     glowq_kernels.left_add_(torch.zeros(tokens, OUTPUTS, dtype=dtype), product, left.to(dtype))
-    ends = {"bias": scale, "product": product, "left": left, "left_scale": scale}
+    extra = {"bias": scale, "product": product, "left": left, "left_scale": scale}
     for order in (None, torch.zeros(INPUTS, dtype=torch.int32)):
         glowq_kernels.gptq_linear(
             x,
@@ -80,7 +80,7 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
             torch.zeros(INPUTS // 128, OUTPUTS, dtype=torch.float16),
             group_size=128,
             g_idx=order,
-            **ends,
+            **extra,
         )
     glowq_kernels.nf4_linear(
         x,
@@ -89,7 +89,7 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
         torch.zeros(16),
         blocksize=64,
         out_features=OUTPUTS,
-        **ends,
+        **extra,
     )
 
 

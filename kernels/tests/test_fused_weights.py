@@ -178,13 +178,13 @@ def test_a_fused_weight_is_not_handed_to_kernels_that_rewrite_it(
 ) -> None:
     from glowq.runtime.fast_kernels import refuse_rewritten, use_fast_kernels
 
-    model, traps = corrected(BASES[base], device), {"support_avx512bf16_for_cpu": False, "linear_mode": "train"}
+    model, settings = corrected(BASES[base], device), {"support_avx512bf16_for_cpu": False, "linear_mode": "train"}
     if base.startswith("nf4"):
         monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: True)
     for name in WIDTHS:
-        vars(getattr(model, name)).update(traps)
+        vars(getattr(model, name)).update(settings)
     assert use_fast_kernels(model) == len(WIDTHS)
-    assert all(vars(getattr(model, name)).items() >= traps.items() for name in WIDTHS)
+    assert all(vars(getattr(model, name)).items() >= settings.items() for name in WIDTHS)
     refuse_rewritten(model)
 
 

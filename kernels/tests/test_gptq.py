@@ -20,10 +20,10 @@ def gptq_linear(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     return request.param.gptq_linear
 
 
-def check(gptq_linear: Callable[..., Tensor], x: Tensor, weight: GPTQWeight, **ends: Tensor | None) -> None:
-    actual = gptq_linear(x, **weight.arguments, **ends)
+def check(gptq_linear: Callable[..., Tensor], x: Tensor, weight: GPTQWeight, **extra: Tensor | None) -> None:
+    actual = gptq_linear(x, **weight.arguments, **extra)
     # Some tiles round the dequantized weight, which is float32, to the dtype of x.
-    assert_linear(actual, x, weight.weight, weight.magnitude, weights=rounding(x.dtype), **ends)
+    assert_linear(actual, x, weight.weight, weight.magnitude, weights=rounding(x.dtype), **extra)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (1, 1064), (2, 136), (3, 40), (16, 264), (17, 72), (2, 3, 64), (64,)])
@@ -36,8 +36,8 @@ def test_shapes(
     outputs: int,
 ) -> None:
     x = scattered(torch.randn(shape).to(device))
-    ends = {"bias": torch.randn(outputs, device=device), **correction(shape, outputs, 5, torch.float32, device)}
-    check(gptq_linear, x, random_gptq(shape[-1], outputs, 32, device), **ends)
+    extra = {"bias": torch.randn(outputs, device=device), **correction(shape, outputs, 5, torch.float32, device)}
+    check(gptq_linear, x, random_gptq(shape[-1], outputs, 32, device), **extra)
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, -1, 12, 512])
@@ -86,11 +86,11 @@ def test_dtypes(
     order: bool,
 ) -> None:
     x = torch.randn(tokens, 136).to(device, x_dtype)
-    ends = {
+    extra = {
         "bias": torch.randn(24).to(device, other_dtype),
         **correction(x.shape, 24, 6, other_dtype, device),
     }
-    check(gptq_linear, x, random_gptq(136, 24, 128, device, order=order, scale_dtype=other_dtype), **ends)
+    check(gptq_linear, x, random_gptq(136, 24, 128, device, order=order, scale_dtype=other_dtype), **extra)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -142,16 +142,16 @@ def test_what_right_returns_is_what_it_takes(device: torch.device) -> None:
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
 def test_no_tokens(gptq_linear: Callable[..., Tensor], device: torch.device, shape: tuple[int, ...]) -> None:
     weight = random_gptq(64, 24, 32, device)
-    ends = correction(shape, 24, 4, torch.float32, device)
-    assert gptq_linear(torch.randn(shape, device=device), **weight.arguments, **ends).shape == (*shape[:-1], 24)
+    extra = correction(shape, 24, 4, torch.float32, device)
+    assert gptq_linear(torch.randn(shape, device=device), **weight.arguments, **extra).shape == (*shape[:-1], 24)
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("order", [False, True])
 def test_the_same_bits_every_time(device: torch.device, tokens: int, order: bool) -> None:
     weight, x = random_gptq(512, 40, 64, device, order=order), torch.randn(tokens, 512, device=device)
-    ends = correction(x.shape, 40, 32, torch.float16, device)
-    first, again = (glowq_kernels.gptq_linear(x, **weight.arguments, **ends) for _ in range(2))
+    extra = correction(x.shape, 40, 32, torch.float16, device)
+    first, again = (glowq_kernels.gptq_linear(x, **weight.arguments, **extra) for _ in range(2))
     assert torch.equal(first, again)
 
 

@@ -22,10 +22,10 @@ def nf4_linear(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
 
 
 def check(
-    nf4_linear: Callable[..., Tensor], x: Tensor, arguments: dict[str, Any], weight: Tensor, **ends: Tensor | None
+    nf4_linear: Callable[..., Tensor], x: Tensor, arguments: dict[str, Any], weight: Tensor, **extra: Tensor | None
 ) -> None:
-    actual = nf4_linear(x, **arguments, **ends)
-    assert_linear(actual, x, weight.T, weight.T.abs(), weights=rounding(x.dtype), **ends)
+    actual = nf4_linear(x, **arguments, **extra)
+    assert_linear(actual, x, weight.T, weight.T.abs(), weights=rounding(x.dtype), **extra)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (1, 2500), (2, 136), (3, 66), (16, 258), (17, 96), (2, 3, 64), (64,)])
@@ -38,8 +38,8 @@ def test_shapes(
     outputs: int,
 ) -> None:
     x = scattered(torch.randn(shape).to(device))
-    ends = {"bias": torch.randn(outputs, device=device), **correction(shape, outputs, 5, torch.float32, device)}
-    check(nf4_linear, x, *random_nf4(shape[-1], outputs, 64, device), **ends)
+    extra = {"bias": torch.randn(outputs, device=device), **correction(shape, outputs, 5, torch.float32, device)}
+    check(nf4_linear, x, *random_nf4(shape[-1], outputs, 64, device), **extra)
 
 
 @pytest.mark.parametrize("blocksize", [2, 32, 64, 256, 4096])
@@ -69,8 +69,8 @@ def test_dtypes(
     tokens: int,
 ) -> None:
     x = torch.randn(tokens, 192).to(device, x_dtype)
-    ends = {"bias": torch.randn(24).to(device, other_dtype), **correction(x.shape, 24, 6, other_dtype, device)}
-    check(nf4_linear, x, *random_nf4(192, 24, 64, device), **ends)
+    extra = {"bias": torch.randn(24).to(device, other_dtype), **correction(x.shape, 24, 6, other_dtype, device)}
+    check(nf4_linear, x, *random_nf4(192, 24, 64, device), **extra)
 
 
 @pytest.mark.parametrize("rank", [1, 32, 64, 100, 128])
@@ -97,16 +97,16 @@ def test_transposed_product_and_factor(nf4_linear: Callable[..., Tensor], device
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
 def test_no_tokens(nf4_linear: Callable[..., Tensor], device: torch.device, shape: tuple[int, ...]) -> None:
     arguments, _ = random_nf4(64, 24, 64, device)
-    ends = correction(shape, 24, 4, torch.float32, device)
-    assert nf4_linear(torch.randn(shape, device=device), **arguments, **ends).shape == (*shape[:-1], 24)
+    extra = correction(shape, 24, 4, torch.float32, device)
+    assert nf4_linear(torch.randn(shape, device=device), **arguments, **extra).shape == (*shape[:-1], 24)
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_the_same_bits_every_time(device: torch.device, tokens: int) -> None:
     arguments, _ = random_nf4(512, 40, 64, device)
     x = torch.randn(tokens, 512, device=device)
-    ends = correction(x.shape, 40, 32, torch.float16, device)
-    first, again = (glowq_kernels.nf4_linear(x, **arguments, **ends) for _ in range(2))
+    extra = correction(x.shape, 40, 32, torch.float16, device)
+    first, again = (glowq_kernels.nf4_linear(x, **arguments, **extra) for _ in range(2))
     assert torch.equal(first, again)
 
 

@@ -161,11 +161,11 @@ class TestDamage:
         kept, left_out = self.names(rank_8)
         rank = glowq.Correction.from_pretrained(rank_8, budget=self.budget).ranks[kept]
 
-        def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        def damage_other_values(tensors: dict[str, torch.Tensor]) -> None:
             tensors[f"{left_out}.right"].fill_(math.nan)
             tensors[f"{kept}.right"][rank:] = math.inf
 
-        copy = damaged(rank_8, tmp_path / "copy", spoil)
+        copy = damaged(rank_8, tmp_path / "copy", damage_other_values)
         expected = glowq.Correction.from_pretrained(rank_8, budget=self.budget)
         same(glowq.Correction.from_pretrained(copy, budget=self.budget), expected)
         with pytest.raises(NonFiniteError, match="holds NaN or Inf"):
@@ -203,12 +203,12 @@ class TestDamage:
             glowq.Correction.from_pretrained(copy, budget=self.budget)
 
     def test_one_factor_claimed_twice(self, rank_8: Path, tmp_path: Path) -> None:
-        def claim(stored: dict[str, Any]) -> None:
+        def repeat_members(stored: dict[str, Any]) -> None:
             first, second, *_ = (group for group in stored["groups"].values() if len(group["members"]) == 1)
             second.update(members=first["members"], out_features=first["out_features"])
 
         with pytest.raises(CorrectionError, match=r"left' is missing"):
-            glowq.Correction.from_pretrained(changed(rank_8, tmp_path / "copy", claim), budget=self.budget)
+            glowq.Correction.from_pretrained(changed(rank_8, tmp_path / "copy", repeat_members), budget=self.budget)
 
 
 def first_group(stored: dict[str, Any]) -> dict[str, Any]:

@@ -157,11 +157,11 @@ class TestRefused:
         assert (whole / "glowq.safetensors").read_bytes() == before
 
     def test_gains_that_were_never_measured(self, whole: Path, folder: Path) -> None:
-        def forget(stored: dict[str, Any]) -> None:
+        def remove_gains(stored: dict[str, Any]) -> None:
             for group in stored["groups"].values():
                 group["gains"] = [0.0] * group["rank"]
 
-        unmeasured = changed(whole, folder / "unmeasured", forget)
+        unmeasured = changed(whole, folder / "unmeasured", remove_gains)
         assert "holds no measured gains" in self.refused(folder, unmeasured, "--budget", "1%")
 
 

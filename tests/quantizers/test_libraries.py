@@ -127,14 +127,14 @@ def version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], No
     """A function that makes a distribution report another version."""
     real = importlib.metadata.version
 
-    def pretend(distribution: str, found: str) -> None:
+    def set_version(distribution: str, found: str) -> None:
         def version(name: str) -> str:
             return found if canonical(name) == distribution else real(name)
 
         monkeypatch.setattr(importlib.metadata, "version", version)
 
     warn_untested.cache_clear()
-    yield pretend
+    yield set_version
     warn_untested.cache_clear()
 
 

@@ -94,11 +94,11 @@ class TestInspect:
         assert re.search(rf"│ {whole['bytes']:,} +│ \d+\.\d +│ {whole['predicted']:.1%} ", shown)
 
     def test_nothing_measured(self, folder: Path, tmp_path: Path) -> None:
-        def forget(stored: dict[str, Any]) -> None:
+        def remove_gains(stored: dict[str, Any]) -> None:
             stored["provenance"].pop("total")
             for group in stored["groups"].values():
                 group.update(gains=[0.0] * group["rank"], total=0.0)
 
-        copy = changed(folder / "correction", tmp_path / "copy", forget)
+        copy = changed(folder / "correction", tmp_path / "copy", remove_gains)
         assert result_of("inspect", copy)["curve"] == []
         assert "predicted share" not in call("inspect", copy).stdout

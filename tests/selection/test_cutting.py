@@ -170,11 +170,11 @@ class TestDoors:
 
     @pytest.mark.parametrize("budget", ["5%", "recover 40%"])
     def test_nothing_measured(self, api: str, source: Path, rank_8: Path, tmp_path: Path, budget: str) -> None:
-        def forget(stored: dict[str, Any]) -> None:
+        def remove_gains(stored: dict[str, Any]) -> None:
             for group in stored["groups"].values():
                 group["gains"] = [0.0] * group["rank"]
 
-        copy = changed(rank_8, tmp_path / "copy", forget)
+        copy = changed(rank_8, tmp_path / "copy", remove_gains)
         with pytest.raises(ConfigError, match=r"holds no measured gains to select by; `glowq correct --budget \.\.\.`"):
             self.load(api, source, copy, budget=budget)
         assert len(glowq.Correction.from_pretrained(copy, rank=2).factors) == 8  # a uniform rank needs no gains

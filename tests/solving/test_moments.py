@@ -115,7 +115,7 @@ def test_no_matrix_of_all_outputs_is_ever_made() -> None:
     with LargestTensor() as largest:
         moment = streamed(rows, rank)
         error = torch.randn(width, inputs, generator=torch.Generator().manual_seed(1))
-        for kept in (4, 40):  # by Krylov iteration and dense
+        for kept in (4, 40):  # solved by Krylov iteration, and densely
             factorize(error, torch.eye(inputs), kept, output_moment=moment)
             factorize(error.repeat(1, 4), None, kept, output_moment=moment)
     assert largest.elements <= width * 4 * inputs

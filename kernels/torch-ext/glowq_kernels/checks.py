@@ -81,7 +81,7 @@ def check_gptq(
         _check_shape("g_idx", g_idx, (inputs,))
         _check_dtype("g_idx", g_idx, torch.int32, torch.int64)
     _check_contiguous(qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
-    _check_ends(x, outputs, bias, product, left, left_scale)
+    _check_epilogue(x, outputs, bias, product, left, left_scale)
     _check_together(
         x=x,
         qweight=qweight,
@@ -131,13 +131,13 @@ def check_nf4(
     _check_shape("code", code, (16,))
     _check_dtype("code", code, torch.float32)
     _check_contiguous(qweight=qweight, absmax=absmax, code=code)
-    _check_ends(x, out_features, bias, product, left, left_scale)
+    _check_epilogue(x, out_features, bias, product, left, left_scale)
     _check_together(
         x=x, qweight=qweight, absmax=absmax, code=code, bias=bias, product=product, left=left, left_scale=left_scale
     )
 
 
-def _check_ends(
+def _check_epilogue(
     x: Tensor, outputs: int, bias: Tensor | None, product: Tensor | None, left: Tensor | None, scale: Tensor | None
 ) -> None:
     """Raise KernelError if the bias or the low-rank product and its left factor do not fit x and the outputs."""
