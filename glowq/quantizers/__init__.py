@@ -1,3 +1,4 @@
-"""What a library's quantized linear module is: how it is recognised, read back and made safe to run.
+"""Support for the quantized linear modules of each quantization library: recognise them, read them, run them safely.
 
-May import `errors` and `utils`; `libraries` holds one file for each library, and only it knows their names."""
+This package may import `errors` and `utils`. Its folder `libraries` holds all code for particular libraries, one file
+per library."""

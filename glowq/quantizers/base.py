@@ -1,4 +1,4 @@
-"""`Backend` and `Scheme`: what glowq has to know about a library's quantized linear module."""
+"""`Backend` and `Scheme`: the interface between glowq and a library's quantized linear modules."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ FusedProduct = Callable[[Any, Tensor], Callable[..., Tensor] | None]
 
 @dataclass(frozen=True)
 class Scheme:
-    """The settings that a module's weight was quantized with; equal settings compare and print equal.
+    """The settings that a module's weight was quantized with. Equal settings compare equal and print the same text.
 
     Attributes:
-        format: the name that the library gives the values ("nf4", "int4", "gptq").
-        bits: bits a value, scales not counted.
-        group_size: values of one row that share a scale; None where one scale serves a whole row, 0 where none does.
-        details: whatever else tells two settings apart ("asymmetric", "act-order").
+        format: name of the stored values' format ("nf4", "int4", "gptq int4").
+        bits: bits per value, without the scales.
+        group_size: number of values in a row that share a scale; None if one scale serves a whole row, 0 if the format
+            has no scales.
+        details: other settings that distinguish two schemes ("asymmetric", "act-order").
     """
 
     format: str
@@ -40,13 +41,13 @@ class Scheme:
 
 @dataclass(frozen=True)
 class StoredModule:
-    """What the headers of a checkpoint say of one module, its values unread.
+    """One module as the headers of a checkpoint describe it; no tensor values are read.
 
     Attributes:
         name: full module name.
         dtypes: tensor name under the module ("qweight", "weight.absmax") -> dtype as safetensors writes it ("I32").
         shapes: the same names -> shape.
-        metadata: the same kind of names -> what the library wrote about them into the header.
+        metadata: name under the module -> text that the library wrote about it into the header.
     """
 
     name: str
@@ -56,18 +57,19 @@ class StoredModule:
 
 
 class Backend(ABC):
-    """One base quantizer's module kind.
+    """One kind of quantized module of one library.
 
     Attributes:
-        name: how `glowq inspect` calls it.
-        package: the import name of the library that owns the module.
+        name: name that `glowq inspect` shows.
+        package: import name of the library that defines the module.
         extra: the pip extra of glowq that installs the library.
-        tested: the versions of the library that glowq is tested with, as a version specifier; others warn once.
-        methods: the `quant_method` names of config.json whose models hold such modules.
-        presets: `--base` names -> factory of the transformers quantization config that produces such modules.
-        saves: where a self-contained model takes the quantized tensors from: "state", the model's own state (saving
-            is exact); "files", the checkpoint that was loaded (the library rewrites them in memory); "never" (the
-            library cannot load what it would save).
+        tested: versions of the library that glowq is tested with, as a version specifier. Other versions cause one
+            warning.
+        methods: values of `quant_method` in config.json; models with these values contain such modules.
+        presets: `--base` name -> factory of the transformers quantization config that produces such modules.
+        saves: source of the quantized tensors when a self-contained model is saved: "state" for the model's own state
+            (saving is exact); "files" for the checkpoint that was loaded (the library rewrites the tensors in memory);
+            "never" if the library cannot load what it would save.
         zero_scales: whether the library itself writes scales of zero (for blocks of zeros).
     """
 
@@ -82,7 +84,7 @@ class Backend(ABC):
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is this backend's; must not import the library."""
+        """Whether `module` belongs to this backend. Must not import the library."""
 
     @abstractmethod
     def weight(self, module: Any) -> Tensor:
@@ -94,9 +96,9 @@ class Backend(ABC):
 
     @abstractmethod
     def codes(self, module: Any) -> Sequence[Tensor]:
-        """The stored integers, any shapes: codes, zero points, column order. A fingerprint covers a sample of them.
+        """The stored integers (codes, zero points, column order), any shapes. Fingerprints cover a sample of them.
 
-        Which tensors these are must never change: fingerprints of older corrections could no longer be compared.
+        A backend must always return the same tensors, or fingerprints of older corrections no longer match.
         """
 
     @abstractmethod
@@ -112,55 +114,67 @@ class Backend(ABC):
         """The quantization settings."""
 
     def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
-        """What `scheme` says of a module once it is loaded, told by its checkpoint alone; must not import the library.
+        """The settings that `scheme` returns for the loaded module, read from its checkpoint alone.
+
+        Must not import the library.
 
         Args:
+            module: the module's tensors, without their values.
             config: the quantization config of config.json.
 
         Returns:
-            None where the tensors are not those of such a module.
+            The settings, or None if the tensors do not belong to this kind of module.
 
         Raises:
-            BackendError: they are, in a layout or format that cannot be read; the message says what to do.
+            BackendError: the tensors belong to this kind of module, but glowq cannot read their layout or format; the
+                message says what to do.
         """
         return None
 
     def rounds_inputs(self, module: Any) -> bool:
-        """Whether the module's kernel quantizes its inputs as well, so that it computes no product with its weight."""
+        """Whether the module's kernel also quantizes its inputs. Its output is then not W x, but W times rounded x."""
         return any(detail.startswith("inputs rounded") for detail in self.scheme(module).details)
 
     def packed_bytes(self, module: Any) -> int:
-        """Bytes of the weight at its nominal bit width plus its scales, however the library stores it."""
+        """Bytes of the weight at its nominal bit width plus its scales, independent of the library's storage format."""
         out_features, in_features = self.features(module)
         scales = sum(scale.numel() * scale.element_size() for scale in self.scales(module))
         return int(out_features * in_features * self.scheme(module).bits) // 8 + scales
 
-    def prepare(self, module: Any, dtype: torch.dtype) -> None:  # noqa: B027 - most libraries set no trap
-        """Close the library's traps before the module is read, run or saved; called once after loading.
+    def prepare(self, module: Any, dtype: torch.dtype) -> None:  # noqa: B027 - most libraries need no preparation
+        """Make the module safe to read, run and save. Called once after loading.
 
         Args:
-            dtype: of the activations that the model will feed.
+            module: a module of this backend.
+            dtype: dtype of the inputs that the module will get in the model.
+
+        Raises:
+            BackendError: the module is damaged or cannot be read.
         """
 
     def release(self, module: Any) -> bool:
-        """Undo what in `prepare` keeps the library's fastest kernel away; returns whether there was anything to undo.
+        """Allow the library's fastest kernel, if `prepare` disabled it.
 
-        From its next forward on the module may be run only: the kernel rewrites the weight.
+        From the next forward on, the module can only be run, not read or saved: the kernel rewrites the weight.
+
+        Returns:
+            Whether such a kernel was allowed.
         """
         return False
 
     def fused_product(self, module: Any) -> FusedProduct | None:
-        """The module's product in a Triton kernel that adds a correction in the same launch.
+        """A Triton kernel that computes the module's product and adds a correction in the same launch.
 
         Returns:
-            None where no kernel reads such a module's weight. Else an object that is called with the module and its
-            input x, shape (..., d), float16, bfloat16 or float32, where no gradient is wanted. It returns None where
-            the module has to compute this by itself; else a function of `glowq_kernels` with all of its arguments but
-            `product`, shape (..., r), `left`, shape (o, r), and `left_scale`, shape (o,) or None. What that returns,
-            converted to the dtype of x, is what the module's own forward would, with the correction in it.
+            None if no kernel can read the module's weight. Otherwise a callable that takes the module and its input x,
+            shape (..., d), float16, bfloat16 or float32. It is called only if no gradient is needed. The callable
+            returns None if the module must compute this input by itself. Otherwise it returns a function of
+            `glowq_kernels` with all arguments filled in except `product`, shape (..., r), `left`, shape (o, r), and
+            `left_scale`, shape (o,) or None. The result of that function, converted to the dtype of x, is the output of
+            the module's own forward plus the correction.
 
-            The object is kept, copied and pickled with the model: it looks the module's tensors up at every call, and
-            keeps what it computes of them in a `Derived`.
+            The callable is stored, copied and pickled with the model. It therefore reads the module's tensors at every
+            call, and keeps values that it computes from them in a `Derived`.
         """
         return None
 
@@ -169,20 +183,28 @@ class Backend(ABC):
         return int(module.out_features), int(module.in_features)
 
     def calibrated(self, config: Any) -> bool:
-        """Whether the library needs text to quantize as `config` says, and `config` names none."""
+        """Whether quantizing with `config` needs calibration text, and `config` does not name any."""
         return False
 
     def with_calibration(self, config: Any, sequences: Tensor) -> Any:
-        """A copy of a `calibrated` config that quantizes with `sequences`, token ids (n, length); else `config`."""
+        """Add calibration text to a config.
+
+        Args:
+            config: a transformers quantization config of this backend.
+            sequences: token ids, shape (n, length), int64.
+
+        Returns:
+            A copy of `config` that calibrates on `sequences`; `config` itself if `calibrated` is false for it.
+        """
         return config
 
     def stored_config(self, config: Any) -> Any:
-        """What config.json stores of a `config`: as the saved tensors need it, without text that it quantized with."""
+        """The form of `config` that config.json stores: it fits the saved tensors and holds no calibration text."""
         return config
 
     def quantizers(self) -> Mapping[str, type]:
-        """The transformers quantizers, by `quant_method`, that glowq registers when it is imported.
+        """`quant_method` -> transformers quantizer that glowq registers when it is imported.
 
-        Only for methods that transformers does not know, or whose models it loads wrongly or not at all.
+        Needed only for methods that transformers does not have, or whose models it loads wrongly or not at all.
         """
         return {}

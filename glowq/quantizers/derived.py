@@ -1,4 +1,4 @@
-"""What a backend computes of a module's tensors once, and again when they have changed."""
+"""`Derived`: a value computed from a module's tensors, and cached until the tensors change."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class _Kept(NamedTuple):
 
 
 class Derived:
-    """One value that depends on some tensors, kept until one of them is another, lies elsewhere or was written to.
+    """A cached value that depends on tensors. It is computed again if a tensor is replaced, moved or written to.
 
-    Nothing is kept of tensors that were made in `torch.inference_mode`: they do not count what is written to them.
-    Copies and pickles start empty.
+    Values of tensors that were created in `torch.inference_mode` are not cached: such tensors have no version counter,
+    so a write to them cannot be detected. Copies and pickles start without a cached value.
     """
 
     _kept: _Kept | None = None
 
     def of(self, compute: Callable[[], Any], *sources: Tensor, key: Hashable = None) -> Any:
-        """The value, computed if need be.
+        """Return the cached value, or compute it.
 
         Args:
-            compute: computes it; called at once or not at all.
-            sources: the tensors that it is computed of, any shapes and dtypes.
-            key: whatever else it depends on.
+            compute: computes the value; if it is called, it is called before `of` returns.
+            sources: the tensors that the value is computed from, any shapes and dtypes.
+            key: everything else that the value depends on.
         """
         if any(source.is_inference() for source in sources):
             return compute()
@@ -44,12 +44,12 @@ class Derived:
             kept is not None
             and kept.marks == marks
             and kept.key == key
-            # A tensor that is gone may have left its address to another.
+            # A new tensor can have the address of a deleted one, so the address alone is not enough.
             and all(seen() is source for seen, source in zip(kept.sources, sources, strict=True))
         ):
             return kept.value
         value = compute()
-        # What a graph records is computed when it is replayed.
+        # During the capture of a CUDA graph the value is only recorded; it is computed when the graph is replayed.
         if not (any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing()):
             self._kept = _Kept(tuple(weakref.ref(source) for source in sources), marks, key, value)
         return value

@@ -1,4 +1,4 @@
-"""What is asked of a whole quantized model: its modules, their weights and bytes, made safe and checked."""
+"""Functions for a whole quantized model: find its modules, prepare and check them, read their weights and bytes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refuse_misloaded(model: nn.Module) -> None:
     """Refuse a model that transformers loaded from a checkpoint whose weights it cannot read.
 
     Raises:
-        BackendError: its weights are not those of the checkpoint; the message says how to load it.
+        BackendError: the model's weights are not those of the checkpoint; the message says how to load it.
     """
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     quantizer: Any = getattr(model, "hf_quantizer", None)
@@ -39,7 +39,7 @@ def refuse_misloaded(model: nn.Module) -> None:
     if own is not None and getattr(quantizer, "pre_quantized", False) and not issubclass(own, type(quantizer)):
         raise BackendError(
             f"the model was loaded before glowq was imported, by {type(quantizer).__name__} of transformers, which "
-            f"gives {method_of(config)} models other weights than their files hold. Import glowq first, then load it."
+            f"loads wrong weights for {method_of(config)} models. Import glowq first, then load the model."
         )
 
 
@@ -61,10 +61,10 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def check_scales(model: nn.Module) -> None:
-    """Refuse damaged scales before anything is computed with them: after a forward they would look like other damage.
+    """Refuse damaged scales. Called before the first forward, after which the damage would look like another error.
 
     Raises:
-        BackendError: a module cannot be read exactly, or a scale is zero where the library writes none.
+        BackendError: a module cannot be read exactly, or a scale is zero although the library never writes zero.
         NonFiniteError: a scale is NaN or Inf.
     """
     for name, backend in quantized_modules(model).items():
@@ -75,13 +75,13 @@ def check_scales(model: nn.Module) -> None:
 
 
 def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
-    """A quantized module's dequantized weight, offloaded modules included.
+    """The dequantized weight of a quantized module. The module may be offloaded.
 
     Returns:
         float32 tensor of shape (out_features, in_features).
 
     Raises:
-        BackendError: the weight cannot be read exactly, or a scale is zero where the library writes none.
+        BackendError: the weight cannot be read exactly, or a scale is zero although the library never writes zero.
         NonFiniteError: the scales or the weight hold NaN or Inf.
     """
     with _naming(name), align_module_device(module), torch.no_grad():
@@ -95,7 +95,7 @@ def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Say which module a backend refused."""
+    """Add the module's name to the message of a BackendError."""
     try:
         yield
     except BackendError as error:

@@ -1,6 +1,6 @@
-"""Base quantizers: how each library's module is recognised, read back, and made safe.
+"""The registry of backends: find the backend of a module, of a quantization config or of a `--base` name.
 
-A backend is one file in this folder that calls `register` once. Nothing else in glowq knows a quantizer's name.
+A backend is a class in a file of the folder `libraries`, decorated with `register`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _REGISTRY: dict[str, Backend] = {}
 
 
 def register(cls: type[Backend]) -> type[Backend]:
-    """Class decorator: make a backend known under its `name`."""
+    """Class decorator: add an instance of a backend to the registry, under its `name`."""
     _REGISTRY[cls.name] = cls()
     return cls
 
@@ -57,47 +57,55 @@ def _backends() -> Iterator[Backend]:
 
 
 def find_backend(module: nn.Module) -> Backend | None:
-    """The backend that owns `module`, or None where it is not a quantized linear layer."""
+    """The backend of `module`, or None if `module` is not a quantized linear layer."""
     return next((backend for backend in _backends() if backend.matches(module)), None)
 
 
 def method_of(config: Any) -> str:
-    """The `quant_method` of a transformers quantization config, an object or its dict; a name stays what it is."""
+    """The `quant_method` of a transformers quantization config (an object or a dict). A name is returned unchanged."""
     method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", config)
     return str(getattr(method, "value", method))
 
 
 def backend_of(config: Any) -> Backend | None:
-    """The backend behind a quantization config or its `quant_method`, or None where glowq has none."""
+    """The backend for a quantization config or for its `quant_method`, or None if glowq has none."""
     method = method_of(config)
     return next((backend for backend in _backends() if method in backend.methods), None)
 
 
 def is_calibrated(config: Any) -> bool:
-    """Whether a library needs text to quantize as `config` says, and `config` names none."""
+    """Whether quantizing with `config` needs calibration text, and `config` does not name any."""
     backend = backend_of(config)
     return backend is not None and backend.calibrated(config)
 
 
 def own_quantizers() -> dict[str, Any]:
-    """`quant_method` -> the transformers quantizer that glowq puts in the place of transformers' own, if it has one."""
+    """`quant_method` -> transformers quantizer that glowq registers; it replaces transformers' own, if there is one."""
     return {method: quantizer for backend in _backends() for method, quantizer in backend.quantizers().items()}
 
 
 def with_calibration(config: Any, sequences: Tensor) -> Any:
-    """A copy of `config` that quantizes with token ids (n, length), where it `is_calibrated`; else `config` itself."""
+    """Add calibration text to a quantization config.
+
+    Args:
+        config: a transformers quantization config.
+        sequences: token ids, shape (n, length), int64.
+
+    Returns:
+        A copy of `config` that calibrates on `sequences`; `config` itself if `is_calibrated` is false for it.
+    """
     backend = backend_of(config)
     return config if backend is None else backend.with_calibration(config, sequences)
 
 
 def stored_base(config: Any) -> Any:
-    """What config.json stores of the `config` that quantized: its settings, without the text."""
+    """The form of a base's `config` that config.json stores: its settings, without calibration text."""
     backend = backend_of(config)
     return config if backend is None else backend.stored_config(config)
 
 
 def stored_scheme(config: Any, module: StoredModule) -> tuple[Backend, Scheme] | None:
-    """The backend and the settings of a module that only its checkpoint's headers are known of; None: of no backend.
+    """The backend and the settings of a module, read from its checkpoint's headers alone; None if no backend matches.
 
     Raises:
         BackendError: see `Backend.stored_scheme`.
@@ -110,23 +118,23 @@ def stored_scheme(config: Any, module: StoredModule) -> tuple[Backend, Scheme] |
 
 
 def methods() -> list[str]:
-    """Every `quant_method` whose models glowq corrects as they are quantized."""
+    """Every `quant_method` whose quantized weights glowq reads directly, sorted; "dense" is not one of them."""
     return sorted({method for backend in _backends() for method in backend.methods} - {"dense"})
 
 
 def is_installed(backend: Backend) -> bool:
-    """Whether a backend's library is there; it is not imported."""
+    """Whether a backend's library is installed. The library is not imported."""
     try:
         return importlib.util.find_spec(backend.package) is not None
-    except ModuleNotFoundError:  # of "optimum.quanto", where even optimum is absent
+    except ModuleNotFoundError:  # for "optimum.quanto" if optimum is not installed
         return False
 
 
 def check_installed(backend: Backend, wanted_by: str) -> None:
-    """Refuse where a backend's library is absent.
+    """Raise an error if a backend's library is not installed.
 
     Args:
-        wanted_by: what needs it, for the message ("base 'nf4'").
+        wanted_by: what needs the library, for the message ("base 'nf4'").
 
     Raises:
         UnknownBaseError: the library is not installed; the message says which extra installs it.
@@ -147,10 +155,10 @@ def base_names() -> list[str]:
 
 
 def base_config(name: str) -> Any:
-    """The transformers quantization config behind a `--base` name.
+    """The transformers quantization config for a `--base` name.
 
     Raises:
-        UnknownBaseError: no such name, or the library behind it is not installed (the message says which extra).
+        UnknownBaseError: no such name, or its library is not installed (the message names the extra).
     """
     presets = _presets()
     if name not in presets:

@@ -146,13 +146,8 @@ def states(model: nn.Module, ids: Tensor) -> list[Tensor]:
     return [nn.functional.normalize(state, dim=-1) for state in (tokens, pooled, tokens.mean(1))]
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share their weights: its block runs again
-def test_an_encoder_is_measured_by_its_states(kind: str, random_factors: Factory) -> None:
-=======
 @pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share weights, so a block runs several times
-def test_an_encoder_is_measured_by_its_states(kind: str, ids: Tensor, random_factors: Factory) -> None:
->>>>>>> b63ce46 (Plain words in tests of calibration)
+def test_an_encoder_is_measured_by_its_states(kind: str, random_factors: Factory) -> None:
     torch.manual_seed(0)
     ids = torch.randint(1, 64, (24, 16))
     model: Any = BertModel(BertConfig(**ENCODER)) if kind == "bert" else AlbertModel(AlbertConfig(**ENCODER))

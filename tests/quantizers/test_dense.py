@@ -155,7 +155,8 @@ def test_another_dtype_is_another_base(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", rows("nf4"))
 def test_weights_that_stay_quantized_are_not_dense(base: Any) -> None:
-    with pytest.raises(ConfigError, match=r"stay so \(model\.layers\.0.*bitsandbytes-4bit\): leave out dense=True"):
+    message = r"quantized modules \(model\.layers\.0.*bitsandbytes-4bit\), not dense weights: leave out dense=True"
+    with pytest.raises(ConfigError, match=message):
         correct(base.load())
 
 

@@ -1,3 +1,4 @@
-"""One file for each quantization library, found by its place in this folder; each calls `register`.
+"""One file per quantization library. All files of this folder are imported, and each registers its backends.
 
-May import `errors`, `utils` and the rest of `quantizers`; a library itself is imported only inside functions."""
+A file may import `errors`, `utils` and the rest of `quantizers`. It imports the library itself only inside functions.
+Files whose names start with an underscore are shared code and register nothing."""

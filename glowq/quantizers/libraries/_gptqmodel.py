@@ -1,4 +1,4 @@
-"""What gptqmodel's GPTQ and AWQ modules share: CPU kernels that rewrite the weight at the first forward."""
+"""Code for gptqmodel's GPTQ and AWQ modules: both have CPU kernels that rewrite the weight at the first forward."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ __all__ = ["keep_readable", "let_rewrite"]
 
 
 def keep_readable(module: Any) -> None:
-    """Keep away the kernel that gptqmodel picks by itself where no gradient is wanted; it rewrites its weight."""
+    """Disable the kernel that gptqmodel selects if no gradient is needed, because this kernel rewrites the weight."""
     if getattr(module, "linear_mode", "none") is None:
         module.linear_mode = "train"
 
 
 def let_rewrite(module: Any) -> bool:
-    """Undo `keep_readable`; returns whether there was anything to undo.
+    """Undo `keep_readable` on the devices that have such a kernel, CPU and XPU.
 
-    There is not on devices that such a kernel does not run on.
+    Returns:
+        Whether anything was undone.
     """
     if getattr(module, "linear_mode", "none") != "train" or module.qweight.device.type not in ("cpu", "xpu"):
         return False

@@ -1,4 +1,4 @@
-"""AWQ: gptqmodel's AWQ modules, which AutoAWQ's checkpoints load into as well."""
+"""AWQ: gptqmodel's AWQ modules. AutoAWQ's checkpoints are loaded into the same modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ._gptqmodel import keep_readable, let_rewrite
 class AWQ(Backend):
     """`gptqmodel` modules that keep AWQ's GEMM layout.
 
-    AWQ folds channel scales into the layers before, so that its weights are not roundings of the original ones; see
+    Before it rounds, AWQ multiplies the weight's columns by channel scales, and divides the layers before by the same
+    scales. The quantized weight is therefore not a rounded version of the original one; see
     `glowq.models.channel_scales`.
     """
 
@@ -28,7 +29,7 @@ class AWQ(Backend):
     extra = "awq"
     tested = ">=7.6,<7.7"
     methods = ("awq",)
-    saves = "files"  # the module rounds its own scales to the dtype of whatever it is fed
+    saves = "files"  # in memory, the module rounds its scales to the dtype of its input
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get("gptqmodel.nn_modules.qlinear")
@@ -36,7 +37,7 @@ class AWQ(Backend):
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
         keep_readable(module)
-        # The first forward would round the scales to its input's dtype: a weight read before would be another one.
+        # The first forward rounds the scales to its input's dtype, which changes the weight. Round them before a read.
         if module.scales is not None and not module.scales.is_meta:
             module.scales = module.scales.to(dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16)
 

@@ -1,4 +1,4 @@
-"""bitsandbytes: NF4 and FP4 in blocks, LLM.int8() by rows."""
+"""bitsandbytes: NF4 and FP4 with one scale per block, LLM.int8() with one scale per row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..base import Backend, FusedProduct, Scheme, StoredModule
 from ..derived import Derived
 from ..registry import register
 
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of bnb_4bit_quant_storage, where it is not a byte
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # per element of bnb_4bit_quant_storage, if it is not one byte
 
 
 def _config_4bit(quant_type: str, double: bool) -> Any:
@@ -54,15 +54,15 @@ class BitsAndBytes4Bit(Backend):
         return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
-        # On AVX512-BF16 CPUs the first forward without gradients repacks the weight in place; from then on
-        # dequantize_4bit and save_pretrained silently produce another weight.
+        # On AVX512-BF16 CPUs, the first forward without gradients repacks the weight in place. After that,
+        # dequantize_4bit and save_pretrained silently produce a different weight.
         module.support_avx512bf16_for_cpu = False
 
     def release(self, module: Any) -> bool:
         from bitsandbytes.functional import has_avx512bf16
 
         if not module.weight.is_cpu:
-            return False  # no kernel of a GPU rewrites the weight
+            return False  # GPU kernels do not rewrite the weight
         module.support_avx512bf16_for_cpu = has_avx512bf16()
         return bool(module.support_avx512bf16_for_cpu)
 
@@ -97,7 +97,7 @@ class BitsAndBytes4Bit(Backend):
             return None
         values = 2 * prod(module.shapes["weight"]) * _BYTES.get(module.dtypes["weight"], 1)
         blocks = prod(module.shapes["weight.absmax"])
-        # The last block may be a part of one; bitsandbytes' block sizes are powers of two.
+        # The last block may be incomplete, so round up: bitsandbytes' block sizes are powers of two.
         size = 1 << (-(-values // blocks) - 1).bit_length()
         nested = "weight.nested_absmax" in module.shapes
         return Scheme(marks[0].rpartition("__")[2], 4, size, ("double quantization",) if nested else ())
@@ -116,7 +116,10 @@ class BitsAndBytes4Bit(Backend):
 
 
 class _Product:
-    """See `Backend.fused_product`. Undoes double quantization once: that is four bytes a block of values."""
+    """See `Backend.fused_product`.
+
+    With double quantization, the scales are dequantized once and cached in float32: four bytes per block of values.
+    """
 
     def __init__(self) -> None:
         self._absmax = Derived()
@@ -125,10 +128,10 @@ class _Product:
         weight, state = module.weight.data, getattr(module.weight, "quant_state", None)
         if state is None or getattr(state, "packing_format_for_cpu", False) or weight.device != x.device:
             return None
-        # Where rows end inside a block, bitsandbytes itself reads some weights wrongly on the CPU.
+        # If rows end inside a block, bitsandbytes itself reads some weights wrongly on the CPU.
         if len(state.shape) != 2 or x.shape[-1] != state.shape[1] or state.shape[1] % state.blocksize:
             return None
-        if x.numel() and not module.compute_type_is_set:  # as its own first forward does
+        if x.numel() and not module.compute_type_is_set:  # as in the first forward of Linear4bit
             module.set_compute_type(x)
             module.compute_type_is_set = True
         dtype, bias = module.compute_dtype or x.dtype, module.bias
@@ -144,16 +147,16 @@ class _Product:
         )
 
     def _scales(self, state: Any) -> Tensor:
-        """One scale a block, float32, shape (blocks,)."""
+        """One scale per block, float32, shape (blocks,)."""
         if not state.nested:
             return state.absmax
         nested = state.state2
         tensors = (state.absmax, nested.absmax, nested.code, state.offset)
-        return self._absmax.of(partial(_single, state), *tensors, key=nested.blocksize)
+        return self._absmax.of(partial(_dequantized_scales, state), *tensors, key=nested.blocksize)
 
 
-def _single(state: Any) -> Tensor:
-    """The scales of double quantization as they are without it, shape (blocks,), float32."""
+def _dequantized_scales(state: Any) -> Tensor:
+    """The scales of a module with double quantization, dequantized: shape (blocks,), float32."""
     from bitsandbytes.functional import dequantize_blockwise
 
     return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
@@ -204,7 +207,7 @@ class BitsAndBytes8Bit(Backend):
 
     @staticmethod
     def _scales(module: Any) -> Tensor:
-        # The scales move from the weight to the module's state at its first forward.
+        # The first forward moves the scales from the weight to the module's state.
         scales = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
         if scales is None:
             raise BackendError("a Linear8bitLt holds a weight that was never quantized; load it with from_pretrained.")

@@ -1,8 +1,9 @@
 """compressed-tensors (llm-compressor's checkpoints): integers packed into int32, int8, and float8 weights.
 
-transformers loads them packed, as `nn.Linear` modules without a weight, and compressed-tensors replaces the packed
-tensors by a dense weight when the model runs for the first time. Read here in either state: dense weights are
-packed again by the library's own code, and refused where that does not give the very same weight.
+transformers loads the weights in packed form, as `nn.Linear` modules without a dense weight. When the model runs for
+the first time, compressed-tensors replaces the packed tensors by a dense weight. This backend reads both states. It
+packs a dense weight again with the library's own code, and refuses it if unpacking does not give exactly the same
+weight.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _DENSE = "load the checkpoint with CompressedTensorsConfig(dequantize=True) and 
 
 @register
 class CompressedTensors(Backend):
-    """`nn.Linear` that compressed-tensors gave a `quantization_scheme` with weights."""
+    """`nn.Linear` modules to which compressed-tensors added a `quantization_scheme` for their weights."""
 
     name = "compressed-tensors"
     package = "compressed_tensors"
@@ -47,8 +48,9 @@ class CompressedTensors(Backend):
         return weights is not None and isinstance(module, nn.Linear) and "compressed_tensors" in sys.modules
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
-        # In bfloat16 two 8-bit codes that lie far from their zero point can stand for one and the same dense weight.
-        if hasattr(module, "quantization_scheme") and not _codes_show_in_weight(module) and _is_packed(module):
+        # In bfloat16, two 8-bit codes far from their zero point can give the same dense weight. So keep the packed
+        # tensors before the first forward replaces them.
+        if hasattr(module, "quantization_scheme") and not _has_recoverable_codes(module) and _is_packed(module):
             module.glowq_packed = _tensors(module)
 
     def weight(self, module: Any) -> Tensor:
@@ -94,20 +96,20 @@ class CompressedTensors(Backend):
     def stored_config(self, config: Any) -> Any:
         config = copy.deepcopy(config)
         if config.quantization_config is not None:
-            # The library writes "decompressed" into the loaded config at the first forward; the files stay packed.
+            # At the first forward, the library writes "decompressed" into the loaded config. The files stay packed.
             config.quantization_config.quantization_status = _status().COMPRESSED
         return config
 
     def _packed(self, module: Any) -> dict[str, Tensor]:
-        """The module's tensors as a checkpoint holds them, name -> tensor; only their codes are exact."""
+        """The module's tensors in the packed form of a checkpoint, name -> tensor. Only the codes in them are exact."""
         self._check(module)
         state = _tensors(module)
         if _is_packed(module):
             return state
-        if not _codes_show_in_weight(module):
+        if not _has_recoverable_codes(module):
             return self._kept(module)
         compressor, scheme = _compressor(module), module.quantization_scheme
-        # In float32: in bfloat16 the library divides too coarsely to find every 8-bit code again.
+        # Pack in float32: the library's division in bfloat16 is not exact enough to recover every 8-bit code.
         packed = compressor.compress({**state, **_as_float32(state)}, scheme)
         again = compressor.decompress({**packed, "weight_scale": state["weight_scale"]}, scheme)["weight"]
         if not torch.equal(again, state["weight"]):
@@ -123,7 +125,7 @@ class CompressedTensors(Backend):
         if kept is None:
             raise RepackedWeightError(
                 "compressed-tensors made an asymmetric 8-bit weight dense at an earlier forward, and its codes cannot "
-                "be told from it. Load the model again and call glowq before its first forward."
+                "be recovered from it. Load the model again and call glowq before its first forward."
             )
         return kept
 
@@ -154,7 +156,13 @@ def _unknown_format(found: Any) -> str:
 
 
 def _scheme(weights: Any, inputs: Any, one_group: bool) -> Scheme:
-    """The scheme of `QuantizationArgs`; `one_group` where a group is a whole row."""
+    """The scheme of a module.
+
+    Args:
+        weights: `QuantizationArgs` of the weights.
+        inputs: `QuantizationArgs` of the inputs, or None if they are not quantized.
+        one_group: whether one group is a whole row.
+    """
     details = ["symmetric" if weights.symmetric else "asymmetric"]
     if weights.strategy == "tensor":
         details.append("one scale in all")
@@ -167,7 +175,7 @@ def _scheme(weights: Any, inputs: Any, one_group: bool) -> Scheme:
 
 
 def _args(stored: Mapping[str, Any]) -> Any:
-    """Stored `QuantizationArgs` with the library's defaults, without the library."""
+    """The `QuantizationArgs` that config.json stores, completed with the library's defaults, without importing it."""
     size = stored.get("group_size")
     strategy = "tensor" if size is None else "group" if size > 0 else "channel"
     defaults = {"type": "int", "symmetric": True, "group_size": None, "num_bits": 8, "block_structure": None}
@@ -175,7 +183,7 @@ def _args(stored: Mapping[str, Any]) -> Any:
 
 
 def _settings_of(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The config group of a linear layer: by its name, else by a pattern, else by its class, as the library chooses."""
+    """The config group of a linear layer. As in the library, its name comes first, then patterns, then its class."""
     targets = [(target, group) for group in groups.values() for target in group.get("targets", ())]
     found = [group for target, group in targets if target == name]
     found += [group for target, group in targets if target[:3] == "re:" and re.match(target[3:], name)]
@@ -193,8 +201,8 @@ def _is_packed(module: Any) -> bool:
     return module.quantization_status == _status().COMPRESSED
 
 
-def _codes_show_in_weight(module: Any) -> bool:
-    """Whether w = (q - z) s, rounded to bfloat16, tells q: an error of 2^-8 |q - z| must stay below one half."""
+def _has_recoverable_codes(module: Any) -> bool:
+    """Whether q can be computed from w = (q - z) s in bfloat16: the error 2^-8 |q - z| must be below one half."""
     weights = module.quantization_scheme.weights
     return weights.symmetric or weights.num_bits < 8
 
@@ -225,10 +233,11 @@ def _as_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class PackedZeroPointsHfQuantizer(CompressedTensorsHfQuantizer):
-    """transformers' own, with room for packed zero points.
+    """transformers' quantizer for compressed-tensors, with a fix for packed zero points.
 
-    compressed-tensors 0.18 to 0.20 lays modules out for loading with zero points that are not packed, while the files
-    hold them packed as the codes are, and from_pretrained stops at a size mismatch. Does nothing where the layout fits.
+    compressed-tensors 0.18 to 0.20 prepares modules for zero points that are not packed. But the files hold zero points
+    packed like the codes, so from_pretrained stops with a size mismatch. This class prepares the modules for packed
+    zero points. It does nothing if the layout is already right.
     """
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
-"""Plain float weights that are corrected as they are: GGUF, float8 and mxfp4 files that were dequantized on load.
+"""Plain float weights that hold quantized values, for example of GGUF, float8 or mxfp4 files, dequantized on load.
 
-Nothing tells such a module from one that was never quantized, so that this backend owns a module only after `mark`.
+Such a module looks like a module that was never quantized. This backend therefore matches a module only after
+`mark_dense` has marked it.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DenseConfig(QuantizationConfigMixin):
-    """The base of a correction of dense weights: nothing quantizes them, nothing has to be loaded specially."""
+    """Quantization config of a base model with dense weights, which is loaded like a model without quantization."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self.quant_method: Any = "dense"  # transformers types it as one of its own methods
+        self.quant_method: Any = "dense"  # Any: the annotation in transformers allows only its own methods
 
 
 class DenseHfQuantizer(HfQuantizer):
-    """Lets transformers load the weights as those of any model, and marks them."""
+    """Lets transformers load the weights like those of a model without quantization, then marks the linear layers."""
 
     def preprocess_model(self, model: nn.Module, dtype: Any = None, **kwargs: Any) -> None:
-        """Leave the model as it is."""
+        """Do nothing: the modules need no change before loading."""
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Mark the model's linear layers."""
@@ -44,25 +45,25 @@ class DenseHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """The model's own state; without a correction it is saved as the plain model that it is."""
+        """Save the model's own state. A model without a correction is saved without a quantization config."""
         config: Any = model.config
         if method_of(getattr(config, "quantization_config", None)) == "dense":
             del config.quantization_config
         return None, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Always."""
+        """Always true: the weights are floats."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Always: the weights are floats."""
+        """Always true: the weights are floats."""
         return True
 
 
 @register
 class Dense(Backend):
-    """`nn.Linear` and transformers' `Conv1D` (GPT-2) with a plain float weight, once `mark` was called."""
+    """`nn.Linear` and transformers' `Conv1D` (GPT-2) with a plain float weight that `mark_dense` has marked."""
 
     name = "dense"
     package = "torch"
@@ -95,23 +96,23 @@ class Dense(Backend):
 
 
 def adopt_dense(model: nn.Module) -> None:
-    """Make `model` one whose dense weights are its base, because the user asked for that.
+    """Prepare `model` for a correction of its dense weights, because the user asked for that.
 
     Raises:
-        ConfigError: it holds quantized modules, which are corrected as such.
-        UnsupportedModuleError: it holds no linear layer with a plain float weight.
+        ConfigError: the model holds quantized modules, which are corrected without `dense`.
+        UnsupportedModuleError: the model holds no linear layer with a plain float weight.
     """
     others = {name: backend.name for name, backend in quantized_modules(model).items() if backend.name != "dense"}
     if others:
         name, backend = next(iter(others.items()))
         raise ConfigError(
-            f"the model's weights are quantized and stay so ({name}: {backend}): leave out dense=True (--base dense) "
-            "to correct them as they are."
+            f"the model holds quantized modules ({name}: {backend}), not dense weights: leave out dense=True (--base "
+            "dense) to correct the quantized modules."
         )
     mark_dense(model)
     config: Any = getattr(model, "config", None)
     if config is not None:
-        # A GGUF model goes on naming GGUF's quantizer, which could neither save nor load what it is now.
+        # A GGUF model still names GGUF's quantizer, which can neither save nor load the dequantized model.
         config.quantization_config = DenseConfig()
         model.hf_quantizer = DenseHfQuantizer(config.quantization_config)  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]
@@ -119,10 +120,12 @@ def adopt_dense(model: nn.Module) -> None:
 
 
 def mark_dense(model: nn.Module) -> None:
-    """Let `find_backend` own every linear layer of `model` but the head, which quantizers leave alone.
+    """Mark every linear layer of `model` except its head, so that `find_backend` returns this backend for them.
+
+    The head is left out because quantizers do not quantize it.
 
     Raises:
-        UnsupportedModuleError: it holds no linear layer with a plain float weight.
+        UnsupportedModuleError: the model holds no linear layer with a plain float weight.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     found = [module for module in model.modules() if module is not head and _is_dense(module)]
@@ -136,7 +139,7 @@ def mark_dense(model: nn.Module) -> None:
 
 
 def dequantized_from(model: nn.Module) -> str | None:
-    """The `quant_method` that `model` was dequantized from while loading, as far as its files tell; else None."""
+    """The `quant_method` that `model` was dequantized from while loading; None if its config and files name none."""
     config: Any = getattr(model, "config", None)
     name: Any = getattr(config, "_name_or_path", None)
     stored: Any = getattr(config, "quantization_config", None)
@@ -157,10 +160,10 @@ def _is_dense(module: nn.Module) -> bool:
         and type(weight.data) is Tensor
         and weight.is_floating_point()
         and weight.itemsize in _BITS
-        and _is_free(module)
+        and _has_no_other_backend(module)
     )
 
 
-def _is_free(module: nn.Module) -> bool:
-    owner = find_backend(module)
-    return owner is None or owner.name == "dense"
+def _has_no_other_backend(module: nn.Module) -> bool:
+    backend = find_backend(module)
+    return backend is None or backend.name == "dense"

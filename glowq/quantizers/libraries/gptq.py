@@ -1,4 +1,4 @@
-"""GPTQ: gptqmodel's packed linear modules, which optimum's and AutoGPTQ's checkpoints load into as well."""
+"""GPTQ: gptqmodel's packed linear modules. Checkpoints of optimum and AutoGPTQ are loaded into the same modules."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ._gptqmodel import keep_readable, let_rewrite
 
 GROUP_SIZE = 128
 
-# Whose forward is a product with the weight that `weight` returns, and nothing else.
+# Modules whose forward is only a product with the weight that `weight` returns.
 _PLAIN = ("TorchLinear", "TritonV2Linear", "TorchFusedLinear", "TorchAtenLinear")
 
 
 def _config(bits: int) -> Any:
     from transformers import GPTQConfig
 
-    # At 2 bits a symmetric mapping would waste one of four levels.
+    # With 2 bits, a symmetric mapping would leave one of the four levels unused.
     return GPTQConfig(bits=bits, group_size=GROUP_SIZE, sym=bits > 2, backend="torch")
 
 
@@ -42,12 +42,13 @@ class GPTQ(Backend):
     tested = ">=7.6,<7.7"
     methods = ("gptq",)
     presets: ClassVar = {f"gptq-{bits}": partial(_config, bits) for bits in (2, 3, 4, 8)}
-    # The zero points of AutoGPTQ's format are converted in memory; saved from there, they would be read as its own.
+    # gptqmodel converts the zero points of AutoGPTQ's format in memory. If the converted ones were saved, the next load
+    # would convert them again.
     saves = "files"
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get("gptqmodel.nn_modules.qlinear")
-        # A quantized embedding is a PackableQuantLinear too, and indexes with what a linear multiplies by.
+        # A quantized embedding is also a PackableQuantLinear, but it looks up rows of its weight and never multiplies.
         return library is not None and isinstance(module, library.GPTQQuantLinear) and not _is_embedding(module)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
@@ -68,7 +69,7 @@ class GPTQ(Backend):
 
     def weight(self, module: Any) -> Tensor:
         self._check(module)
-        return type(module).dequantize_weight(module).T  # the instance's own attribute is a compiled one
+        return type(module).dequantize_weight(module).T  # of the class: the instance's attribute is a compiled version
 
     def codes(self, module: Any) -> list[Tensor]:
         self._check(module)
@@ -80,7 +81,7 @@ class GPTQ(Backend):
 
     def scheme(self, module: Any) -> Scheme:
         self._check(module)
-        # From the tensors: optimum hands the module's own flags over in another order than gptqmodel takes them.
+        # Computed from the tensors: optimum passes the module's flags in another order than gptqmodel expects.
         rows, groups = module.g_idx.numel(), module.scales.shape[0]
         size = -(-rows // groups)
         natural = torch.arange(rows, device=module.g_idx.device) // size
@@ -138,9 +139,10 @@ class GPTQ(Backend):
 
 
 class _Product:
-    """See `Backend.fused_product`. Finds out once whether the groups are consecutive.
+    """See `Backend.fused_product`.
 
-    The weight is not rounded to the dtype of its scales, as gptqmodel's kernels round it.
+    It checks whether the groups are consecutive, and caches the result. Unlike gptqmodel's kernels, its kernel does not
+    round the weight to the dtype of the scales.
     """
 
     def __init__(self) -> None:
@@ -149,9 +151,9 @@ class _Product:
     def __call__(self, module: Any, x: Tensor) -> Callable[..., Tensor] | None:
         qweight, scales, g_idx = module.qweight, module.scales, module.g_idx
         if getattr(module, "linear_mode", None) == "inference" or qweight.dtype is not torch.int32:
-            return None  # rewritten
+            return None  # a kernel of gptqmodel has rewritten the weight
         if module.adapter or module.online_full_had or module.online_partial_had:
-            return None  # more than a product
+            return None  # the module computes more than a product
         if qweight.device != x.device or not x.shape[-1] == module.in_features == len(g_idx):
             return None
         shape = len(scales), x.device
@@ -159,7 +161,7 @@ class _Product:
         if groups is None:
             return None
         size, order = groups
-        # Zero points are held as they are: AutoGPTQ's, less one, are converted when they are loaded.
+        # The zero points need no offset: AutoGPTQ stores them minus one, but gptqmodel adds the one when it loads them.
         return partial(
             glowq_kernels.gptq_linear,
             x,
@@ -173,7 +175,7 @@ class _Product:
 
 
 def _groups(g_idx: Tensor, count: int, device: torch.device) -> tuple[int, Tensor | None] | None:
-    """Group size and `g_idx` as `gptq_linear` takes them on `device`; None where an entry names none of the groups."""
+    """Group size and `g_idx` on `device`, as `gptq_linear` expects them; None if an entry is not a group's number."""
     index = g_idx.long()
     if int(index.min()) < 0 or int(index.max()) >= count:
         return None
@@ -192,7 +194,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _is_symmetric(module: Any) -> bool:
-    """Whether every zero point is the middle code: the packed words are then those of one repeated value."""
+    """Whether every zero point is the middle code. The packed words then repeat a fixed pattern of this one value."""
     bits = module.bits
     count = 32 // bits if bits != 3 else 32
     stream = sum((1 << (bits - 1)) << (bits * index) for index in range(count))

@@ -1,10 +1,11 @@
-"""HQQ (`HQQLinear`), quantized by its own library: transformers 5 does not quantize and loads random weights.
+"""HQQ (`HQQLinear`), quantized by the hqq library itself.
 
-Two ways in: `GlowQConfig(base="hqq-4")` quantizes full-precision weights while loading; a model that HQQ saved is
-loaded by HQQ itself, for it is a pickle, and corrected in memory.
+transformers 5 cannot quantize with HQQ, and loads random weights for a model that HQQ saved. So there are two ways to
+use HQQ. `GlowQConfig(base="hqq-4")` quantizes full-precision weights while loading. A model that HQQ saved is a pickle:
+it is loaded with hqq and corrected in memory.
 
-HQQ searches zero points in float16 on a GPU and in float32 on a CPU: what was quantized while loading on the one is
-another base on the other, which the fingerprint tells.
+HQQ searches zero points in float16 on a GPU and in float32 on a CPU. A model that is quantized while loading therefore
+has different weights on a GPU and on a CPU. The fingerprint shows this difference.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _config(bits: int) -> Any:
 
 @register
 class HQQ(Backend):
-    """`hqq.core.quantize.HQQLinear`, with scales and zero points as floats or, in older files, quantized themselves."""
+    """`hqq.core.quantize.HQQLinear`. Scales and zero points are floats or, in older files, quantized themselves."""
 
     name = "hqq"
     package = "hqq"
@@ -62,7 +63,7 @@ class HQQ(Backend):
     def codes(self, module: Any) -> list[Tensor]:
         meta = self._meta(module)
         stored = module.W_q.data
-        # `view_as_float` keeps the packed integers under a float dtype, where a NaN is no NaN.
+        # With `view_as_float`, the packed integers have a float dtype. Some of them then look like NaN.
         codes = stored.view(meta["unpack_view_dtype"]) if stored.is_floating_point() else stored
         return [codes, *(tensor for tensor in _tensors(meta) if not tensor.is_floating_point())]
 
@@ -91,7 +92,7 @@ class HQQ(Backend):
     def quantizers(self) -> dict[str, type]:
         from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
-        # Transformers' own one cannot quantize, and loads random weights; once it has learnt to, it is left alone.
+        # transformers' quantizer cannot quantize and loads random weights. It is not replaced once it can quantize.
         return {} if "get_quantize_ops" in vars(HqqHfQuantizer) else {"hqq": HQQHfQuantizer}
 
     def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
@@ -107,7 +108,7 @@ class HQQ(Backend):
 
 
 def _tensors(meta: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Scales and zero points, and those of their own quantization."""
+    """Scales and zero points; if they are quantized themselves, also their own scales and zero points."""
     for _, value in sorted(meta.items()):
         if isinstance(value, Tensor):
             yield value
@@ -116,7 +117,7 @@ def _tensors(meta: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 class HQQHfQuantizer(HfQuantizer):
-    """Loads full-precision weights plainly, then lets HQQ quantize one linear layer after another where it lies.
+    """Loads full-precision weights, then lets HQQ quantize one linear layer after another on the layer's device.
 
     Raises:
         BackendError: the checkpoint is quantized already.
@@ -128,7 +129,7 @@ class HQQHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized:
             raise BackendError(
-                f"transformers gives models that HQQ quantized random weights; refused. Instead, {LOAD}."
+                f"transformers would load random weights for a model that HQQ quantized. Instead, {LOAD}."
             )
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -140,7 +141,7 @@ class HQQHfQuantizer(HfQuantizer):
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise BackendError(
-                "HQQ's layers cannot be offloaded, for accelerate does not find their scales; give a device_map "
+                "HQQ's layers cannot be offloaded, because accelerate does not find their scales; give a device_map "
                 "without 'disk', and without 'cpu' beside another device."
             )
 
@@ -149,23 +150,24 @@ class HQQHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Never: nothing in transformers loads it again."""
+        """Always false: transformers cannot load such a model again."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """HQQ's layers pass gradients on to their inputs."""
+        """Always true: HQQ's layers compute gradients of their inputs."""
         return True
 
 
 def _quantize(model: nn.Module, config: Any) -> None:
-    """Put an HQQLinear in the place of every linear layer that HQQ's own AutoHQQHFModel would quantize.
+    """Replace every linear layer that HQQ's own AutoHQQHFModel would quantize with an HQQLinear.
 
     Args:
-        config: `HqqConfig`; its `quant_config` is one for all layers, or by tag ("self_attn.q_proj").
+        model: the loaded full-precision model.
+        config: `HqqConfig`. Its `quant_config` holds settings for all layers, or settings by tag ("self_attn.q_proj").
 
     Raises:
-        BackendError: no layer is left to quantize, or a layer does not fit the groups.
+        BackendError: the config leaves no layer to quantize, or a layer cannot be divided into groups.
     """
     from transformers.integrations.hqq import name_to_linear_tag
 

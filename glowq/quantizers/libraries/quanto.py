@@ -1,4 +1,4 @@
-"""optimum-quanto (`QLinear`): int2 and int4 in groups, int8 and float8 by the row."""
+"""optimum-quanto (`QLinear`): int2 and int4 with one scale per group, int8 and float8 with one scale per row."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def _config(weights: str) -> Any:
 
 @register
 class Quanto(Backend):
-    """`optimum.quanto.QLinear` with a frozen weight and plain activations.
+    """`optimum.quanto.QLinear` with a frozen weight and without quantized activations.
 
-    quanto picks a tensor class by device and dtype, with its own packing each. Codes, scales and shifts are taken from
-    the packing that quanto saves, the same wherever the model lies, so that a correction is valid on every device.
+    quanto chooses a tensor class by device and dtype, and each class packs the weight differently. Codes, scales and
+    shifts are read from the packing that quanto saves. This packing is the same on every device, so that a correction
+    is valid on every device.
     """
 
     name = "quanto"
@@ -85,7 +86,7 @@ class Quanto(Backend):
 
     @classmethod
     def _portable(cls, module: Any) -> Any:
-        """The weight as the tensor class that quanto saves."""
+        """The weight, converted to the tensor class that quanto saves."""
         from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
 
         weight = cls._quantized(module)
@@ -101,10 +102,10 @@ def _is_tinygemm(weight: Any) -> bool:
 
 
 def _tinygemm_weight(weight: Any) -> Tensor:
-    """What the int4 kernel of bfloat16 models multiplies by, float32, shape (out_features, in_features).
+    """The weight that the int4 kernel of bfloat16 models multiplies by, float32, shape (out_features, in_features).
 
-    The kernel reads codes around the middle of their range. quanto's own dequantize turns its offsets back into shifts
-    in bfloat16 and so returns another weight: 0.5% off what the kernel computes, in the Frobenius norm.
+    The kernel counts codes from the middle of their range. quanto's own dequantize converts the kernel's offsets to
+    shifts in bfloat16. The weight that it returns differs from the kernel's by 0.5% in the Frobenius norm.
     """
     scale, middle = weight._scale_shift.float().unbind(-1)  # each (in_features / group, out_features)
     wide = [part.t().repeat_interleave(weight._group_size, dim=1) for part in (scale, middle)]

@@ -18,7 +18,7 @@ from ..registry import register
 
 GROUP_SIZE = 64
 
-# `qdata` alone tells nothing: each class has its own layout of it.
+# The supported tensor classes. Each class has its own layout of `qdata`, so other classes with a `qdata` are refused.
 _CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor")
 
 
@@ -39,7 +39,7 @@ def _intx(bits: int) -> Any:
         IntxWeightOnlyConfig(
             weight_dtype=getattr(torch, f"int{bits}"),
             granularity=PerGroup(GROUP_SIZE),
-            # torchao's default, symmetric, needs no zero points; at 2 bits it would waste one of four levels.
+            # torchao's default, symmetric, needs no zero points; with 2 bits it would leave one of four levels unused.
             mapping_type=MappingType.ASYMMETRIC if bits == 2 else MappingType.SYMMETRIC,
         )
     )
@@ -47,7 +47,7 @@ def _intx(bits: int) -> Any:
 
 @register
 class TorchAO(Backend):
-    """`nn.Linear` whose weight is one of the torchao tensor classes that `_CLASSES` names."""
+    """`nn.Linear` modules whose weight is one of torchao's tensor classes in `_CLASSES`."""
 
     name = "torchao"
     package = "torchao"
@@ -118,7 +118,7 @@ class TorchAO(Backend):
 
     def rounds_inputs(self, module: Any) -> bool:
         weight = _known(module)
-        settings = ("act_quant_kwargs", "activation_quantization")  # by tensor class
+        settings = ("act_quant_kwargs", "activation_quantization")  # the name depends on the tensor class
         if any(getattr(weight, setting, None) is not None for setting in settings):
             return True
         return getattr(weight, "activation_dtype", torch.bfloat16).itemsize == 1
@@ -129,7 +129,7 @@ class TorchAO(Backend):
 
     @staticmethod
     def _zero_points(module: Any) -> Tensor | None:
-        """The zero points, or None where the mapping is symmetric: int8 stores a zero a row even there."""
+        """The zero points, or None if the mapping is symmetric. int8 stores zero points of zero even then."""
         zeros = getattr(_known(module), "zero_point", None)
         return zeros if zeros is not None and bool(zeros.any()) else None
 
@@ -142,11 +142,15 @@ class TorchAO(Backend):
         return int(digits.group(1)) if digits else 8
 
 
-_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # as safetensors writes them -> as torch does
+_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # dtype in safetensors -> dtype in torch
 
 
 def _known(module: Any) -> Any:
-    """The weight of a module, of a class whose layout is known."""
+    """The module's weight, after a check that it is of a supported class.
+
+    Raises:
+        BackendError: the class is not supported, or the weight scales its inputs.
+    """
     from torchao import quantization
 
     weight = module.weight
@@ -162,21 +166,21 @@ def _known(module: Any) -> Any:
 
 
 def _int4_weight(weight: Any) -> Tensor:
-    """What torchao's kernel multiplies by, float32: the class itself has no dequantize.
+    """The weight that torchao's kernel multiplies by, float32. The tensor class itself has no dequantize.
 
-    A byte holds two codes from -8 to 7, the even column in its lower half; scale and zero point, each of shape
-    (in_features / group, out_features), give code * scale + zero point.
+    A byte holds two codes from -8 to 7; the code of the even column is in the lower half. The weight is
+    code * scale + zero point. Scale and zero point have the shape (in_features / group, out_features).
     """
     packed = weight.qdata
     codes = torch.stack([packed << 4 >> 4, packed >> 4], dim=-1).reshape(weight.shape).float()
     scale, zero = (
         part.float().t().repeat_interleave(weight.block_size[-1], dim=1) for part in (weight.scale, weight.zero_point)
     )
-    return (codes + 8) * scale + (zero - 8 * scale)  # in the order of torchao's own, to the last bit
+    return (codes + 8) * scale + (zero - 8 * scale)  # torchao's order of operations, for the same bits
 
 
 def _block(block_size: Sequence[int] | None, shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns that share a scale; torchao writes nothing where all do."""
+    """Numbers of rows and columns that share a scale. torchao writes no block size if the whole weight shares one."""
     rows, columns = block_size or shape
     return rows, columns
 
