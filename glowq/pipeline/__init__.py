@@ -1,3 +1,3 @@
-"""`correct` and `compare_methods`: the only place where calibration, solving and selection meet.
+"""`correct` and `compare_methods`, which combine calibration, solving and selection.
 
-May import every package but `integrations` and `cli`."""
+This package may import every package except `integrations` and `cli`."""

@@ -1,4 +1,4 @@
-"""Error and moments of each block -> its factors, in the order of the walk."""
+"""`BlockSolver`: computes the factors of each block from its weight errors and input moments."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _BATCH_TOKENS = 4096
 
 
 class BlockSolver:
-    """Solves a model's groups block by block, attaching each block's correction before the next one is measured.
+    """Solves a model's groups block by block. Each block's correction is attached before the next block is measured.
 
     Args:
-        model: quantized; corrected in place.
+        model: quantized model; corrected in place.
         reference: full-precision weights.
         backends: module name -> backend of every quantized module.
-        method: how a group's error and moments become factors.
+        method: computes factors from a group's weight error and moments.
         ranks: group name -> rank.
-        seed: of the solver.
-        resume: keeps finished blocks.
-        outputs: group name -> second moment of the loss gradient at its outputs, where the method reads it.
+        seed: seed of the solver.
+        resume: stores finished blocks.
+        outputs: group name -> second moment of the loss gradient at the group's outputs, if the method uses it.
     """
 
     def __init__(
@@ -64,7 +64,15 @@ class BlockSolver:
         self.outputs = outputs
 
     def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[GroupFactors]:
-        """Factors of every group in the order of the walk; each block is corrected before the next one is measured."""
+        """Solve every group.
+
+        Args:
+            stops: what `stops_of` returned.
+            sequences: token ids of the calibration text, shape (n, length), int64.
+
+        Returns:
+            The factors of every group, in the order of `stops`. They are attached to the model.
+        """
         solved: list[GroupFactors] = []
         inputs = [to_model(batch, self.model) for batch in batches(sequences, _batch_size(sequences))]
         work = len(inputs) * len(stops) if self.method.statistic != "none" else len(stops)
@@ -101,7 +109,7 @@ class BlockSolver:
         return replace(collector.moments(), output=self.outputs.get(collector.group.name))
 
     def _collector(self, group: Group, error: Tensor) -> MomentCollector:
-        narrow = sum(group.out_features) < group.in_features  # then E S E^T is smaller than S
+        narrow = sum(group.out_features) < group.in_features  # E S E^T, shape (O, O), is then smaller than S, (d, d)
         return MomentCollector(group, self.method.statistic, error if narrow else None)
 
     def _factors(self, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype) -> list[GroupFactors]:
@@ -124,7 +132,7 @@ class BlockSolver:
 
 
 def _members(group: Group, error: Tensor, moments: Moments) -> Any:
-    """Each member as a group of one, for methods that share nothing."""
+    """Each member as a group of its own, for methods with one right factor per module."""
     start = 0
     for name, width in zip(group.members, group.out_features, strict=True):
         single = Group(name, (name,), group.in_features, (width,), group.block)
@@ -133,10 +141,15 @@ def _members(group: Group, error: Tensor, moments: Moments) -> Any:
 
 
 def stops_of(trace: Trace, names: Container[str]) -> dict[str, list[Group]]:
-    """Where the walk pauses -> the groups among `names` measured until there, in the order of the calls."""
+    """Block at whose end the walk pauses -> the block's groups among `names`, in the order of the calls.
+
+    The block "" stands for the whole model.
+    """
     groups = [group for group in trace.groups if group.name in names]
     if trace.repeated:
-        return {"": groups}  # a block that runs again cannot be corrected before it is measured: all at once
+        # A block that runs again in the same forward would be corrected before all its inputs are measured. So measure
+        # all groups before any of them is corrected.
+        return {"": groups}
     stops: dict[str, list[Group]] = {}
     for group in groups:
         stops.setdefault(group.block, []).append(group)

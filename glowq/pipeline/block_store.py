@@ -1,4 +1,4 @@
-"""Finished blocks of an interrupted correction, kept until the whole of it is done."""
+"""`Resume`: stores the finished blocks of a correction on disk, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["Resume"]
 
 
 class Resume:
-    """One file pair a block in a folder of its own; blocks of other settings are not taken up.
+    """A folder with two files per finished block. Blocks that were solved with other settings are ignored.
 
     Args:
-        folder: where the files live; None keeps nothing.
+        folder: folder of the files; None stores nothing.
         key: digest of everything that the factors depend on.
     """
 
@@ -42,7 +42,11 @@ class Resume:
         ranks: Mapping[str, int],
         sequences: Tensor,
     ) -> Resume:
-        """A store for one run: the same base, reference, ranks, method, seed and calibration tokens give one key."""
+        """Open the store of one run.
+
+        Runs with the same base, reference, ranks, method, seed and calibration tokens have the same key, and can
+        continue each other.
+        """
         if folder is None:
             return cls(None, "")
         name = getattr(reference, "name_or_path", reference)
@@ -53,7 +57,7 @@ class Resume:
         return cls(path, digest.hexdigest())
 
     def load(self, block: str, groups: Sequence[Group]) -> list[GroupFactors] | None:
-        """The factors of a finished block, or None where it must be solved."""
+        """The factors of a finished block, or None if the block must be solved."""
         if self.folder is None or not self._index(block).is_file():
             return None
         index: dict[str, Any] = read_json(self._index(block))
@@ -62,7 +66,7 @@ class Resume:
         return read_factors([self._index(block).with_suffix(".safetensors")], index["groups"])
 
     def save(self, block: str, factors: Sequence[GroupFactors]) -> None:
-        """Keep a finished block; the index is written last, so that half a block is never taken for a whole one."""
+        """Store a finished block. The index is written last, so that an incomplete block is never loaded."""
         if self.folder is None:
             return
         index = self._index(block)

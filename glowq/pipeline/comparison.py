@@ -1,4 +1,4 @@
-"""Several methods at the same bytes on the same model: what each makes of a budget, and how good that is."""
+"""Compare several methods on the same model at the same bytes: solve each method, cut to each budget, and score."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class Comparison:
     """Every method at every budget.
 
     Attributes:
-        entries: by method, then by budget, in the orders given.
+        entries: ordered by method, then by budget; both in the order given.
         base_bytes: bytes of the quantized weights.
-        benefit: of the first method that allocates by gain, at the largest budget; None where there is none.
+        benefit: predicted benefit of the first method that allocates by gain, at the largest budget; None if no method
+            does.
     """
 
     entries: list[Entry]
@@ -60,13 +61,14 @@ def compare_methods(
     seed: int = 0,
     dense: bool = False,
 ) -> Comparison:
-    """Solve every method once, and cut its factors to every budget; `model` is left without a correction.
+    """Solve every method once, and cut its factors to every budget. Afterwards `model` has no correction attached.
 
-    A method whose gains are in one unit for the whole network gets the ranks that gain most. The others get what their
-    papers give them, and nothing for the bytes left: the largest rank that every group can have within the budget; or
-    whole groups at a fixed rank (see `glowq.pipeline.method_budgets`), in the order of their score, until the next
-    does not fit. The inputs of each block are measured behind blocks that carry all that was solved for, whatever is
-    cut later.
+    A method whose gains have one unit for the whole model keeps the ranks that gain most. The other methods keep what
+    their papers describe: either the largest rank that every group can have within the budget; or whole groups at a
+    fixed rank (see `glowq.pipeline.method_budgets`), in the order of their score, until the next group does not fit.
+    These methods do not use the bytes that are left.
+
+    When a block is measured, the blocks before it carry all ranks that were solved for, also those that are cut later.
 
     Args:
         model: quantized transformers model.
@@ -74,8 +76,8 @@ def compare_methods(
         calibration: token ids, shape (n, length), int64.
         methods: names, see `glowq.solving.methods.base`.
         budgets: see `glowq.selection.budget.parse_budget`.
-        int8: the first method that allocates by gain once more, its factors in int8: "glowq+int8".
-        seed: of the solver.
+        int8: also compare the first method that allocates by gain with int8 factors, for example as "glowq+int8".
+        seed: seed of the solver.
         dense: see `glowq.correct`.
 
     Raises:
@@ -131,7 +133,7 @@ def compare_methods(
 
 
 def _in_int8(method: Method, context: BudgetContext) -> list[Entry]:
-    """What a method that allocates by gain makes of the budgets in int8; nothing where rounding is refused."""
+    """The entries of a method that allocates by gain, with int8 factors; without factors if rounding is refused."""
 
     def solve(method: Method, **size: Any) -> Correction:
         return context.solve(method, factor_dtype="int8", **size)
@@ -150,15 +152,18 @@ def _in_int8(method: Method, context: BudgetContext) -> list[Entry]:
 def distill_entries(
     model: nn.Module, reference: nn.Module, entries: Sequence[Entry], sequences: Tensor, *, steps: int, seed: int = 0
 ) -> list[Entry]:
-    """The first method that allocates by gain once more at every budget, its factors distilled: "glowq+distilled".
+    """Distill the factors of the first method that allocates by gain, at every budget.
 
     Args:
-        model: quantized, without a correction.
-        reference: full-precision model, which can be run.
-        entries: of `compare_methods`, at least one that allocates by gain.
-        sequences: the calibration text's token ids, shape (n, length), int64.
-        steps: of the distillation, at least 1.
-        seed: of its order.
+        model: quantized model without a correction.
+        reference: full-precision model that can be run.
+        entries: entries of `compare_methods`; at least one must allocate by gain.
+        sequences: token ids of the calibration text, shape (n, length), int64.
+        steps: number of distillation steps, at least 1.
+        seed: seed of the order of the sequences.
+
+    Returns:
+        New entries, whose method is for example "glowq+distilled".
 
     Raises:
         GlowQError: see `glowq.calibration.distillation.distill`.
@@ -183,12 +188,13 @@ def score_entries(
 ) -> dict[str, Score]:
     """Score the reference, the quantized model, and the quantized model with every entry's factors.
 
-    All run on the same batch before the next one is taken: every figure is paired by sequence.
+    All models run on one batch before the next batch starts, so that every figure is paired by sequence.
 
     Args:
         reference: full-precision model.
-        model: quantized, without a correction.
-        entries: those without factors, and those that are another method's, are left out.
+        model: quantized model without a correction.
+        entries: entries without factors are left out. An entry with `same_as` is not run; it gets the score of that
+            method.
         sequences: token ids, shape (m, length), int64.
 
     Returns:
@@ -209,7 +215,7 @@ def score_entries(
 
 
 class _Corrected(nn.Module):
-    """A model that carries factors during its own forwards only, so that many corrections share one model."""
+    """Attaches factors to a model only during its own forward, so that many corrections can share one model."""
 
     def __init__(self, model: nn.Module, factors: Sequence[GroupFactors]) -> None:
         super().__init__()
@@ -218,7 +224,7 @@ class _Corrected(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Device of the inputs."""
         found: torch.device = getattr(self.model, "device", torch.device("cpu"))
         return found
 
@@ -228,12 +234,12 @@ class _Corrected(nn.Module):
 
 
 def _solve_of(method: Method) -> tuple[Any, ...]:
-    """What decides a method's factors at given ranks."""
+    """The attributes of a method that determine its factors at given ranks."""
     return method.solve, method.shared, method.statistic, method.two_sided
 
 
 def _error_ratios(weight_errors: WeightErrors, trace: Trace) -> dict[str, float]:
-    """Group name -> ||E||_F / ||W||_F, W being the reference's weight in the quantized model's channels."""
+    """Group name -> ||E||_F / ||W||_F. W is the reference's weight with the quantized model's channel scales."""
     ratios = {}
     for groups in stops_of(trace, {group.name for group in trace.groups}).values():
         errors = weight_errors.errors(groups)

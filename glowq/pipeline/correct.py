@@ -1,4 +1,4 @@
-"""`correct()`: checkpoint -> groups -> moments -> factors -> correction, block by block."""
+"""`correct()`: quantized model -> groups -> moments -> factors -> correction, block by block."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ __all__ = ["calibration_sequences", "correct"]
 
 _TRACE_TOKENS = 8
 _GRADIENT_TOKENS = 8192
-_GRADIENT_BATCH = 512  # tokens a backward pass, which keeps the activations of all of them
-_SELECTION_TOKENS = 512  # on which each group is measured
-_SELECTED = 1 / 8  # most of the sequences that they take
-_DENSE_TOLERANCE = 0.5  # GGUF quantizes the embeddings too: 4 bits make 0.1, an unrelated model 1.4
+_GRADIENT_BATCH = 512  # tokens per backward pass, which keeps the activations of all its tokens
+_SELECTION_TOKENS = 512  # tokens on which each group is measured
+_SELECTED = 1 / 8  # largest share of the sequences that may be used for this measurement
+_DENSE_TOLERANCE = 0.5  # GGUF also quantizes the embeddings: 4 bits change them by 0.1; another model differs by 1.4
 
 
 def correct(
@@ -67,39 +67,40 @@ def correct(
     request: CorrectionRequest | None = None,
     **options: Any,
 ) -> Correction:
-    """Give a quantized model its accuracy back, and return what was added as a `Correction`.
+    """Correct a quantized model with low-rank factors, and return the factors as a `Correction`.
 
-    The model itself is corrected in place: it computes y = Q x + A (B x) afterwards (`glowq.detach` undoes it), and
-    its own `save_pretrained` writes the self-contained form.
+    The model itself is corrected in place: afterwards it computes y = Q x + A (B x), and its own `save_pretrained`
+    writes the self-contained form. `glowq.detach` removes the correction.
 
     Args:
         model: quantized transformers model.
         reference: the full-precision model that it was made from: a folder, a Hub name ("org/model" or
             "org/model@revision"), or a model in memory.
         tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
-        resume: folder that keeps finished blocks, so that an interrupted run goes on where it stopped.
+        resume: folder for finished blocks, so that an interrupted run continues where it stopped.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
-            dequantized on load, or fake-quantized ones. Every linear layer but the head is taken.
-        revision: branch, tag or commit that `model` was loaded at, where that was another than the Hub's main branch:
-            transformers does not keep it, and the correction has to name it.
-        request: what the correction is to be; or its fields one by one, see `CorrectionRequest`:
-        **options: rank, budget, rank_step, max_rank, method, calibration, calibration_tokens, sequence_length, distill,
-            factor_dtype, seed.
+            dequantized on load, or fake-quantized ones. Every linear layer except the head is corrected.
+        revision: branch, tag or commit that `model` was loaded from, if it was not the Hub's main branch. transformers
+            does not record it, and the correction must name it.
+        request: the settings of the correction. They can also be given one by one as `options`.
+        **options: fields of `CorrectionRequest`: rank, budget, rank_step, max_rank, method, calibration,
+            calibration_tokens, sequence_length, distill, factor_dtype, seed.
 
     Returns:
-        The correction, attached to `model`, its factors in the model's dtype on the CPU.
+        The correction, which is attached to `model`. Its factors have the model's dtype and are on the CPU.
 
     Raises:
         BackendError: transformers could not read the weights of the model's checkpoint.
         UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected.
-        ReferenceMismatchError: modules, shapes or embeddings of the reference are others.
-        FoldingError: scales were folded into the quantized weights that no layer takes out again.
-        CalibrationError: no text, or fewer tokens than needed; a budget takes 2 sequences, to choose by one of them,
-            and so do int8 factors, to be measured on one.
+        ReferenceMismatchError: modules, shapes or embeddings of the reference differ from those of the model.
+        FoldingError: a quantized weight was multiplied by channel scales, and no layer before it divides by them.
+        CalibrationError: no text, or fewer tokens than needed. A budget needs 2 sequences, because the groups are
+            measured on one of them. int8 factors need 2 sequences, too, because they are measured on one.
         RankError: rank below 1, or larger than every group allows.
-        ConfigError: an option is unknown or wrong; the budget is too small for any rank, or is a target out of reach of
-            the ranks that a tenth of the quantized weights' bytes would have been spent on.
-        RoundingError: int8 factors would lose more than the bytes that they save can win.
+        ConfigError: an option is unknown or wrong; the budget is too small for any rank; or the budget is a target
+            ("recover 80%") that the solved ranks cannot reach. For a target, as many ranks are solved as for a budget
+            of 10%.
+        RoundingError: int8 factors would lose more accuracy than the saved bytes can give back.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
     request = CorrectionRequest.of(request, options)
@@ -122,7 +123,7 @@ def correct(
     else:
         itemsize = 1 if int8 else dtype_of_factors(model).itemsize
         ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, itemsize, shared=solver.shared)
-    train, held = _parted(sequences, solver, ranks_asked, int8, seed)
+    train, held = _split_sequences(sequences, solver, ranks_asked, int8, seed)
     _check_token_count(train, ranks)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision)
     try:
@@ -138,7 +139,7 @@ def correct(
             if held is not None and solver.allocation == "gain":
                 factors, facts = _measured(model, source.model, factors, held, ranks_asked)
                 config.record(**facts)
-            # What the groups that are not restored cost must still be known when they are gone.
+            # The total also covers groups that are not restored, so record it before they are removed.
             config.record(total=math.fsum(entry.total for entry in factors))
             whole = correction_of(model, factors, config, base_bytes, tokenizer)
             correction = whole
@@ -162,16 +163,20 @@ def correct(
 def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:
     if not any(bool((entry.gains > 0).any()) for entry in factors):
         raise NoGainError(
-            "no rank of any group was measured to bring the model's answers nearer to the reference's, so that a "
-            f"budget has nothing to spend on. It was calibrated on {sequences.numel():,} tokens: calibrate on more, or "
-            "on text that is nearer to what the model is for; or leave the model as it is."
+            "in the measurement, no rank of any group brings the model's answers nearer to the reference's, so that a "
+            "budget has nothing to spend on. The factors were calibrated on "
+            f"{sequences.numel():,} tokens: calibrate on more, or on text that is more similar to the model's task; or "
+            "leave the model uncorrected."
         )
 
 
-def _parted(
+def _split_sequences(
     sequences: Tensor, method: Method, request: RankRequest, int8: bool, seed: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The sequences that are calibrated on, and those that groups are chosen by, if this method chooses, or int8 is."""
+    """Split the sequences into a part for calibration and a part for measurements of groups or int8 factors.
+
+    The second part is None if nothing has to be measured.
+    """
     if not int8 and (method.allocation != "gain" or (len(sequences) < 2 and request.budget is None)):
         return sequences, None
     try:
@@ -187,7 +192,11 @@ def _parted(
 def _rounded(
     model: nn.Module, reference: nn.Module, whole: Correction, correction: Correction, sequences: Tensor
 ) -> Correction:
-    """The correction in int8, with what rounding costs beside the best of `whole` that the same bytes hold."""
+    """The correction with int8 factors. Its config records the loss of accuracy by rounding.
+
+    For this record, the int8 factors are compared with the unrounded ones, and with the best ranks of `whole` that fit
+    in the same bytes.
+    """
     found = correction.to_int8()
     steps = allocate(by_benefit(whole.group_gains), found.factor_bytes)
     same_bytes = whole.kept({step.name: step.rank for step in steps})
@@ -203,7 +212,11 @@ def _measured(
     sequences: Tensor,
     request: RankRequest,
 ) -> tuple[list[GroupFactors], dict[str, Any]]:
-    """Gains in the unit of what was measured, under a budget those of groups that only do harm zero; and the facts."""
+    """Measure each group, and return the factors with rescaled gains, and facts for the provenance.
+
+    The gains are in the unit of the measurement. If a budget is given, the gains of groups that make the answers worse
+    are set to zero.
+    """
     measured = measure_groups(model, reference, factors, sequences)
     found = calibrated(factors, measured)
     harmful = {name for name, entry in measured.items() if request.budget is not None and entry.harms}
@@ -218,9 +231,9 @@ def _measured(
 def _output_moments(
     model: nn.Module, reference: nn.Module, trace: Trace, sequences: Tensor, seed: int
 ) -> dict[str, OutputMoment]:
-    """How much the loss minds each group's outputs: by the model's own gradients, else by the reference's.
+    """Second moment of the loss gradient at each group's outputs: of the model, or of the reference if that fails.
 
-    Empty, with one word, where neither has any.
+    If neither model has a gradient, the result is empty, and one warning is shown.
     """
     chosen = sequences[: max(1, _GRADIENT_TOKENS // sequences.shape[1])]
     inputs = [to_model(batch, model) for batch in batches(chosen, max(1, _GRADIENT_BATCH // sequences.shape[1]))]
@@ -231,7 +244,7 @@ def _output_moments(
         except SensitivityError as error:
             refusals.append(error)
     warnings.warn(
-        f"{refusals[0]} Errors are counted in output units instead of in loss, which spends a budget less well.",
+        f"{refusals[0]} Errors are counted in output units instead of in loss, so a budget is allocated less well.",
         NoGradientWarning,
         stacklevel=3,
     )
@@ -252,11 +265,11 @@ def _nothing_quantized(model: nn.Module) -> str:
 
 
 def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenizer: Any) -> Tensor:
-    """The token ids that a correction is made of, int64, shape (n, length); see `CorrectionRequest`.
+    """The token ids to calibrate on, int64, shape (n, length); see `CorrectionRequest`.
 
     Raises:
         CalibrationError: no text, no tokenizer, or fewer tokens than one sequence.
-        TokenizerMismatchError: ids that the model does not know.
+        TokenizerMismatchError: an id is outside the model's vocabulary.
     """
     calibration, length = request.calibration, request.sequence_length
     config = getattr(model, "config", None)
@@ -294,7 +307,8 @@ def _trace(model: nn.Module, sequences: Tensor) -> Trace:
     try:
         trace = trace_groups(model, example)
     except ValueError:
-        refuse_encoder_decoder(model)  # BART and its kin make their decoder's input by themselves; T5 does not
+        # BART and similar models create the decoder's input themselves. T5 does not, and fails in the forward.
+        refuse_encoder_decoder(model)
         raise
     if not trace.groups:
         name, reason = next(iter(trace.skipped.items()))

@@ -1,4 +1,4 @@
-"""What each method makes of each budget: one rank for all groups, the ranks that gain most, or whole groups."""
+"""How each method allocates a budget: one rank for all groups, the ranks that gain most, or whole groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..solving.methods.base import Allocation, Method
 
 __all__ = ["ALLOCATORS", "BudgetContext", "Entry", "fixed_rank_within", "uniform_rank_within"]
 
-_PUBLISHED_RANK = 64  # of GlowQ-S
+_PUBLISHED_RANK = 64  # rank of the groups in the paper's GlowQ-S
 _NO_GAIN = "no rank of any group gains anything"
 
 
@@ -23,15 +23,15 @@ class Entry:
     """One method at one budget.
 
     Attributes:
-        method: its name.
-        allocation: how it spends a budget, see `glowq.solving.methods.base.Method`.
-        budget: as it was asked for.
-        budget_bytes: what that is in bytes.
-        rank: rank of every restored group, lowered where a group allows less; None where ranks follow measured gains.
-        factors: what fits in the budget; nothing where `reason` says why.
-        reason: why nothing fits.
-        same_as: the method whose solve this one shares, so that the two corrections are one.
-        predicted: see `Correction.predicted`; None where ranks do not follow measured gains.
+        method: name of the method.
+        allocation: how the method allocates a budget, see `glowq.solving.methods.base.Method`.
+        budget: the budget as the user gave it.
+        budget_bytes: the budget in bytes.
+        rank: rank of every restored group, lowered if a group allows less; None if ranks follow measured gains.
+        factors: factors that fit in the budget; empty if there are none, see `reason`.
+        reason: why there are no factors; None if there are some.
+        same_as: name of the method that gives the same correction, if this method was not solved itself.
+        predicted: see `Correction.predicted`; None if ranks do not follow measured gains.
     """
 
     method: str
@@ -57,14 +57,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class BudgetContext:
-    """What every method is given alike.
+    """Inputs that are the same for every method.
 
     Attributes:
         groups: every group of the model.
-        available: budget, as it was asked for -> its bytes; at least one.
+        available: budget as the user gave it -> its bytes; at least one.
         itemsize: bytes of one factor value.
-        solve: (method, rank= or budget=) to the correction of that size.
-        error_ratios: computes group name -> ||E||_F / ||W||_F.
+        solve: function of (method, rank= or budget=) that returns the correction of that size.
+        error_ratios: function that returns group name -> ||E||_F / ||W||_F.
     """
 
     groups: Sequence[Group]
@@ -75,24 +75,24 @@ class BudgetContext:
 
     @property
     def largest(self) -> str:
-        """The budget of the most bytes: one solve for it serves all, for the factors of every method are nested."""
+        """The budget with the most bytes. Its factors are nested, so they also serve every smaller budget."""
         return max(self.available, key=lambda budget: self.available[budget])
 
     def rank_bytes(self, method: Method) -> list[int]:
-        """Bytes of one rank of everything that gets a right factor of its own."""
+        """Bytes of one rank of each right factor and its left factors."""
         return [self.itemsize * sum(widths) for widths in _parts(self.groups, method.shared)]
 
 
 def uniform_rank_within(groups: Sequence[Group], available: int, itemsize: int, *, shared: bool) -> int:
-    """The largest rank that every group can have within `available` bytes; 0 where one rank of each costs more.
+    """The largest rank that every group can have within `available` bytes; 0 if one rank of each takes more.
 
-    A group that allows less than that rank keeps what it allows, and the others may go on.
+    If a group's shape allows only a smaller rank, it keeps that rank, and the other groups can still get more.
 
     Args:
         groups: the groups to correct.
         available: bytes.
         itemsize: bytes of one factor value.
-        shared: one right factor a group, or one a member.
+        shared: True for one right factor per group, False for one per member.
     """
     parts = _parts(groups, shared)
     spent, rank, most = 0, 0, max(min(widths) for widths in parts)
@@ -105,19 +105,20 @@ def uniform_rank_within(groups: Sequence[Group], available: int, itemsize: int, 
 
 
 def fixed_rank_within(groups: Sequence[Group], available: int, itemsize: int) -> int:
-    """The rank of the groups that GlowQ-S chooses among.
+    """The rank of the groups that GlowQ-S chooses from.
 
-    The paper fixes it at 64 and counts groups, not bytes. A budget of bytes may pay for hardly any group at that rank,
-    which would leave no choice to measure: the rank is halved until the budget pays for half the bytes of all groups,
-    or is 1. Below 64, then, a budget pays for between half and all of them.
+    The paper fixes the rank at 64 and counts groups, not bytes. At that rank, a budget of bytes may hold almost no
+    group, and then there is no choice to compare. So the rank is halved until the budget holds at least half the bytes
+    of all groups, or the rank is 1. If this makes the rank smaller than 64, the budget holds between half and all of
+    these bytes.
 
     Args:
-        groups: the groups to choose among; one that allows less than the rank has what it allows.
+        groups: the groups to choose from. A group whose shape allows only a smaller rank has that rank.
         available: bytes.
         itemsize: bytes of one factor value.
 
     Returns:
-        A power of two from 1 to 64, no larger than what some group allows.
+        A power of two from 1 to 64. At least one group allows this rank.
     """
     rank, most = _PUBLISHED_RANK, max(map(largest_rank, groups))
 
@@ -152,7 +153,7 @@ def _by_gain(method: Method, context: BudgetContext) -> tuple[list[Entry], Corre
         whole = context.solve(method, budget=most) if most >= cheapest else None
     except NoGainError:
         return [_entry(method, context, budget, reason=_NO_GAIN) for budget in context.available], None
-    if whole is not None and whole.factors:  # groups that gain nothing get no bytes, so they do not count
+    if whole is not None and whole.factors:  # groups without gain get no bytes, so their bytes do not matter
         cheapest = min(entry.factor_bytes // entry.rank for entry in whole.factors)
     entries = []
     for budget, found in context.available.items():
@@ -169,7 +170,7 @@ def _by_gain(method: Method, context: BudgetContext) -> tuple[list[Entry], Corre
 
 
 def _whole_groups(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
-    """Groups in the order of their score, not of their score for a byte, until the next does not fit."""
+    """Take whole groups in the order of their score (not of score per byte), until the next group does not fit."""
     assert method.score is not None
     ranks = {
         budget: fixed_rank_within(context.groups, found, context.itemsize)
@@ -206,7 +207,7 @@ ALLOCATORS: Mapping[Allocation, Callable[[Method, BudgetContext], tuple[list[Ent
 
 
 def _first_within(ordered: Sequence[GroupFactors], available: int) -> set[str]:
-    """Names of the first groups that `available` bytes pay for together."""
+    """Names of the first groups that fit together in `available` bytes."""
     names = set()
     for entry in ordered:
         available -= entry.factor_bytes
@@ -228,7 +229,7 @@ def _entry(
 
 
 def _parts(groups: Sequence[Group], shared: bool) -> list[tuple[int, int]]:
-    """(outputs, inputs) of everything that gets a right factor of its own."""
+    """(outputs, inputs) of each right factor: of each group if `shared`, else of each module."""
     if shared:
         return [(sum(group.out_features), group.in_features) for group in groups]
     return [(width, group.in_features) for group in groups for width in group.out_features]
