@@ -1,3 +1,3 @@
-"""A correction at rest: config.json, factor files, fingerprint, provenance, model card, upload to the Hub.
+"""Saved corrections: config.json, factor files, fingerprint, provenance, model card, upload to the Hub.
 
-May import `errors`, `utils`, `factors`, `quantizers`, `selection` and `evaluation`."""
+This package may import `errors`, `utils`, `factors`, `quantizers`, `selection` and `evaluation`."""

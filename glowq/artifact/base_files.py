@@ -1,4 +1,4 @@
-"""Where a corrected model's base comes from: its folder, its shards, and the tensors that only its files still hold."""
+"""The files of a corrected model's base: its folder, its shards, and the tensors that only these files hold."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = ["base_folder", "base_shards", "model_shards", "original_tensors", "re
 
 
 def base_folder(config: GlowQConfig) -> Path:
-    """The local folder of the model that a correction names as its base, downloaded if need be.
+    """The local folder of the model that a correction names as its base. The model is downloaded if necessary.
 
     Raises:
-        ConfigError: the base has dense weights only once transformers has dequantized it, which a correction that is
-            loaded by itself cannot ask for.
+        ConfigError: the correction is for dense weights that transformers creates when it dequantizes the base. A
+            correction that is loaded by its own name cannot request this.
     """
     base_model = config.base_model or {}
     kwargs = {"revision": base_model["revision"]} if base_model.get("revision") else {}
     folder = local_snapshot(base_model["name"], **kwargs)
     if method_of(config.base) == "dense" and not _holds_dense_weights(folder):
         raise ConfigError(
-            f"this correction is one of the dense weights that transformers makes of {base_model['name']} on load. "
-            "Load that model as it was loaded then (from_pretrained with its gguf_file or dequantize=True) and call "
+            f"this correction is for the dense weights that transformers makes of {base_model['name']} on load. Load "
+            "that model in the same way again (from_pretrained with its gguf_file or dequantize=True) and call "
             "glowq.load_correction(model, correction)."
         )
     return folder
@@ -48,7 +48,11 @@ def _holds_dense_weights(folder: Path) -> bool:
 
 
 def base_shards(folder: Path) -> list[str]:
-    """The shards of a base, which must not be a correction itself."""
+    """The shards of a base model.
+
+    Raises:
+        ConfigError: the folder holds a correction, not a base model.
+    """
     if (folder / FACTORS_FILE).is_file():
         raise ConfigError(f"the base {folder} is itself a correction; name the quantized or full-precision model.")
     return checkpoint_files(folder)
@@ -59,10 +63,10 @@ def model_shards(model: Any, revision: str | None) -> list[str]:
 
     Args:
         model: a transformers model.
-        revision: that it was loaded at; None for the main branch, or where it is a folder.
+        revision: branch, tag or commit that it was loaded from; None for the main branch or a local folder.
 
     Raises:
-        ConfigError: they cannot be found any more.
+        ConfigError: the shards cannot be found any more.
     """
     name = getattr(model.config, "_name_or_path", "")
     try:
@@ -72,22 +76,22 @@ def model_shards(model: Any, revision: str | None) -> list[str]:
 
 
 def original_tensors(shards: Sequence[str], modules: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of quantized modules as their checkpoint holds them.
+    """Read the tensors of quantized modules from their checkpoint, without any change.
 
     Args:
         shards: safetensors files.
         modules: module names; a tensor `<module>.<anything>` belongs to the module.
 
     Returns:
-        Tensor name -> tensor on the CPU, in memory of its own: the files may be overwritten.
+        Tensor name -> tensor on the CPU. The tensors are copies, so the files may be overwritten afterwards.
 
     Raises:
-        CorrectionError: the files hold none of a module's tensors, or are not there any more.
+        CorrectionError: the files hold no tensor of a module, or do not exist any more.
     """
     wanted, tensors, found = set(modules), {}, set()
     for shard in shards:
         if not os.path.isfile(shard):
-            raise CorrectionError(f"{shard}, which the model was loaded from and which saving it needs, is gone.")
+            raise CorrectionError(f"{shard} is gone: the model was loaded from it and cannot be saved without it.")
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 module = name.rpartition(".")[0]
@@ -104,7 +108,18 @@ def original_tensors(shards: Sequence[str], modules: Sequence[str]) -> dict[str,
 
 
 def refuse_unsafe(files: Sequence[str], source: Any, config: GlowQConfig) -> None:
-    """Nothing but safetensors, nothing outside its folder, and no folder of this machine named by the Hub."""
+    """Refuse shards that are not safe to load.
+
+    Args:
+        files: the shards.
+        source: folder or Hub name of the corrected model.
+        config: config of the corrected model.
+
+    Raises:
+        PickleRefusedError: a shard is not a safetensors file, or its folder holds weights only as pickles.
+        UnsafePathError: a shard lies outside the folder `source`; or a correction from the Hub names a local folder as
+            its base.
+    """
     for file in files:
         refuse_pickles(Path(file).parent)
         if not file.endswith(".safetensors"):

@@ -1,4 +1,4 @@
-"""A correction built from a model and its factors: where its base comes from, and what its folder needs of it."""
+"""Build a `Correction` from a model and its factors: identify the base, and collect the model's settings."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def stored_config(
     seed: int,
     revision: str | None = None,
 ) -> GlowQConfig:
-    """What config.json will say of a correction, before its groups are known.
+    """The config of a correction that config.json will store, before its groups are known.
 
     Args:
         model: the quantized model.
-        reference: the full-precision model; its name stands for the base's where the model knows none.
+        reference: the full-precision model; its name is used as the base's name if the model itself has no name.
         base_bytes: bytes of the quantized weights.
         method: name of the solver method.
-        sequences: the calibration text's token ids, shape (n, length).
-        seed: of the calibration and the solver.
-        revision: branch, tag or commit that the model was loaded at from the Hub; None for its main branch.
+        sequences: token ids of the calibration text, shape (n, length).
+        seed: seed of the calibration and the solver.
+        revision: branch, tag or commit that the model was loaded from on the Hub; None for its main branch.
 
     Raises:
-        ConfigError: neither the model nor the reference says where the base can be loaded from again.
+        ConfigError: neither the model nor the reference has a name from which the base can be loaded again.
     """
     base = getattr(getattr(model, "config", None), "quantization_config", None)
     name, revision = _base_identity(model, reference, revision)
@@ -69,19 +69,19 @@ def stored_config(
 
 
 def _base_identity(model: nn.Module, reference: Any, revision: str | None) -> tuple[str, str | None]:
-    """Where the base can be loaded from again: the quantized model's own folder or Hub name, and the cached commit."""
+    """Name and revision of the base, to load it again: the quantized model's folder or Hub name, and its commit."""
     config: Any = getattr(model, "config", None)
     earlier = getattr(config, "quantization_config", None)
     if isinstance(earlier, GlowQConfig) and earlier.base_model is not None:
-        # Loaded with a correction that was detached: its folder is no base.
+        # The model was loaded as a corrected model, and its correction was detached. Its folder is not a base.
         return earlier.base_model["name"], earlier.base_model["revision"]
     name = getattr(config, "_name_or_path", "")
     if not name and isinstance(reference, str):
         name, revision = split_revision(reference)
     if not name:
-        raise ConfigError("the model does not know where it was loaded from; load it with from_pretrained.")
+        raise ConfigError("the model's config does not name where it was loaded from; load it with from_pretrained.")
     if Path(name).is_file():
-        name = str(Path(name).parent)  # HQQ's own loader names the config.json
+        name = str(Path(name).parent)  # HQQ's own loader stores the path of config.json
     if Path(name).is_dir():
         return str(Path(name).resolve()), None
     cached = try_to_load_from_cache(str(name), "config.json", revision=revision)
@@ -89,7 +89,7 @@ def _base_identity(model: nn.Module, reference: Any, revision: str | None) -> tu
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
-    """The model's own fields of config.json: its class, and neither its quantization nor the folder it came from."""
+    """The model's own fields of config.json, with its class, without its quantization config and its source folder."""
     config: Any = getattr(model, "config", None)
     stored = dict(config.to_dict())
     stored.pop("quantization_config", None)
@@ -101,12 +101,14 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
 def correction_of(
     model: nn.Module, factors: list[GroupFactors], config: GlowQConfig, base_bytes: int, tokenizer: Any
 ) -> Correction:
-    """The correction of `model` with these factors, with what its folder needs of the model to load as one.
+    """A correction with these factors, and with the settings of `model` that its folder needs to load as a model.
 
     Args:
+        model: the quantized model.
+        factors: factors of every restored group.
         config: what `stored_config` returned.
         base_bytes: bytes of the quantized weights.
-        tokenizer: saved with the correction; or None.
+        tokenizer: tokenizer to save with the correction, or None.
     """
     return Correction(
         factors=factors,

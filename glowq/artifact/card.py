@@ -1,4 +1,4 @@
-"""The model card of a corrected model, either form, from the template in `model_cards/`, with its picture."""
+"""The model cards of corrected models (both saved forms) and exports, made from the templates in `model_cards/`."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ def card_files(
     repository: str = "this/repository",
     picture: bool | None = None,
 ) -> dict[str, bytes]:
-    """A corrected model's card, and its picture of what every smaller budget is predicted to keep.
+    """The model card of a corrected model, and its plot of the predicted recovery at smaller budgets.
 
     Args:
         config: what config.json stores. Its provenance may hold "command" (the exact command line) and "held_out" (the
             figures of `glowq correct --json`); sections without data are left out.
-        group_gains: one a restored group.
-        license: the base's, see `base_license`.
-        repository: the Hub name that the card tells people to load.
-        picture: whether to draw; None: if matplotlib is installed.
+        group_gains: one entry per restored group.
+        license: license fields of the base, see `base_license`.
+        repository: Hub name of the model in the card's code examples.
+        picture: whether to draw the plot; None draws it if matplotlib is installed.
 
     Returns:
-        File name -> content: "README.md", and "budgets.png" if there is one. Neither depends on time or machine.
+        File name -> content: "README.md", and "budgets.png" if it was drawn. The content depends neither on the time
+        nor on the machine.
     """
     provenance, base_bytes = config.provenance, config.base_bytes or 0
     base_model: dict[str, Any] = config.base_model or {}
@@ -99,8 +100,8 @@ def export_card(base_model: Mapping[str, Any], what: str, use: str) -> bytes:
 
     Args:
         base_model: "name" and "revision", as config.json stores them.
-        what: what the files are.
-        use: how they are run, Markdown.
+        what: description of the files.
+        use: how to run the files, in Markdown.
     """
     name = str(base_model.get("name", ""))
     template = str(_templates() / "export.md")
@@ -112,7 +113,7 @@ def export_card(base_model: Mapping[str, Any], what: str, use: str) -> bytes:
 
 
 def base_license(base_model: Mapping[str, Any]) -> dict[str, Any]:
-    """The license fields that the base's own card or config states, where its files are on this machine.
+    """The license fields of the base's own card or config; empty if its files are not on this machine.
 
     Args:
         base_model: "name", a folder or Hub name, and "revision", as config.json stores them.
@@ -128,12 +129,12 @@ def base_license(base_model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def license_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a card's metadata: its license, and what belongs to it; empty where it states none."""
+    """The license fields in a card's metadata; empty if it states no license."""
     return {key: metadata[key] for key in _LICENSE if metadata.get(key)} if metadata.get("license") else {}
 
 
 def _stated(file: Path) -> dict[str, Any]:
-    """The metadata of a card, or a config; of a file that is damaged, nothing: it is somebody else's."""
+    """The metadata of a card, or the fields of a config. A damaged file gives none, because glowq did not write it."""
     try:
         return read_json(file) if file.suffix == ".json" else metadata_load(file) or {}
     except (GlowQError, ValueError, YAMLError):
@@ -141,7 +142,7 @@ def _stated(file: Path) -> dict[str, Any]:
 
 
 def _metadata(name: str, title: str, figures: Mapping[str, Any] | None, license: Mapping[str, Any]) -> ModelCardData:
-    """What the Hub indexes. The name of a base that is a folder of this machine says nothing to anybody else."""
+    """The metadata that the Hub indexes. A base in a local folder is left out: its name has no meaning for others."""
     base = {} if Path(name).is_absolute() else {"base_model": name, "base_model_relation": "quantized"}
     results = _results(figures)
     measured = {"model_name": title, "eval_results": results, "pipeline_tag": "text-generation"} if results else {}
@@ -150,7 +151,7 @@ def _metadata(name: str, title: str, figures: Mapping[str, Any] | None, license:
 
 
 def _templates() -> Path:
-    """In a wheel the templates lie inside the package, in a checkout beside it."""
+    """The folder of the templates: inside the package in a wheel, beside the package in a checkout."""
     inside = Path(__file__).parents[1] / "model_cards"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "model_cards"
 
@@ -160,7 +161,7 @@ def _count(value: Any) -> str:
 
 
 def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """The figures as shown; None where nothing was measured."""
+    """The figures as text; None if nothing was measured."""
     if not figures or figures.get("reference") is None:
         return None
     perplexities = {name: shown(figures[name], ".4f") for name in _PERPLEXITIES}
@@ -168,7 +169,7 @@ def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
 
 
 def _rounding(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """What rounding to int8 costs, as shown; None where it is unmeasured."""
+    """The shares of the divergence undone with and without rounding to int8, as text; None if not measured."""
     shares = undone(figures)
     if figures is None or shares is None:
         return None
@@ -176,7 +177,7 @@ def _rounding(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
 
 
 def _results(figures: Mapping[str, Any] | None) -> list[EvalResult]:
-    """The measured figures as the Hub reads them; what is undefined, and a share that says nothing, is left out."""
+    """The measured figures in the Hub's format, without undefined figures and without a meaningless share."""
     if not figures or figures.get("reference") is None:
         return []
     values = {("perplexity", f"Perplexity, {what}"): figures[name] for name, what in _PERPLEXITIES.items()}

@@ -1,4 +1,4 @@
-"""`GlowQConfig`: what a user asks for while loading, or what config.json stores of a correction that was made."""
+"""`GlowQConfig`: a user's request to correct a model while loading, or the description of a finished correction."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .stored_fields import GROUP_FIELDS, check_base_model, check_group
 __all__ = ["FORMAT_MINOR", "FORMAT_VERSION", "GlowQConfig", "base_settings"]
 
 FORMAT_VERSION = 1
-"""Major version of what config.json stores: another one is refused."""
+"""Major version of the format of config.json. A newer one is refused."""
 
 FORMAT_MINOR = 1
-"""Minor version: fields that a newer one added are left out with a warning. 1 added "minor" itself."""
+"""Minor version of the format. Fields of a newer minor version are ignored with a warning. Version 1 added "minor"."""
 
 FORMATS = ("correction", "full")
 _STORED = ("format", "base_model", "groups", "base_bytes", "provenance")
@@ -34,25 +34,29 @@ _OF_A_CUT = ("budget", "rank_step", "max_rank")
 class GlowQConfig(QuantizationConfigMixin):
     """Quantization config of a corrected model: pass it to `from_pretrained` to correct while loading.
 
-    It is one of three things, and refuses arguments that would do nothing: a request (`calibration` and how to
-    correct), a saved correction to attach (`correction`, and a budget to cut it to), or, read from config.json, what
-    is stored of a correction that was made (`groups`).
+    A configuration is of one of three kinds:
+
+    - a request for a new correction: `calibration` and the settings of the correction;
+    - a saved correction to attach: `correction`, and a budget to cut it to;
+    - the description of a finished correction, read from config.json: `groups`.
+
+    An argument that has no effect for its kind is refused.
 
     Args:
         base: the base quantizer: a transformers quantization config, its dict, or a `--base` name such as "nf4".
         correction: instead of `calibration`: folder or Hub name of a saved correction to attach after quantizing.
-        version, minor, format, base_model, groups, base_bytes, provenance: written by glowq; not for users.
+        version, minor, format, base_model, groups, base_bytes, provenance: written by glowq; users do not set them.
         **options: the fields of `CorrectionRequest`: rank, budget, rank_step, max_rank, method, calibration,
             calibration_tokens, sequence_length, distill, factor_dtype, seed.
 
     Attributes:
-        request: what was asked for; None where a correction is stored.
-        method, seed: name of the solver method, and the seed, asked for or stored.
+        request: the requested settings; None for a finished correction.
+        method, seed: name of the solver method, and the seed.
 
     Raises:
-        ConfigError: a field is unknown, would do nothing, or holds a value that cannot be used.
+        ConfigError: a field is unknown, has no effect, or holds a value that cannot be used.
         UnknownBaseError: no such base quantizer, or its library is not installed.
-        VersionError: written by a newer major version of the format.
+        VersionError: the configuration was written by a newer major version of the format.
     """
 
     def __init__(
@@ -71,14 +75,14 @@ class GlowQConfig(QuantizationConfigMixin):
     ) -> None:
         options.pop("quant_method", None)
         _check_version(version, minor)
-        self.quant_method: Any = "glowq"  # transformers types it as one of its own methods
+        self.quant_method: Any = "glowq"  # Any: the annotation in transformers allows only its own methods
         self.version = FORMAT_VERSION
         self.minor = FORMAT_MINOR
         known = ["base", *CorrectionRequest.names(), "correction", "version", "minor", *_STORED]
         options = _known_fields("a glowq configuration", options, known, minor)
         if format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}, found {format!r}.")
-        # What is stored may be of a library that is not installed, and is made an object where a model is loaded.
+        # A stored base may need a library that is not installed. It stays a dict until a model is loaded.
         self.base = dict(base) if groups is not None and isinstance(base, Mapping) else base_settings(base)
         self.format = format
         self.correction = correction
@@ -93,7 +97,7 @@ class GlowQConfig(QuantizationConfigMixin):
             self._store(options)
 
     def _ask(self, options: Mapping[str, Any]) -> None:
-        """Take the options as a request, or as the cut of a saved correction."""
+        """Use the options as a request for a new correction, or to cut a saved one."""
         unstored = {"format": "full", "base_model": None, "base_bytes": None, "provenance": Provenance()}
         for name, default in unstored.items():
             if getattr(self, name) != default:
@@ -105,7 +109,7 @@ class GlowQConfig(QuantizationConfigMixin):
         self.method, self.seed = self.request.method, self.request.seed
 
     def _store(self, options: Mapping[str, Any]) -> None:
-        """Take the options as facts of a correction that was made."""
+        """Use the options as the description of a finished correction."""
         asked = sorted({*options, *(["correction"] if self.correction is not None else [])} - {"method", "seed"})
         if asked:
             raise ConfigError(f"{asked[0]} asks for a correction, and this configuration stores one that was made.")
@@ -115,25 +119,26 @@ class GlowQConfig(QuantizationConfigMixin):
 
     @property
     def is_stored(self) -> bool:
-        """Whether this came from a saved model (it names groups) rather than from a user's request."""
+        """Whether this describes a finished correction (it has groups). False for a user's request."""
         return self.groups is not None
 
     @property
     def total(self) -> float:
         """Predicted loss of the whole quantized model, in the unit of the gains.
 
-        It is measured when a correction is made, and kept when groups are cut away; else what the groups left say.
+        It is recorded when a correction is made, and does not change when groups are cut away. If it was not recorded,
+        it is the sum over the groups that are left.
         """
         if self.provenance.total is not None:
             return float(self.provenance.total)
         return float(math.fsum(group["total"] for group in (self.groups or {}).values()))
 
     def record(self, **facts: Any) -> None:
-        """Add or change facts of the provenance, see `Provenance`."""
+        """Set fields of the provenance, see `Provenance`."""
         self.provenance = replace(self.provenance, **facts)
 
     def with_groups(self, groups: Mapping[str, Any]) -> GlowQConfig:
-        """A copy that stores other groups."""
+        """A copy with other groups."""
         return GlowQConfig(**{**self.to_dict(), "groups": dict(groups)})
 
     def with_format(self, format: str) -> GlowQConfig:
@@ -141,7 +146,7 @@ class GlowQConfig(QuantizationConfigMixin):
         return GlowQConfig(**{**self.to_dict(), "format": format})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that make the same configuration again: what config.json stores, or what was asked for."""
+        """The fields that recreate this configuration: what config.json stores, or the requested settings."""
         base = self.base.to_dict() if hasattr(self.base, "to_dict") else self.base
         always = {"quant_method": self.quant_method, "version": self.version, "minor": self.minor, "base": base}
         if self.request is not None:
@@ -160,7 +165,7 @@ class GlowQConfig(QuantizationConfigMixin):
         return copy.deepcopy(stored)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Same as `to_dict`: a stored field is never left out for being a default."""
+        """Same as `to_dict`, because fields with default values must be stored, too."""
         return self.to_dict()
 
     def __repr__(self) -> str:
@@ -177,11 +182,11 @@ class GlowQConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read what `to_dict` wrote.
+        """Create a configuration from the fields that `to_dict` returned.
 
         Raises:
             ConfigError: a field is unknown or damaged.
-            VersionError: written by a newer format.
+            VersionError: the fields were written by a newer format.
         """
         config = cls(**{**config_dict, **kwargs})
         return (config, {}) if return_unused_kwargs else config
@@ -198,7 +203,10 @@ def _check_version(version: Any, minor: Any) -> None:
 
 
 def _known_fields(where: str, found: Mapping[str, Any], known: Iterable[str], minor: int) -> dict[str, Any]:
-    """The fields that this glowq knows; others are a newer minor version's, which a warning names, or a mistake."""
+    """The fields whose names are in `known`.
+
+    If `minor` is newer than this glowq, other fields are left out with a warning. Otherwise they are an error.
+    """
     known = list(known)
     unknown = sorted(set(found) - set(known))
     if unknown and minor <= FORMAT_MINOR:
@@ -207,8 +215,8 @@ def _known_fields(where: str, found: Mapping[str, Any], known: Iterable[str], mi
         raise ConfigError(f"unknown field {unknown[0]!r} in {where}.{hint}")
     if unknown:
         warnings.warn(
-            f"{where} holds {', '.join(map(repr, unknown))}, which format {FORMAT_VERSION}.{minor} has and the "
-            f"installed glowq, which reads {FORMAT_VERSION}.{FORMAT_MINOR}, leaves out. Upgrade: pip install -U glowq",
+            f"{where} holds {', '.join(map(repr, unknown))}, which format {FORMAT_VERSION}.{minor} has. The installed "
+            f"glowq reads format {FORMAT_VERSION}.{FORMAT_MINOR} and ignores this. Upgrade: pip install -U glowq",
             NewerFormatWarning,
             stacklevel=4,
         )
@@ -234,24 +242,24 @@ def _provenance(provenance: Any, minor: int) -> Provenance:
 
 
 def _check_cut(options: Mapping[str, Any]) -> None:
-    """A saved correction can only be cut: whatever else is asked for was decided when it was made."""
+    """Refuse every option that does not cut a saved correction: the others were decided when it was made."""
     if options.get("calibration") is not None:
         raise ConfigError("give either correction (attach a saved one) or calibration (make one), not both.")
     if options.get("factor_dtype", "auto") != "auto":
         raise ConfigError(
-            "factor_dtype is of a correction that is made now; round a saved one with Correction.to_int8() or with "
-            "`glowq select --factor-dtype int8`."
+            "factor_dtype is an option of a new correction; round a saved one with Correction.to_int8() or with `glowq "
+            "select --factor-dtype int8`."
         )
     idle = sorted(set(options) - {*_OF_A_CUT, "calibration", "factor_dtype"})
     if idle:
         raise ConfigError(
-            f"{idle[0]} is of a correction that is made now, and a saved one is attached: it would do nothing. Beside "
-            f"correction, give {', '.join(_OF_A_CUT)} to cut it, or nothing."
+            f"{idle[0]} is an option of a new correction, and has no effect on a saved one. Together with correction, "
+            f"give only options that cut it: {', '.join(_OF_A_CUT)}."
         )
 
 
 def base_settings(base: Any) -> Any:
-    """The base's quantization config as transformers' object.
+    """The base's quantization config as an object of transformers.
 
     Args:
         base: a `--base` name, the dict of a config, or the object itself.
@@ -267,7 +275,7 @@ def base_settings(base: Any) -> Any:
         from ..quantizers.libraries.dense import DenseConfig
         from ..quantizers.registry import backend_of, check_installed, method_of
 
-        if method_of(base) == "dense":  # which transformers does not know
+        if method_of(base) == "dense":  # a method that transformers does not have
             return DenseConfig()
         backend = backend_of(base)
         if backend is not None:

@@ -1,4 +1,4 @@
-"""What a folder that glowq saved holds, before any of it is sent anywhere."""
+"""Read and check a folder that glowq saved, before anything is uploaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .saved import FACTORS_FILE
 
 __all__ = ["SavedResult", "read_result", "stored_gains"]
 
-_TERMS = ("LICENSE*", "NOTICE*")  # which whoever pushes may have to add
-_ADAPTER = "adapter_config.json"  # of peft
+_TERMS = ("LICENSE*", "NOTICE*")  # glowq does not write these, but the base's license may require them
+_ADAPTER = "adapter_config.json"  # written by an export to PEFT
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class SavedResult:
     """A folder to push.
 
     Attributes:
-        folder: where it is.
+        folder: path of the folder.
         kind: "correction", "full" or "export".
-        files: path in the repository -> file on this machine, or what to write instead of it.
-        left_out: files in the folder that stay here.
-        config: of a correction or a model; None of an export.
-        base: Hub name or local folder of the base, and its revision; None where nothing names any.
+        files: path in the repository -> file on this machine, or the content to upload instead.
+        left_out: files in the folder that are not uploaded.
+        config: config of a correction or a full model; None for an export.
+        base: Hub name or local folder of the base, and its revision; None if no base is named.
     """
 
     folder: Path
@@ -43,16 +43,16 @@ class SavedResult:
 
     @property
     def needs_base(self) -> bool:
-        """Whether it is worth nothing to somebody who cannot load its base."""
+        """Whether users must be able to load the base, too. A full model is complete without it."""
         return self.base is not None and self.kind != "full"
 
 
 def read_result(folder: Path) -> SavedResult:
-    """What a folder holds.
+    """Read and check a folder to push.
 
     Raises:
-        ModelNotFoundError: no such folder, or it holds nothing that glowq saved, or not all of it.
-        PickleRefusedError: it holds a pickle.
+        ModelNotFoundError: there is no such folder, it holds nothing that glowq saved, or files are missing.
+        PickleRefusedError: the folder holds a pickle.
         CorrectionError: a file is corrupt, or a factor is missing.
     """
     if not folder.is_dir():
@@ -67,11 +67,11 @@ def read_result(folder: Path) -> SavedResult:
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     pickles = [name for name in found if name.endswith(PICKLES)]
     if pickles:
-        raise PickleRefusedError(f"{folder / pickles[0]} is a pickle, which glowq does not spread; remove it.")
+        raise PickleRefusedError(f"{folder / pickles[0]} is a pickle, which glowq does not upload; remove it.")
     if is_export:
         return _read_export(folder, set(found))
     config = GlowQConfig.from_dict(stored or {})
-    stored_gains(folder, config)  # refuses what is damaged before anything is sent
+    stored_gains(folder, config)  # raises an error if a factor file is damaged
     files = {name: path for name, path in found.items() if is_result_file(name) or _are_terms(name)}
     base = config.base_model or {}
     left_out = sorted(set(found) - set(files))
@@ -83,7 +83,7 @@ def _are_terms(name: str) -> bool:
 
 
 def _read_export(folder: Path, found: set[str]) -> SavedResult:
-    """An export consists of the files that its manifest names, and knows its base if it is an adapter."""
+    """Read an export: the files that its manifest names, and the base if it is an adapter."""
     named = [EXPORT_MANIFEST, *read_json(folder / EXPORT_MANIFEST).get("files", {})]
     files = {name: safe_join(folder, name) for name in named}
     missing = sorted(set(files) - found)
@@ -102,7 +102,7 @@ def _read_export(folder: Path, found: set[str]) -> SavedResult:
 
 
 def stored_gains(folder: Path, config: GlowQConfig) -> list[GroupGains]:
-    """What the groups of a saved correction or model hold.
+    """The gains and bytes of the groups in a saved correction or a full model.
 
     Raises:
         CorrectionError: a file is corrupt, or a factor is missing, extra or misshaped.

@@ -1,4 +1,4 @@
-"""`Correction`: what a calibration produced, as it is saved, loaded, cut and verified."""
+"""`Correction`: the result of correcting a model. It can be saved, loaded, cut, rounded and uploaded."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ __all__ = ["Correction"]
 
 @dataclass(repr=False)
 class Correction:
-    """The factors of every restored group, and where they came from.
+    """The factors of every restored group, and their origin.
 
     Attributes:
-        factors: one entry a restored group: in the order of the model's forward, or by name where read from files.
+        factors: one entry per restored group, in the order of the model's forward, or by name if read from files.
         config: what config.json stores about the correction: base quantizer, base model, groups, method, seed.
-        model_config: the quantized model's own config.json fields, without its quantization.
-        base_bytes: bytes of the quantized weights at their nominal bit width, the denominator of every budget.
+        model_config: the quantized model's own fields of config.json, without its quantization.
+        base_bytes: bytes of the quantized weights at their nominal bit width; budgets in percent refer to them.
         tokenizer: saved next to the factors, so that the folder works in a pipeline; or None.
-        generation_config: saved next to the factors where the model has one; or None.
-        base_is_stored: whether the base can be loaded again from where `config.base_model` says: False where it was
+        generation_config: saved next to the factors if the model has one; or None.
+        base_is_stored: whether the base that `config.base_model` names can be loaded again. False if the base was
             quantized in memory with text that no config holds (GPTQ).
     """
 
@@ -73,7 +73,7 @@ class Correction:
 
     @property
     def predicted(self) -> float | None:
-        """Share of the whole model's predicted loss that the factors remove; None where none was measured."""
+        """Share of the whole model's predicted loss that the factors remove; None if no loss was measured."""
         total = self.config.total
         return math.fsum(chain.from_iterable(entry.gains.tolist() for entry in self.factors)) / total if total else None
 
@@ -85,21 +85,21 @@ class Correction:
 
     @property
     def group_gains(self) -> list[GroupGains]:
-        """What the ranks of each group gain and take, which a budget is allocated by."""
+        """The gain and the bytes of each rank of each group; a budget is allocated by them."""
         return [
             GroupGains(entry.group, entry.factor_bytes // entry.rank, entry.gains.tolist()) for entry in self.factors
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors as a file holds them, on the CPU: `<group>.right` (r, d) and `<member>.left` (o, r)."""
+        """The tensors that the file stores, on the CPU: `<group>.right` (r, d) and `<member>.left` (o, r)."""
         return factor_tensors(self.factors)
 
     def model_card(self) -> str:
-        """Text of README.md: metadata, what was corrected, what was measured, how to load it."""
+        """Text of README.md: metadata, what was corrected, what was measured, and how to load the model."""
         return self._card_files()[CARD].decode()
 
     def write_card(self, folder: Path) -> None:
-        """Write the model card into `folder`, with its picture where matplotlib is installed."""
+        """Write the model card into `folder`, with its plot if matplotlib is installed."""
         for name, content in self._card_files().items():
             (folder / name).write_bytes(content)
 
@@ -115,41 +115,42 @@ class Correction:
         rank_step: int = 1,
         max_rank: int | None = None,
     ) -> Correction:
-        """The same correction at smaller ranks: the factors are nested, so that nothing is solved again.
+        """The same correction with smaller ranks. The factors are nested, so nothing is solved again.
 
         Args:
-            rank: largest rank a group keeps.
+            rank: largest rank that a group keeps.
             budget: instead of `rank`: share of the quantized weights' bytes ("1%") or bytes ("200MB", 4096) that the
                 factors may take, or a share of the predicted loss to recover with the fewest bytes ("recover 80%").
-            rank_step: what a budget keeps are multiples of it, or all that a group's shape allows.
-            max_rank: most ranks that a budget lets a group keep.
+            rank_step: with a budget, each group keeps a multiple of this rank, or the largest rank of its shape.
+            max_rank: with a budget, largest rank that a group keeps.
 
         Returns:
-            What is kept. Figures that were measured on the whole ("held_out" in its provenance) are no figures of a
-            part: they are set aside as those that it was "selected" from.
+            The smaller correction. Figures that were measured with all ranks ("held_out" in the provenance) are not
+            valid for it; they are moved to "selected" in its provenance.
 
         Raises:
             RankError: rank below 1.
-            ConfigError: the budget cannot be parsed, does not pay for one rank step of any group, or is a target out of
-                reach; the gains were never measured; or an argument does not go with another, see
+            ConfigError: the budget cannot be parsed, is too small for one rank step of any group, or is a target that
+                the factors cannot reach; the gains were never measured; or two arguments exclude each other, see
                 `glowq.selection.budget.RankRequest`.
         """
         return self.kept(self.choose(RankRequest(rank, budget, rank_step, max_rank)))
 
     def choose(self, request: RankRequest, factor_dtype: str = "auto") -> dict[str, int]:
-        """Group name -> rank of what a request keeps; see `cut`.
+        """Group name -> rank that a request keeps; see `cut`.
 
         Args:
-            request: the whole is kept where it is empty.
-            factor_dtype: "int8" where what is kept will be rounded to that, which a budget pays half for.
+            request: the requested rank or budget; an empty request keeps everything.
+            factor_dtype: "int8" if the kept factors will be rounded to int8, so that a rank takes about half the bytes.
         """
         group_gains = stored_as(self.group_gains, factor_dtype)
-        if request.budget is not None and any(bool(entry.right.any()) for entry in self.factors):  # else no error
+        # If all factors are zero, the model has no error, and its gains of zero are correct.
+        if request.budget is not None and any(bool(entry.right.any()) for entry in self.factors):
             check_measured(group_gains, "the correction")
         return choose_ranks(group_gains, request, self.base_bytes, self.config.total)
 
     def kept(self, ranks: Mapping[str, int]) -> Correction:
-        """The same correction with the first ranks of some groups; see `cut`, which chooses them.
+        """The same correction with only the given ranks; `cut` also chooses them.
 
         Args:
             ranks: group name -> rank to keep; groups that are not named are left out.
@@ -161,14 +162,14 @@ class Correction:
         return replace(self, factors=factors, config=_config_of_part(self.config, factors, self.factor_bytes))
 
     def to_int8(self) -> Correction:
-        """The same correction with factors of a byte a value, half the bytes; see `glowq.factors.int8`.
+        """The same correction with int8 factors: one byte per value, half the bytes. See `glowq.factors.int8`.
 
         Returns:
-            Every rank as it was, rounded. Figures that were measured before ("held_out") are set aside as those that
-            it was "selected" from.
+            The correction with all its ranks, rounded. Figures that were measured before ("held_out" in the provenance)
+            are moved to "selected" in its provenance.
 
         Raises:
-            RoundingError: rounding is predicted to lose more than the bytes that it saves can win.
+            RoundingError: rounding is predicted to lose more accuracy than the saved bytes can give back.
         """
         found = self._with([rounded(entry) for entry in self.factors])
         found.config.record(factor_dtype="int8")
@@ -178,13 +179,15 @@ class Correction:
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write the small form: config.json, glowq.safetensors, tokenizer files, model card; all of it or nothing.
+        """Write the small form: config.json, glowq.safetensors, tokenizer files, model card.
 
-        The folder loads as a model with plain `from_pretrained` (after `import glowq`); its base is found by name.
+        If an error occurs, nothing is written. After `import glowq`, plain `from_pretrained` loads the folder as a
+        model; the base is found by its name.
 
         Args:
             save_directory: created if missing; an empty folder or an earlier correction of the same kind is accepted.
-            push_to_hub: also upload the folder; `kwargs` go to `push_to_hub` (`repo_id` defaults to the folder's name).
+            push_to_hub: also upload the folder.
+            **kwargs: arguments of `push_to_hub`; `repo_id` defaults to the folder's name.
 
         Raises:
             OutputError: the directory holds other files, cannot be written, or the disk is full.
@@ -206,7 +209,7 @@ class Correction:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if self.generation_config is not None:
-                # Not its own save_pretrained: that refuses the settings of many published models.
+                # generation_config.save_pretrained refuses the settings of many published models.
                 (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
             self.write_card(folder)
 
@@ -226,16 +229,16 @@ class Correction:
         commit_message: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Upload the small form to the Hub in one commit, and return its address, or the pull request's.
+        """Upload the small form to the Hub in one commit, and return the URL of the commit or the pull request.
 
         Args:
             repo_id: "name" or "organization/name"; created if missing.
-            base_model: Hub name of the base, where the correction was made on a folder of this machine.
-            base_revision: its branch, tag or commit; the commit that it stands for now is stored.
+            base_model: Hub name of the base, if the correction was made on a local folder.
+            base_revision: branch, tag or commit of `base_model`; the commit that it names now is stored.
             private, create_pr, revision, commit_message, token: see `glowq.artifact.push.push`.
 
         Raises:
-            ConfigError: the base is a folder of this machine, which nobody else can load, and no `base_model` is given.
+            ConfigError: the base is a local folder, which nobody else can load, and no `base_model` is given.
             HubError: the Hub refuses, cannot be reached, or the upload was interrupted.
         """
         from .push import push
@@ -266,19 +269,21 @@ class Correction:
         max_rank: int | None = None,
         **hub_kwargs: Any,
     ) -> Correction:
-        """Read a saved correction, or of what a cut keeps just that; the model itself is not loaded.
+        """Read a saved correction, or only the ranks that a cut keeps. The model itself is not loaded.
 
         Args:
             path: a folder that `save_pretrained` wrote, or a Hub name.
-            rank, budget, rank_step, max_rank: see `cut`. Which ranks are kept is known before any factor is read.
-            **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
+            rank, budget, rank_step, max_rank: see `cut`. The ranks are chosen before any factor is read, and only they
+                are read.
+            **hub_kwargs: arguments of `huggingface_hub.snapshot_download`, e.g. `revision`, `token`,
+                `local_files_only`.
 
         Raises:
             ModelNotFoundError: no such folder, or it holds no correction.
             CorrectionError: its files are corrupt, or a factor is missing, extra or misshaped.
             NonFiniteError: a factor that was read holds NaN or Inf.
-            RankError, ConfigError: see `cut`; also where the budget is larger than the correction, or where the
-                correction holds no measured gains.
+            RankError, ConfigError: see `cut`; also if the budget is larger than the correction, or if the correction
+                holds no measured gains.
         """
         request = RankRequest(rank, budget, rank_step, max_rank)
         with open_saved(path, **hub_kwargs) as saved:
@@ -286,11 +291,11 @@ class Correction:
 
     @classmethod
     def from_saved(cls, saved: SavedCorrection, ranks: Mapping[str, int] | None = None) -> Correction:
-        """Read an open correction.
+        """Read the factors of an open correction.
 
         Args:
             saved: see `glowq.artifact.saved.open_saved`.
-            ranks: group name -> rank to keep, see `SavedCorrection.choose`; None: everything.
+            ranks: group name -> rank to keep, see `SavedCorrection.choose`; None keeps everything.
 
         Raises:
             NonFiniteError: a factor that was read holds NaN or Inf.

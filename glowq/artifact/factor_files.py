@@ -1,4 +1,4 @@
-"""Factors in safetensors files: every header is checked when they are opened, and only what is asked for is read."""
+"""Factors in safetensors files. Opening the files checks all headers; only the requested ranks are read."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ __all__ = [
 ]
 
 FACTOR_KEYS = r"\.(left|right|right_scale)$"
-"""What the names of a correction's tensors end in."""
+"""Regular expression for the end of the name of each of a correction's tensors."""
 
-_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}  # of the dtypes that a factor may have
-_UNPACKED = torch.bfloat16  # what int8 factors are in memory, until a model takes them: exact
+_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}  # bytes per value, for each dtype of a factor
+_UNPACKED = torch.bfloat16  # dtype of int8 factors in memory until they are attached; it holds their values exactly
 
 
 def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
-    """File tensors by name, sorted: `<group>.right` and `<member>.left`, and `<group>.right_scale` where int8."""
+    """The tensors that the file stores, sorted by name.
+
+    They are `<group>.right` and `<member>.left`, and for int8 factors also `<group>.right_scale`.
+    """
     tensors: dict[str, Tensor] = {}
     for entry in factors:
         right, lefts = entry.right, entry.lefts
@@ -50,7 +53,7 @@ def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
 
 
 def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]]:
-    """What config.json says of each group."""
+    """The description of each group that config.json stores."""
     return {
         entry.group.name: {
             "members": list(entry.group.members),
@@ -66,7 +69,7 @@ def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]
 
 
 def stored_group(name: str, stored: Mapping[str, Any]) -> Group:
-    """The group that config.json describes as `stored`, an entry of `describe_groups`."""
+    """The group whose description in config.json is `stored`, an entry of `describe_groups`."""
     return Group(
         name=name,
         members=tuple(stored["members"]),
@@ -78,11 +81,11 @@ def stored_group(name: str, stored: Mapping[str, Any]) -> Group:
 
 @dataclass(frozen=True)
 class StoredFactors:
-    """The factors of a correction's groups, unread.
+    """The factors of a correction's groups in open files. Their values are read later.
 
     Attributes:
-        group_gains: one a group, with as many gains as it has ranks.
-        totals: group name -> error before any rank.
+        group_gains: one entry per group, with one gain per stored rank.
+        totals: group name -> error without a correction.
         tensors: factor name -> the open file that holds it, and the file's path.
     """
 
@@ -92,18 +95,19 @@ class StoredFactors:
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all factors."""
         return sum(len(item.gains) * item.rank_bytes for item in self.group_gains)
 
     def read(self, ranks: Mapping[str, int] | None = None) -> list[GroupFactors]:
-        """Read the first ranks of groups, and nothing of any other.
+        """Read only the first ranks of the given groups.
 
         Args:
-            ranks: group name -> rank, from 1 to what the group has; groups not named are left out. None: everything.
+            ranks: group name -> rank, from 1 to the stored rank; groups that are not named are left out. None reads
+                everything.
 
         Raises:
             NonFiniteError: a factor that was read holds NaN or Inf.
-            CorrectionError: a scale of int8 factors is no power of two.
+            CorrectionError: a scale of int8 factors is not a power of two.
         """
         factors = []
         for item in self.group_gains:
@@ -137,7 +141,7 @@ class StoredFactors:
         if part == (slice(None),) * len(part):
             tensor: Tensor = opened.get_tensor(name)
         else:
-            # A slice is a view of the mapped file, which it would keep mapped.
+            # Copy the slice: it is a view of the memory-mapped file, and would keep the file mapped.
             tensor = opened.get_slice(name)[part].clone(memory_format=torch.contiguous_format)
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"factor {name!r} in {file} holds NaN or Inf; download or correct again.")
@@ -146,20 +150,20 @@ class StoredFactors:
 
 @contextmanager
 def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredFactors]:
-    """Open and check the factors of `groups` in safetensors files; other tensors in them are left alone.
+    """Open and check the factors of `groups` in safetensors files. Other tensors in the files are ignored.
 
     Args:
-        files: together they hold every factor of `groups`, and no factor of another.
-        groups: as config.json stores them.
+        files: files that together hold every factor of `groups`, and no factor of another group.
+        groups: group name -> description, as config.json stores them.
 
     Raises:
         CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
     """
     with ExitStack() as stack:
         tensors = _open(files, stack)
-        unnamed = dict(tensors)
-        group_gains = [_offer(stored_group(name, stored), stored, unnamed) for name, stored in groups.items()]
-        extra = sorted(unnamed)
+        unmatched = dict(tensors)
+        group_gains = [_checked_gains(stored_group(name, stored), stored, unmatched) for name, stored in groups.items()]
+        extra = sorted(unmatched)
         if extra:
             raise CorrectionError(
                 f"extra factor {extra[0]!r} ({len(extra)} in all) that no group of config.json names; the file and "
@@ -195,18 +199,21 @@ def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]
     return tensors
 
 
-def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any, Path]]) -> GroupGains:
-    """What a group can give, once the header says that its factors are what config.json says; they leave `unnamed`."""
+def _checked_gains(group: Group, stored: Mapping[str, Any], unmatched: dict[str, tuple[Any, Path]]) -> GroupGains:
+    """Check that a group's factors in the headers fit its description, and return its gains.
+
+    The group's factors are removed from `unmatched`.
+    """
     rank = int(stored["rank"])
     shapes = {f"{group.name}.right": (rank, group.in_features)}
     shapes |= {f"{member}.left": (width, rank) for member, width in zip(group.members, group.out_features, strict=True)}
-    dtypes = [_dtype(unnamed, name, shape) for name, shape in shapes.items()]
+    dtypes = [_dtype(unmatched, name, shape) for name, shape in shapes.items()]
     rank_bytes = sum(
         prod(shape) // rank * _ITEMSIZES[dtype] for shape, dtype in zip(shapes.values(), dtypes, strict=True)
     )
     if "I8" in dtypes:
         scale = f"{group.name}.right_scale"
-        if set(dtypes) != {"I8"} or _dtype(unnamed, scale, (rank,)) != "F32":
+        if set(dtypes) != {"I8"} or _dtype(unmatched, scale, (rank,)) != "F32":
             raise CorrectionError(
                 f"group {group.name!r} mixes int8 factors with others ({', '.join(dtypes)}), or its {scale!r} is not "
                 "float32. Download or correct again."
@@ -215,8 +222,8 @@ def _offer(group: Group, stored: Mapping[str, Any], unnamed: dict[str, tuple[Any
     return GroupGains(group, rank_bytes, [float(gain) for gain in stored["gains"]])
 
 
-def _dtype(unnamed: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> str:
-    opened, file = unnamed.pop(name, (None, None))
+def _dtype(unmatched: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> str:
+    opened, file = unmatched.pop(name, (None, None))
     if opened is None:
         raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
     header = opened.get_slice(name)

@@ -1,4 +1,4 @@
-"""Which quantized weights a correction is valid for."""
+"""Fingerprints of quantized weights, to check that a correction is valid for a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Provenance`: what is known of the making of a correction, typed, as config.json stores it."""
+"""`Provenance`: a record of how a correction was made, with typed fields, as config.json stores it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Benefit", "HeldOut", "Provenance", "RoundingCost", "Selected"]
 
 
 class HeldOut(TypedDict, total=False):
-    """Perplexities on text that was held out of the calibration text, and the share of their gap that came back."""
+    """Perplexities on held-out text, and the share of the gap between them that the correction recovered."""
 
     reference: float | None
     quantized: float | None
@@ -25,7 +25,7 @@ class HeldOut(TypedDict, total=False):
 
 
 class RoundingCost(TypedDict, total=False):
-    """Mean divergence from the reference with int8 factors and unrounded, see `glowq.evaluation.rounding_cost`."""
+    """Mean divergence from the reference, with int8 and unrounded factors; see `glowq.evaluation.rounding_cost`."""
 
     tokens: int
     quantized: float
@@ -35,7 +35,7 @@ class RoundingCost(TypedDict, total=False):
 
 
 class Selected(TypedDict, total=False):
-    """Of what a correction is a part: the bytes and the held-out figures of the whole, and the budget it was cut to."""
+    """The bytes and held-out figures of the larger correction that this one was cut from, and the budget of the cut."""
 
     of_factor_bytes: int
     of_held_out: HeldOut | None
@@ -52,26 +52,26 @@ class Benefit(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Facts of the making of a correction; None where a fact is unknown or does not apply.
+    """How a correction was made. A field is None if it is unknown or does not apply.
 
     Attributes:
-        glowq: version that made it.
-        calibration_tokens: tokens that it was calibrated on.
-        sequence_length: tokens a calibration sequence.
-        gains: the unit of all gains and of `total`.
-        measured_tokens: tokens that each group's benefit was measured on.
-        not_restored: group name -> measured benefit of the groups that a budget left out because they only did harm.
+        glowq: version of glowq that made the correction.
+        calibration_tokens: number of tokens that it was calibrated on.
+        sequence_length: tokens per calibration sequence.
+        gains: unit of all gains and of `total`.
+        measured_tokens: number of tokens that each group's benefit was measured on.
+        not_restored: group name -> measured benefit, for groups that a budget left out because they made answers worse.
         total: predicted loss of the whole quantized model in the unit of the gains.
         distilled_steps: steps of gradient descent on the chosen factors.
-        factor_dtype: "int8" where the factors were rounded to it.
-        int8: what that costs, measured.
+        factor_dtype: "int8" if the factors were rounded to it.
+        int8: measured loss of accuracy by rounding to int8.
         held_out: figures on held-out text.
-        selected: what it was cut from.
-        command: the exact command lines, one a line.
-        adapter_base: base of the adapter that it was imported from.
+        selected: the larger correction that this one was cut from.
+        command: the exact command lines, one per line.
+        adapter_base: base model of the adapter that the correction was imported from.
 
     Raises:
-        ConfigError: a value is of another kind; the message names the field.
+        ConfigError: a value has the wrong type or is not allowed; the message names the field.
     """
 
     glowq: str | None = None
@@ -102,7 +102,7 @@ class Provenance:
             if self.gains not in list(GainUnit):
                 units = ", ".join(repr(unit.value) for unit in GainUnit)
                 raise ConfigError(f"provenance.gains in config.json must be one of {units}, found {self.gains!r}.")
-            object.__setattr__(self, "gains", GainUnit(self.gains))  # of the text that a file holds
+            object.__setattr__(self, "gains", GainUnit(self.gains))  # a file holds it as text
 
     def _check_kind(self, name: str, kind: type, what: str) -> None:
         value = getattr(self, name)
@@ -115,6 +115,6 @@ class Provenance:
         return [field.name for field in fields(cls)]
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json stores: the facts that are known."""
+        """The fields that config.json stores: all that are not None."""
         known = {name: getattr(self, name) for name in self.names() if getattr(self, name) is not None}
         return {name: value.value if isinstance(value, GainUnit) else value for name, value in known.items()}

@@ -1,8 +1,8 @@
-"""To the Hub: a saved correction, a corrected model in one piece, or an export, in one commit that happens or does not.
+"""Push a saved correction, a self-contained corrected model or an export to the Hub, in one commit.
 
-`create_commit` rather than `upload_folder`: that one commits a large folder part by part, so that an interrupted upload
-leaves half a model on the branch. Here every large file is uploaded first (through xet where it is installed, which
-keeps what arrived of an interrupted one) and the commit comes last.
+This file calls `create_commit` and not `upload_folder`, because `upload_folder` commits a large folder in several
+parts: an interrupted upload would leave an incomplete model on the branch. `create_commit` first uploads every large
+file, and commits at the end. If xet is installed, an interrupted upload keeps the parts that have arrived.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .saved import FACTORS_FILE
 
 __all__ = ["push"]
 
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", FACTORS_FILE)  # of any earlier result
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", FACTORS_FILE)  # files of any earlier push
 
 
 @dataclass(frozen=True)
 class _Base:
-    """The base on the Hub, at one commit; `compared`: its weights were found to be those of a local folder."""
+    """The base on the Hub, at one commit. `compared`: whether its weights were found equal to a local folder's."""
 
     name: str
     revision: str
@@ -59,29 +59,29 @@ def push(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> dict[str, Any]:
-    """Upload what glowq saved to a model repository, all of it in one commit; the folder itself stays as it is.
+    """Upload a folder that glowq saved to a model repository, in one commit. The folder itself is not changed.
 
     Args:
-        folder: of a correction, a corrected model in one piece, or an export.
+        folder: folder of a correction, a self-contained corrected model, or an export.
         repo_id: "name" or "organization/name"; created if missing.
         base_model: Hub name of the base; stored instead of the local folder that the correction was made on.
-        base_revision: branch, tag or commit of `base_model`; the commit that it stands for now is stored.
-        private: visibility of a new repository.
-        create_pr: open a pull request instead, in a repository of anybody.
+        base_revision: branch, tag or commit of `base_model`; the commit that it names now is stored.
+        private: whether a new repository is private.
+        create_pr: open a pull request instead; the repository may belong to somebody else.
         revision: branch to push to, created if missing; or a pull request, "refs/pr/1".
-        commit_message: first line of the commit.
-        token: None takes the one that `hf auth login` stored.
+        commit_message: first line of the commit message.
+        token: access token; None uses the token that `hf auth login` stored.
 
     Returns:
-        "kind", "repository", "revision", "commit" (its address), "oid", "pull_request" (its address, or None),
-        "base_model" ({"name", "revision", "gated", "compared"}, or None), "files" (name -> bytes), "bytes", "left_out".
+        "kind", "repository", "revision", "commit" (URL), "oid", "pull_request" (URL or None), "base_model" ({"name",
+        "revision", "gated", "compared"}, or None), "files" (name -> bytes), "bytes", "left_out".
 
     Raises:
         ModelNotFoundError: no such folder, it holds nothing that glowq saved, or the base is not on the Hub.
         PickleRefusedError: the folder holds a pickle.
-        ConfigError: the base is a folder of this machine, or arguments do not go together.
+        ConfigError: the base is a local folder, or two arguments exclude each other.
         CorrectionError: a file is corrupt, or a factor is missing.
-        HubError: the Hub refuses, cannot be reached, or the upload was interrupted; nothing was committed then.
+        HubError: the Hub refuses, cannot be reached, or the upload was interrupted; then nothing was committed.
     """
     if create_pr and revision is not None:
         raise ConfigError("a pull request is opened against the main branch: give create_pr or revision, not both.")
@@ -95,7 +95,7 @@ def push(
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
-        files = _named(result, repository, base)
+        files = _files_to_upload(result, repository, base)
         stale = _stale(api, repository, revision, files) if result.kind != "export" else []
         additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         commit = api.create_commit(
@@ -138,11 +138,11 @@ def _check_base(result: SavedResult, repo_id: str, base_model: str | None, is_as
 
 
 def _find_base(api: HfApi, result: SavedResult, base_model: str | None, base_revision: str | None) -> _Base | None:
-    """The base on the Hub, at the commit that its revision stands for; None where a model does without.
+    """The base on the Hub, at the commit that its revision names now; None if the result works without it.
 
     Raises:
-        ModelNotFoundError: it is not there.
-        HubError: it is there and is another model.
+        ModelNotFoundError: the base is not on the Hub, and it is needed or was named by the user.
+        HubError: the base on the Hub is another model than the local base.
     """
     if result.base is None or (base_model is None and Path(result.base[0]).is_absolute()):
         return None
@@ -161,10 +161,13 @@ def _find_base(api: HfApi, result: SavedResult, base_model: str | None, base_rev
 
 
 def _compare(local: Path, info: ModelInfo) -> bool:
-    """Whether the local base's weights are in files that the Hub has too, and then the same ones.
+    """Compare the weight files of the local base with those on the Hub.
+
+    Returns:
+        True if all are equal, False if a file's name does not exist on the Hub, so that they cannot be compared.
 
     Raises:
-        HubError: a file of that name has another content there.
+        HubError: a file on the Hub has the same name but another content.
     """
     theirs = {sibling.rfilename: sibling.lfs.sha256 for sibling in info.siblings or () if sibling.lfs is not None}
     ours = [Path(file) for file in checkpoint_files(local)]
@@ -181,10 +184,10 @@ def _compare(local: Path, info: ModelInfo) -> bool:
     return True
 
 
-def _named(result: SavedResult, repository: str, base: _Base | None) -> dict[str, Path | bytes]:
-    """The files, config.json and the card among them with the base's Hub name and commit, the card with its license.
+def _files_to_upload(result: SavedResult, repository: str, base: _Base | None) -> dict[str, Path | bytes]:
+    """The files to upload. config.json and the card get the base's Hub name and commit; the card gets its license.
 
-    A card that somebody has written on keeps its text: only its metadata is completed.
+    If a user has edited the card, its text is kept, and only missing metadata is added.
     """
     if result.config is None:
         return dict(result.files)
@@ -220,6 +223,6 @@ def _card(file: Path) -> ModelCard | None:
 
 
 def _stale(api: HfApi, repository: str, revision: str | None, files: Mapping[str, Any]) -> list[str]:
-    """Weights of an earlier push that this one does not replace: transformers would go on loading them."""
+    """Weight files of an earlier push that this push does not replace. transformers would still load them."""
     there = api.list_repo_files(repository, revision=revision)
     return [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in _WEIGHTS)]

@@ -1,4 +1,4 @@
-"""`CorrectionRequest`: everything that a user can ask of a correction, in one place and checked once."""
+"""`CorrectionRequest`: all settings of a correction that a user can choose, with their checks."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ __all__ = ["CorrectionRequest"]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CorrectionRequest:
-    """What a correction is to be: `GlowQConfig`, `glowq.correct`, the command line and optimum's exporter carry it.
+    """The settings of a correction, used by `GlowQConfig`, `glowq.correct`, the command line and optimum's exporter.
 
     Attributes:
-        rank: rank of every group (lowered where a group allows less); 32 if neither it nor `budget` is given.
-        budget: instead of `rank`: the ranks that gain most within these bytes, a share of the quantized weights
-            ("1%") or a size ("200MB"); or the share of the predicted loss that the fewest bytes are to recover
-            ("recover 80%").
-        rank_step: a budget gives ranks in multiples of this (kernels like 8 or 16), or all that a group's shape allows.
-        max_rank: most ranks that a budget gives any group.
+        rank: rank of every group, lowered if a group allows less; 32 if neither `rank` nor `budget` is given.
+        budget: instead of `rank`: bytes for the ranks that gain most, given as a share of the quantized weights ("1%")
+            or as a size ("200MB"); or a share of the predicted loss ("recover 80%"), which is recovered with the fewest
+            bytes.
+        rank_step: a budget gives ranks in multiples of this (8 or 16 are good for kernels), or the largest rank that a
+            group's shape allows.
+        max_rank: largest rank that a budget gives any group.
         method: name of the solver method, see `glowq.solving.methods`.
         calibration: text (list of str, file, folder or datasets name), or token ids, shape (n, length), int64.
-        calibration_tokens: how many tokens of the text are used, picked from all over it.
-        sequence_length: tokens a sequence; lowered to what the model allows.
-        distill: steps of gradient descent, after the ranks are chosen, that bring the corrected model's answers nearer
-            to the reference's; 60 are good. The factors stay as many, and are no longer each group's own optimum.
-        factor_dtype: "auto", the model's own, or "int8", half the bytes, so that a budget gives twice the ranks. What
-            that costs is measured on text that the factors were not calibrated on.
-        seed: of the choice of sequences and of the solver.
+        calibration_tokens: number of tokens to use, taken from all parts of the text.
+        sequence_length: tokens per sequence; lowered to the model's limit.
+        distill: number of distillation steps. After the ranks are chosen, gradient descent on the factors brings the
+            corrected model's answers nearer to the reference's; 60 is a good value. The ranks do not change, but the
+            factors are no longer the optimum of each single group.
+        factor_dtype: "auto" for the model's own dtype, or "int8" for half the bytes, so that a budget gives twice the
+            ranks. The loss of accuracy by rounding is measured on text that the factors were not calibrated on.
+        seed: seed for the choice of sequences and for the solver.
 
     Raises:
-        ConfigError: a field holds a value that cannot be used, or two of them exclude each other.
+        ConfigError: a field holds a value that cannot be used, or two fields exclude each other.
     """
 
     rank: int | None = None
@@ -58,7 +60,7 @@ class CorrectionRequest:
 
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
             raise ConfigError(f"rank must be a whole number of at least 1, found {self.rank!r}.")
-        RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)  # checks how they go together
+        RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)  # checks these four fields
         check_int("calibration_tokens", self.calibration_tokens, 1)
         check_int("sequence_length", self.sequence_length, 2)
         check_int("distill", self.distill, 0)
@@ -73,10 +75,14 @@ class CorrectionRequest:
 
     @classmethod
     def of(cls, request: CorrectionRequest | None, options: Mapping[str, Any]) -> CorrectionRequest:
-        """The request that a function was given, as one or as its fields.
+        """The request of a function that takes either a request or its fields.
+
+        Args:
+            request: the request, or None.
+            options: field name -> value.
 
         Raises:
-            ConfigError: both were given, or a name is no field.
+            ConfigError: both were given, or an option is not a field.
         """
         if request is not None and options:
             raise ConfigError(f"give either request or its fields ({', '.join(sorted(options))}), not both.")
@@ -94,11 +100,11 @@ class CorrectionRequest:
 
     @property
     def ranks(self) -> RankRequest:
-        """How many ranks the groups are to have."""
+        """The four fields that determine the ranks of the groups."""
         return RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)
 
     def asked(self) -> dict[str, Any]:
-        """The fields that differ from their defaults: what makes the same request again."""
+        """The fields that differ from their defaults. They are enough to make the same request again."""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)

@@ -1,4 +1,4 @@
-"""A saved correction before its factors are read: what is kept of it is chosen first."""
+"""A saved correction before its factors are read, so that the ranks to keep can be chosen first."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FACTORS_FILE = "glowq.safetensors"
 
 @dataclass(frozen=True)
 class SavedCorrection:
-    """A correction's folder, open.
+    """The open folder of a saved correction.
 
     Attributes:
         name: folder or Hub name, as it was given.
-        folder: where its files are.
+        folder: local folder of its files.
         config: what config.json stores about the correction.
-        model_config: the rest of config.json, which is the quantized model's.
-        factors: the factors, unread.
+        model_config: the other fields of config.json, which describe the quantized model.
+        factors: the factors in open files; their values are read later.
     """
 
     name: str
@@ -44,20 +44,20 @@ class SavedCorrection:
 
     @property
     def base_bytes(self) -> int:
-        """Bytes of the quantized weights; 0 where config.json does not say."""
+        """Bytes of the quantized weights; 0 if config.json does not state them."""
         return int(self.config.base_bytes or 0)
 
     def choose(self, request: RankRequest, factor_dtype: str = "auto") -> dict[str, int]:
-        """Group name -> rank of what a request keeps; see `choose_ranks`.
+        """Group name -> rank that a request keeps; see `choose_ranks`.
 
         Args:
-            request: the whole is kept where it is empty.
-            factor_dtype: "int8" where what is kept will be rounded to that, which a budget pays half for.
+            request: the requested rank or budget; an empty request keeps everything.
+            factor_dtype: "int8" if the kept factors will be rounded to int8, so that a rank takes about half the bytes.
 
         Raises:
             RankError: rank below 1.
-            ConfigError: the budget is larger than the correction, too small for anything, or a target out of reach; or
-                the correction holds nothing that groups could be chosen by.
+            ConfigError: the budget is larger than the correction, too small for any rank, or a target that the factors
+                cannot reach; or the correction holds no measured gains.
         """
         group_gains = stored_as(self.factors.group_gains, factor_dtype)
         if request.budget is not None:
@@ -70,7 +70,7 @@ class SavedCorrection:
         check_measured(group_gains, self.name)
         available = None if parse_target(budget) is not None else parse_budget(budget, self.base_bytes)
         whole = sum(item.rank_bytes * len(item.gains) for item in group_gains)
-        if available is not None and available > whole:  # bytes that were never solved for cannot be selected
+        if available is not None and available > whole:  # ranks that were not solved cannot be selected
             raise ConfigError(
                 f"budget {budget!r} is {available} bytes, but {self.name} has only {whole}{kind} "
                 f"({whole / self.base_bytes:.2%}); give less, or correct again with a larger --budget or --rank."
@@ -79,11 +79,11 @@ class SavedCorrection:
 
 @contextmanager
 def open_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> Iterator[SavedCorrection]:
-    """Open the folder of a correction: config.json is read, the factors' headers are checked, no factor is read.
+    """Open the folder of a correction: read config.json and check the headers of the factors, but read no factor.
 
     Args:
         path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
-        **hub_kwargs: to `huggingface_hub.snapshot_download`.
+        **hub_kwargs: arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
         ModelNotFoundError: no such folder, or it holds no correction.

@@ -1,4 +1,4 @@
-"""Checks of what config.json stores of a correction: its groups, and the name of its base."""
+"""Checks of the fields that config.json stores about a correction: its groups, and the name of its base."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def check_group(name: str, group: Mapping[str, Any]) -> None:
         check_int(f"a width of group {name!r}", width, 1)
     check_int(f"rank of group {name!r}", group["rank"], 1)
     if not isinstance(gains, Sequence) or isinstance(gains, str) or len(gains) != group["rank"]:
-        raise ConfigError(f"group {name!r} in config.json needs one gain a rank.")
+        raise ConfigError(f"group {name!r} in config.json needs one gain per rank.")
     for gain in gains:
         check_amount(f"a gain of group {name!r}", gain)
     check_amount(f"total of group {name!r}", group["total"])
 
 
 def check_base_model(base_model: Mapping[str, Any] | None) -> None:
-    """Refuse a base that is not named, or whose name leads out of its folder.
+    """Refuse a base that has no name, or whose name contains "..".
 
     Raises:
-        ConfigError: fields are missing, unknown or of another kind.
-        UnsafePathError: the name climbs out of its folder.
+        ConfigError: fields are missing or unknown, or the name is not a text.
+        UnsafePathError: the name contains "..", and so leads out of its folder.
     """
     if base_model is None or set(base_model) != {"name", "revision", "fingerprint"}:
         raise ConfigError("base_model in config.json must hold name, revision and fingerprint.")
@@ -48,7 +48,7 @@ def check_base_model(base_model: Mapping[str, Any] | None) -> None:
     if not isinstance(name, str) or not name:
         raise ConfigError("base_model.name in config.json must be a Hub name or a folder.")
     if ".." in name.replace("\\", "/").split("/"):
-        raise UnsafePathError(f"base_model.name {name!r} in config.json climbs out of its folder; refused.")
+        raise UnsafePathError(f"base_model.name {name!r} in config.json leads out of its folder; refused.")
 
 
 def _strings(values: Any) -> bool:

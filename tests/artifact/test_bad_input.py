@@ -259,7 +259,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "nan": (tensors(lambda t: t[RIGHT].fill_(math.nan)), errors.NonFiniteError, f"'{RIGHT}' in .* holds NaN"),
     "field": (stored(lambda c: c.update(sede=1)), errors.ConfigError, "unknown field 'sede' .* 'seed'"),
     "newer": (stored(lambda c: c.update(version=2)), errors.VersionError, "format version 2"),
-    "climbing": (stored(lambda c: c["base_model"].update(name="../x")), errors.UnsafePathError, "climbs out"),
+    "climbing": (stored(lambda c: c["base_model"].update(name="../x")), errors.UnsafePathError, "leads out"),
     "wrong": (stored(lambda c: c["base_model"].update(fingerprint="0")), errors.FingerprintError, "another model"),
 }
 

@@ -126,7 +126,7 @@ class TestConfig:
         ],
     )
     def test_what_an_attached_correction_would_ignore_is_refused(self, idle: dict[str, Any]) -> None:
-        with pytest.raises(ConfigError, match=f"{next(iter(idle))} is of a correction that is made now"):
+        with pytest.raises(ConfigError, match=f"{next(iter(idle))} is an option of a new correction"):
             glowq.GlowQConfig(base="nf4", correction="folder", **idle)
 
     @pytest.mark.parametrize("idle", [{"format": "correction"}, {"base_bytes": 5}, {"provenance": {"total": 1.0}}])

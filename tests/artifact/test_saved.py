@@ -222,7 +222,7 @@ def first_group(stored: dict[str, Any]) -> dict[str, Any]:
         (lambda s: first_group(s)["gains"].__setitem__(0, "high"), "a gain of group .* at least 0, found 'high'"),
         (lambda s: first_group(s)["gains"].__setitem__(0, -1.0), r"a gain of group .* found -1\.0"),
         (lambda s: first_group(s)["gains"].__setitem__(0, math.nan), "a gain of group .* found nan"),
-        (lambda s: first_group(s).update(gains="12345678"), "needs one gain a rank"),
+        (lambda s: first_group(s).update(gains="12345678"), "needs one gain per rank"),
         (lambda s: first_group(s).update(total=True), "total of group .* found True"),
         (lambda s: s["provenance"].update(total="all"), r"provenance\.total .* at least 0, found 'all'"),
     ],
