@@ -1,3 +1,4 @@
-"""The `glowq` command: options, output, and one file for each command in `commands`.
+"""The `glowq` command: its options, its output, and one file per subcommand in `commands`.
 
-May import everything; nothing imports it. A command imports torch and transformers only when it runs."""
+This package may import every package; no other package imports it. A command imports torch and transformers only when
+it runs."""

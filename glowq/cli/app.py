@@ -1,4 +1,4 @@
-"""The `glowq` command: one thin file a subcommand, over the functions that Python users call."""
+"""The `glowq` command. Each subcommand is a small file that calls the same functions as a Python user."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ app.command("inspect")(inspect)
 app.command("push")(push)
 app.command("select")(select)
 app.command("verify")(verify)
-# Everything after the program's name belongs to the program, its --help too.
+# Everything after the program's name belongs to the program, including --help.
 app.command("run", context_settings={**_HELP, "allow_interspersed_args": False})(run)
 
 

@@ -26,8 +26,8 @@ __all__ = [
     "rank_request",
 ]
 
-# What --help shows of --base and --method. The registries that decide import torch and every quantization library,
-# which takes seconds, so the names stand here once more; a test compares them.
+# The names that --help shows for --base and --method. The registries that define them import torch and transformers,
+# which takes seconds. So the names are repeated here, and a test compares them with the registries.
 BASE_NAMES = (
     "fp4",
     "fp4-double",
@@ -67,7 +67,7 @@ METHOD_NAMES = (
 
 
 def check_budget(value: str | None) -> str | None:
-    """Callback of an option that takes a budget of bytes: what cannot be parsed is wrong usage."""
+    """Callback of an option that takes a budget of bytes. A budget that cannot be parsed is wrong usage (status 2)."""
     from ..selection.budget import parse_budget
 
     try:
@@ -79,7 +79,7 @@ def check_budget(value: str | None) -> str | None:
 
 
 def rank_request(rank: int | None, budget: str | None, rank_step: int, max_rank: int | None) -> RankRequest:
-    """What --rank, --budget, --rank-step and --max-rank ask for: what does not go together is wrong usage."""
+    """The request of --rank, --budget, --rank-step and --max-rank. Conflicting values are wrong usage (status 2)."""
     from ..selection.budget import RankRequest
 
     try:
@@ -88,17 +88,19 @@ def rank_request(rank: int | None, budget: str | None, rank_step: int, max_rank:
         raise typer.BadParameter(str(error)) from error
 
 
-BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or what it takes to reach a predicted share of the "
-BUDGET += "lost accuracy ('recover 80%')"
-BudgetOption = Annotated[str | None, typer.Option(help=f"Bytes to spend: {BUDGET}.")]
+BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or as many as recover a predicted share of the lost "
+BUDGET += "accuracy ('recover 80%')"
+BudgetOption = Annotated[str | None, typer.Option(help=f"Bytes for the factors: {BUDGET}.")]
 RankStepOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="A budget gives ranks in multiples of N; kernels like 8 or 16.")
+    int, typer.Option(min=1, metavar="N", help="A budget gives ranks in multiples of N; 8 or 16 are good for kernels.")
 ]
-MaxRankOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="A budget gives no group more ranks.")]
+MaxRankOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Largest rank that a budget gives a group.")
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
 FactorDtypeOption = Annotated[
     Literal["auto", "int8"],
-    typer.Option(help="auto: the model's own dtype. int8: a byte a value, so that a budget gives twice the ranks."),
+    typer.Option(help="auto: the model's own dtype. int8: one byte per value, so that a budget gives twice the ranks."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]

@@ -1,4 +1,4 @@
-"""What every command shares: its common options, and how results and errors leave the process."""
+"""Functions of all commands: run a command, print its result or its error, format tables."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["command_line", "grid", "markdown_table", "peak_rss_bytes", "session"
 
 Show = Callable[[dict[str, Any], Callable[[], Any]], None]
 
-_WIDTH = 160  # of tables that do not go to a terminal
+_WIDTH = 160  # width of tables that are not printed to a terminal
 
 
 @contextmanager
 def session(as_json: bool) -> Iterator[Show]:
-    """Run a command: its result alone reaches stdout, and a `GlowQError` ends it with one line and status 1.
+    """Run a command. Only its result is printed to stdout; a `GlowQError` ends it with one line and status 1.
 
     Args:
-        as_json: print the result as JSON rather than for people.
+        as_json: print the result as JSON, not as tables.
 
     Yields:
-        show(result, render): call it once at the end; `render` returns what rich shows to people.
+        show(result, render): call it once at the end; `render` returns the tables that rich prints.
     """
     results: list[tuple[dict[str, Any], Callable[[], Any]]] = []
     try:
@@ -49,7 +49,7 @@ def session(as_json: bool) -> Iterator[Show]:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Libraries print, C libraries among them: lend them stderr."""
+    """Send everything that libraries print, including C libraries, to stderr."""
     stdout: TextIO = sys.stdout
     if stdout != sys.__stdout__:
         with redirect_stdout(sys.stderr):
@@ -70,7 +70,7 @@ def _quiet_progress_bars() -> None:
     if not sys.stderr.isatty():
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
-        disable_progress_bars()  # which transformers takes over when it is imported; not every command imports it
+        disable_progress_bars()  # transformers reads this setting when it is imported; not every command imports it
         if "transformers.utils.logging" in sys.modules:
             sys.modules["transformers.utils.logging"].disable_progress_bar()
 
@@ -85,12 +85,13 @@ def command_line(output: str | None = None, shown: str = "OUT") -> str:
     """The command as it was typed, quoted for a shell.
 
     Args:
-        output: a folder that is written as `shown`, so that the same command gives the same files wherever they go.
+        output: the output folder; it is replaced with `shown`, so that the written files do not depend on its name.
+        shown: the replacement.
     """
     program = "optimum-cli" if os.path.basename(sys.argv[0]) == "optimum-cli" else "glowq"
     arguments = sys.argv[1:]
     for place in reversed(range(len(arguments)) if output is not None else ()):
-        # The folder may have the name of a model, a quantizer or the command itself.
+        # A model, a quantizer or the command can have the same name as the folder, so check where the argument stands.
         option = place > 0 and arguments[place - 1] == "--output"
         if arguments[place] == f"--output={output}":
             arguments[place] = f"--output={shown}"
@@ -113,7 +114,7 @@ def grid(rows: Mapping[str, Any]) -> Any:
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = ()) -> Any:
-    """A table for a terminal; the columns named in `left` are aligned there, numbers to the right."""
+    """A table for a terminal. The columns named in `left` are aligned to the left, all others to the right."""
     from rich.table import Table
 
     found = Table(title=title, title_justify="left")
@@ -130,7 +131,7 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> li
 
 
 def peak_rss_bytes() -> int:
-    """Most memory that this process has had resident so far."""
+    """Peak resident memory of this process so far, in bytes."""
     if sys.platform == "win32":
         import psutil
 

@@ -164,7 +164,7 @@ class TestWhatIsPushed:
         assert status == 0
         assert "me/full, odd" in stdout
         odd = [".env", "credentials.json", "diary.txt", "modeling.py", "notes.log", "private/config.json"]
-        assert note == f"glowq: note: not pushed, for glowq wrote none of these: {', '.join(odd)}\n"
+        assert note == f"glowq: note: not pushed, because glowq did not write these files: {', '.join(odd)}\n"
         found = files(hub, "me/full", "odd")
         assert {"glowq.safetensors", "LICENSE"} <= set(found)
         assert not {"model.safetensors", *odd} & set(found)

@@ -271,7 +271,7 @@ class TestDistilled:
     def test_without_a_method_that_allocates_by_gain(self, command: list[Any]) -> None:
         done = call(*command, "--methods", "svd,glowq-s", "--distill", 2)
         assert done.exit_code == 1
-        assert "--distill takes a method that allocates by gain: add glowq to --methods" in done.stderr
+        assert "--distill needs a method that allocates by gain: add glowq to --methods" in done.stderr
 
 
 class TestInt8:
@@ -295,7 +295,7 @@ class TestInt8:
     def test_without_a_method_that_allocates_by_gain(self, command: list[Any]) -> None:
         done = call(*command, "--methods", "svd,glowq-s", "--int8")
         assert done.exit_code == 1
-        assert "--int8 takes a method that allocates by gain: add glowq to --methods" in done.stderr
+        assert "--int8 needs a method that allocates by gain: add glowq to --methods" in done.stderr
 
 
 def test_a_gguf_file(folder: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
-"""One thin file for each command, over the functions that Python users call.
+"""One small file per command. It calls the same functions as a Python user.
 
-May import everything; what imports torch or transformers only inside functions, so that --help answers at once."""
+A command may import every package. It imports files that need torch or transformers only inside functions, so that
+--help starts fast."""

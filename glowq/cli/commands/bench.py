@@ -1,4 +1,4 @@
-"""`glowq bench`: what a correction costs at run time, beside the base and beside a right factor a module."""
+"""`glowq bench`: time a corrected model, its base, and the same correction with one right factor per module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEADINGS = ("batch", "prompt", "model", *_TIMES, "bytes added", "peak memory, M
 
 
 def _counts(value: str) -> str:
-    """Callback of an option that takes whole numbers from 1 on, with commas between them."""
+    """Callback of an option that takes a comma-separated list of whole numbers, each at least 1."""
     if not all(part.strip().isdecimal() and int(part) > 0 for part in value.split(",")):
         raise typer.BadParameter(f"expected whole numbers from 1 on, as in 1,4,16; found {value!r}.")
     return value
@@ -26,24 +26,24 @@ def _counts(value: str) -> str:
 
 def bench(
     model: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a corrected model.")],
-    batch_sizes: Annotated[str, typer.Option(callback=_counts, help="Sequences at a time.")] = "1,4",
-    lengths: Annotated[str, typer.Option(callback=_counts, help="Tokens of a prompt.")] = "32,256",
+    batch_sizes: Annotated[str, typer.Option(callback=_counts, help="Batch sizes, separated by commas.")] = "1,4",
+    lengths: Annotated[str, typer.Option(callback=_counts, help="Prompt lengths in tokens.")] = "32,256",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Prompts of each size.")] = 5,
-    compile_: Annotated[bool, typer.Option("--compile", help="Time torch.compile's graphs.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Time both with their factors in int8, too.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the processor; else torch's choice.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts per batch size and length.")] = 5,
+    compile_: Annotated[bool, typer.Option("--compile", help="Time the models with torch.compile.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also time both corrections with int8 factors.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch chooses.")] = None,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder for bench.json, table.md and bench.png.")
     ] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Time a corrected model, its base, and the same correction with a right factor a module, in turns.
+    """Time a corrected model, its base, and the same correction with one right factor per module, in turns.
 
-    The last is what QERA, EoRA and LoRA adapters compute. Each time is a median with its quartiles; what is added is
-    the median difference from the base in the same turn, beside the bytes that are added to the quantized weights: at
-    decode, a linear layer costs what it reads.
+    The third model computes what QERA, EoRA and LoRA adapters compute. Each time is a median with its quartiles. The
+    added time is the median difference from the base in the same turn. The table also shows the bytes that are added
+    to the quantized weights, because the time of a linear layer in decoding depends on the bytes that it reads.
 
     \b
     Example:
@@ -68,7 +68,7 @@ def bench(
         decoded = new_tokens if scores_text(config) else 0
         _check_length(config, max(shape.length for shape in shapes) + decoded, token_limits)
         loaded = load_model(model, config)
-        if not compile_:  # torch.compile does not see a kernel rewrite its weight
+        if not compile_:  # torch.compile does not notice that a kernel rewrites its weight
             use_fast_kernels(loaded)
         options: dict[str, Any] = {"new_tokens": decoded, "repeats": repeats, "compiled": compile_, "seed": seed}
         models = variants(loaded, int8=int8)
@@ -86,7 +86,7 @@ def _check_length(config: Any, wanted: int, token_limits: Any) -> None:
     taken, _ = token_limits(config, wanted)
     if taken < wanted:
         raise ConfigError(
-            f"the model takes sequences of {taken} tokens, and the longest prompt with what is decoded after it has "
+            f"the model takes sequences of {taken} tokens, but the longest prompt and the tokens decoded after it have "
             f"{wanted}: give smaller --lengths or --new-tokens."
         )
 
@@ -131,7 +131,7 @@ def _cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _times(row: dict[str, Any], kind: str) -> tuple[str, str, str]:
-    """Milliseconds with their quartiles, tokens a second, and what was added; blank for models that do not decode."""
+    """Milliseconds with quartiles, tokens per second, and the added time; blank if this kind was not timed."""
     if kind not in row:
         return "", "", ""
     low, median, high = (1e3 * seconds for seconds in row[kind])

@@ -1,4 +1,4 @@
-"""`glowq compare`: several methods at equal bytes on one model, measured on text that none of them has seen."""
+"""`glowq compare`: several methods at equal bytes on one model, measured on text that is not calibration text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _METHODS = "svd,zeroquant,lqer,qera,eora,aser,glowq-published,glowq"
 
 def _check_list(value: str | None) -> str | None:
     if value is not None and not _list(value):
-        raise typer.BadParameter("expected a comma-separated list, found nothing in it.")
+        raise typer.BadParameter("expected a comma-separated list, found an empty one.")
     return value
 
 
@@ -43,14 +43,15 @@ def _check_budgets(value: str) -> str:
 def compare(
     model: ModelArgument,
     calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
-    data: Annotated[str, typer.Option(metavar="FILE", help="Text to report on; must not overlap the calibration.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on; must not overlap the calibration.")],
     base: Annotated[str, typer.Option(help=f"Quantizer: {', '.join(BASE_NAMES)}; none; dense.")] = "none",
     reference: Annotated[
-        str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
+        str | None,
+        typer.Option(metavar="REF", help="Full-precision model; by default MODEL, if MODEL is not quantized."),
     ] = None,
     methods: Annotated[str, typer.Option(callback=_check_list, help=f"Any of {', '.join(METHOD_NAMES)}.")] = _METHODS,
     budgets: Annotated[
-        str, typer.Option(callback=_check_budgets, help="Bytes for each: shares of the quantized weights, or sizes.")
+        str, typer.Option(callback=_check_budgets, help="Budgets: shares of the quantized weights' bytes, or sizes.")
     ] = "0.5%,1%,2%",
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder for compare.json, table.md, bytes.png and heatmap.png.")
@@ -60,19 +61,19 @@ def compare(
         typer.Option(callback=_check_list, metavar="NAMES", help="Also run these tasks of lm-evaluation-harness."),
     ] = None,
     distill: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Also distil the first method that allocates by gain.")
+        int, typer.Option(min=0, metavar="STEPS", help="Also distill the first method that allocates by gain.")
     ] = 0,
     int8: Annotated[
         bool, typer.Option("--int8", help="Also round the first method that allocates by gain to int8.")
     ] = False,
     seed: SeedOption = 0,
-    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens calibrated on.")] = 32768,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens reported on, picked from all over the text.")] = 32768,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens to calibrate on.")] = 32768,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on, from all parts of the text.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     gguf_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Report on text that was calibrated on.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow text that overlaps the calibration text.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compare correction methods at equal bytes: perplexity, KL divergence and top-1 agreement, paired by sequence.
@@ -140,19 +141,19 @@ def compare(
 
 
 def _list(text: str | None) -> list[str]:
-    """The parts of a comma-separated option, each once."""
+    """The parts of a comma-separated option, without duplicates."""
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
 def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None, more: Mapping[str, bool]) -> None:
-    """Refuse before anything is loaded what could only fail at the end."""
+    """Check, before anything is loaded, the options that would otherwise fail only at the end."""
     from ...evaluation.plots import check_plots
     from ...solving.methods.base import get_method
     from ...utils.output import Kind, check_output
 
     allocations = [get_method(name).allocation for name in names]
     for option in (option for option, wanted in more.items() if wanted and "gain" not in allocations):
-        raise ConfigError(f"{option} takes a method that allocates by gain: add glowq to --methods, or leave it out.")
+        raise ConfigError(f"{option} needs a method that allocates by gain: add glowq to --methods, or leave it out.")
     if tasks:
         check_tasks(tasks)
     if output is not None:
@@ -172,7 +173,7 @@ def _sequences(config: Any, tokenizer: Any, text: str, tokens: int, sequence_len
 def _tasks(
     full: nn.Module, quantized: nn.Module, entries: Sequence[Entry], tokenizer: Any, names: list[str], seed: int
 ) -> dict[str, Any]:
-    """Label of every model -> figures of every task."""
+    """Label of every model -> its figures for every task."""
     from ...runtime.attach import applied
 
     found = {

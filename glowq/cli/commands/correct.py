@@ -1,4 +1,4 @@
-"""`glowq correct`: quantize a model if asked to, correct it, measure what that gave, and save it."""
+"""`glowq correct`: quantize a model if requested, correct it, measure the result, and save it."""
 
 from __future__ import annotations
 
@@ -43,21 +43,25 @@ def correct(
     rank_step: RankStepOption = 1,
     max_rank: MaxRankOption = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="REF", help="Full-precision model; MODEL unless that is quantized already.")
+        str | None,
+        typer.Option(metavar="REF", help="Full-precision model; by default MODEL, if MODEL is not quantized."),
     ] = None,
     method: Annotated[str, typer.Option(help=f"Solver method: {', '.join(METHOD_NAMES)}.")] = "glowq",
     format: Annotated[
         Literal["correction", "full"] | None,
-        typer.Option(help="A small correction (if its base can be named), or the corrected model in one piece."),
+        typer.Option(
+            help="correction: the factors only, with the base by name; full: the whole corrected model. By default "
+            "correction, if the base can be loaded again by name."
+        ),
     ] = None,
     seed: SeedOption = 0,
-    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens used; an eighth is held out.")] = 32768,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens to use; an eighth is held out.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     gguf_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
     ] = None,
     distill: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Steps of gradient descent on the chosen factors; 60 are good.")
+        int, typer.Option(min=0, metavar="STEPS", help="Steps of gradient descent on the chosen factors, e.g. 60.")
     ] = 0,
     factor_dtype: FactorDtypeOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
@@ -105,11 +109,11 @@ def correct(
 
 
 def report(run: Callable[[str], dict[str, Any]], model: str, output: str, json: bool) -> None:
-    """Run the step and print what it gave.
+    """Correct a model and print the result.
 
     Args:
-        run: command line for the model card -> what `correct_checkpoint` returns.
-        model, output: as they were given.
+        run: function that takes the command line for the model card, and returns the result of `correct_checkpoint`.
+        model, output: arguments of the command.
         json: see `session`.
     """
     with session(json) as show:
@@ -137,7 +141,7 @@ def _table(result: dict[str, Any]) -> Any:
 
 
 def _predicted(result: dict[str, Any]) -> dict[str, str]:
-    # Output errors say nothing of the loss.
+    # Squared output errors do not predict the loss.
     if result["predicted"] is None or result["gains"] == "squared output":
         return {}
     unit = "KL divergence" if result["gains"] == "nats" else "distance of states"
@@ -145,7 +149,7 @@ def _predicted(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:
-    """What int8 factors undo, beside what the same bytes and the same ranks undo without rounding."""
+    """Shares of the divergence undone by int8 factors, and by unrounded ones of the same bytes and the same ranks."""
     shares = undone(figures)
     if figures is None or shares is None:
         return {}
@@ -156,7 +160,7 @@ def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:
 
 
 def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:
-    """The figures for people, name -> text."""
+    """The held-out figures as rows of a table, name -> text."""
     if figures is None:
         return {}
     return {

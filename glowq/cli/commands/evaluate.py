@@ -20,8 +20,8 @@ def evaluate(
         list[str], typer.Argument(metavar="MODEL", help="Folders or Hub names; the first is the reference.")
     ],
     data: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens used, picked from all over the text.")] = 32768,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to use, from all parts of the text.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
@@ -68,7 +68,7 @@ def evaluate(
 
 
 def _common_limits(configs: dict[str, Any], sequence_length: int) -> tuple[int, int | None]:
-    """The sequence length that every model takes, and their vocabulary size."""
+    """The longest sequence, up to `sequence_length`, that every model allows, and the models' vocabulary size."""
     first, vocab_size = next(iter(configs)), None
     for name, config in configs.items():
         if not scores_text(config):
@@ -84,7 +84,7 @@ def _common_limits(configs: dict[str, Any], sequence_length: int) -> tuple[int, 
 
 
 def _weight_bytes(model: Any) -> int:
-    """Bytes of all weights: quantized ones at their nominal width, factors and everything else as stored."""
+    """Bytes of all weights: quantized ones at their nominal bit width; factors and all others as they are stored."""
     from ...quantizers.model import packed_bytes, quantized_modules
 
     quantized = quantized_modules(model)

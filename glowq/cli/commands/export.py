@@ -1,4 +1,4 @@
-"""`glowq export`: a corrected model in another project's format."""
+"""`glowq export`: write a corrected model in another project's format."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ __all__ = ["export"]
 
 def export(
     model: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a corrected model, either form.")],
-    to: Annotated[str, typer.Option(help="peft, onnx, or merged (one dense model, the correction folded in).")],
+    to: Annotated[str, typer.Option(help="peft, onnx, or merged (a dense model with the correction in its weights).")],
     output: Annotated[str, typer.Option(metavar="DIR", help="Folder to write; must be new, empty, or an old export.")],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="merged: of the weights; bfloat16 unless given."),
+        typer.Option(help="merged: dtype of the weights; bfloat16 by default."),
     ] = None,
     pad_ranks: Annotated[
         bool,
-        typer.Option("--pad-ranks", help="peft: one rank for every module, the missing part zeros (SGLang, vLLM)."),
+        typer.Option("--pad-ranks", help="peft: fill all modules up to one rank with zeros (for SGLang, vLLM)."),
     ] = False,
     fill_modules: Annotated[
-        bool, typer.Option("--fill-modules", help="peft: zeros for modules without a correction (GPTQModel).")
+        bool, typer.Option("--fill-modules", help="peft: write zeros for uncorrected modules (for GPTQModel).")
     ] = False,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="peft: the engine's limit; a larger rank is refused.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="peft: largest rank that the engine can load; a larger one is refused."),
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="peft: where the base is, if it is not what the correction names."),
+        typer.Option(metavar="MODEL", help="peft: folder or Hub name of the base, if not the one in the correction."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a corrected model for another program, checked against the model itself.
+    """Write a corrected model for another program, and compare the result with the corrected model.
 
     \b
     Examples:
@@ -65,10 +66,10 @@ def export(
         show(result, lambda: _table(result))
 
 
-_LABELS = {  # of figures that say little by their names
+_LABELS = {  # readable labels for figures whose names are too short
     "max_difference": "check: largest difference of an output",
-    "relative_difference": "check: mean square difference, its root, as a share of the outputs",
-    "tolerance": "check: that share is at most",
+    "relative_difference": "check: root mean square difference, as a share of the outputs",
+    "tolerance": "check: largest allowed share",
     "weight_error": "check: largest error of a weight, as a share of what rounding allows",
     "kernel_difference": "float32 against the base's own kernels, as a share of the outputs",
 }

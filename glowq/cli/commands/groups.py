@@ -12,7 +12,7 @@ __all__ = ["groups"]
 
 
 def groups(model: ModelArgument, json: JsonOption = False) -> None:
-    """Show the groups of a model, quantized or not, as one traced forward finds them.
+    """Show the groups of a model, quantized or not. They are found by tracing one forward.
 
     \b
     Example:

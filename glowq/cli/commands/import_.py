@@ -1,4 +1,4 @@
-"""`glowq import`: a LoRA adapter as a correction."""
+"""`glowq import`: save a LoRA adapter as a correction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ __all__ = ["import_"]
 def import_(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a LoRA adapter.")],
     base_model: Annotated[
-        str, typer.Option(metavar="MODEL", help="The quantized model that it was made for, or what --base quantizes.")
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="The quantized model that the adapter was made for, or the model that --base quantizes.",
+        ),
     ],
     output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
     base: Annotated[
@@ -30,7 +34,7 @@ def import_(
     ] = "none",
     json: JsonOption = False,
 ) -> None:
-    """Save a LoRA adapter as a correction: of EoRA, QERA or LoftQ, or what `glowq export --to peft` wrote.
+    """Save a LoRA adapter of EoRA, QERA, LoftQ or `glowq export --to peft` as a correction.
 
     \b
     Examples:
@@ -63,17 +67,18 @@ def import_(
 
 
 def _quantization(model: str, config: Any, base: str) -> Any:
-    """What to quantize `model` with while loading; None where it is not to be.
+    """The config to quantize `model` with while loading; None if the model is loaded without quantizing.
 
     Raises:
-        ConfigError: it is quantized already, or not at all, or cannot be quantized without text.
+        ConfigError: `base` names a quantizer for a quantized model, or none for a model that is not quantized; the
+            model carries a correction; or the quantizer needs calibration text.
     """
     from ...quantizers.registry import base_config, is_calibrated, method_of
 
     stored = getattr(config, "quantization_config", None)
     kind = None if stored is None else method_of(stored)
     if kind == "glowq":
-        raise ConfigError(f"{model} carries a glowq correction already; name the model behind it.")
+        raise ConfigError(f"{model} carries a glowq correction already; name its base model.")
     if kind is not None and base != "none":
         raise ConfigError(f"{model} is quantized already ({kind}): leave out --base.")
     if kind is None and base == "none":
@@ -84,8 +89,8 @@ def _quantization(model: str, config: Any, base: str) -> Any:
     quantization = None if base in ("none", "dense") else base_config(base)
     if is_calibrated(quantization):
         raise ConfigError(
-            f"--base {base} quantizes with text, and the adapter is one of other weights: name the quantized model "
-            "that it was made for."
+            f"--base {base} quantizes with text, so its weights would differ from those that the adapter was made for: "
+            "name the quantized model that it was made for."
         )
     return quantization
 

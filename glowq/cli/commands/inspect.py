@@ -1,4 +1,4 @@
-"""`glowq inspect`: what a model or correction is, and which of its modules can be corrected, without its weights."""
+"""`glowq inspect`: show what a model or correction is and what can be corrected, without reading its weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect"]
 
-_DEQUANTIZED = ("fp8", "mxfp4")  # which transformers can turn into plain weights while loading
-_CURVE = "predicted share of the loss by quantization that a cut to these bytes recovers"
-_WIDEST = 80  # characters of a setting that people are shown
+_DEQUANTIZED = ("fp8", "mxfp4")  # transformers can dequantize these while loading
+_CURVE = "predicted share of the quantization loss that a cut to these bytes recovers"
+_WIDEST = 80  # characters of the longest setting that the table shows
 
 
 def inspect(model: ModelArgument, json: JsonOption = False) -> None:
@@ -57,7 +57,7 @@ def inspect(model: ModelArgument, json: JsonOption = False) -> None:
 
 
 def _base(settings: Mapping[str, Any] | None, found: Any = None) -> dict[str, Any] | None:
-    """What quantized a model, and what glowq needs for it."""
+    """The quantizer of a model, and the library that glowq needs for it."""
     from ...quantizers.registry import backend_of, is_installed, method_of
 
     if settings is None:
@@ -79,7 +79,7 @@ def _base(settings: Mapping[str, Any] | None, found: Any = None) -> dict[str, An
 
 
 def _same(values: Any) -> Any:
-    """The one value that all share, else None."""
+    """The value that all of `values` are equal to, or None if they differ."""
     found = set(values)
     return found.pop() if len(found) == 1 else None
 
@@ -136,7 +136,7 @@ def _quantized(model: str, headers: Headers, settings: Mapping[str, Any]) -> dic
 
 
 def _refusal(model: str, settings: Mapping[str, Any]) -> str | None:
-    """Why no module of such a model can be corrected as it is quantized, and what can be done."""
+    """Why glowq cannot correct the quantized modules of a model, and what the user can do; None if glowq can."""
     from ...quantizers.registry import backend_of, method_of, methods
 
     method, dense = method_of(settings), f"glowq correct {model} --base dense --reference REF"
@@ -183,14 +183,14 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
     from ...selection.allocation import GroupGains
     from ...selection.curve import budget_curve
 
-    config = GlowQConfig.from_dict({**stored, "base": None})  # the base's library need not be installed
+    config = GlowQConfig.from_dict({**stored, "base": None})  # without the base, whose library may not be installed
     groups = [_group(model, name, group, headers) for name, group in (config.groups or {}).items()]
     factor_bytes = sum(group["bytes"] for group in groups)
     group_gains = [
         GroupGains(stored_group(group["name"], group), group["bytes"] // group["rank"], group["gains"])
         for group in groups
     ]
-    # A correction's base is another model, and dense weights are quantized no more.
+    # Only a full model has quantized modules: a correction's base is another model, and dense weights are floats.
     base = stored.get("base") or {}
     whole = config.format == "full" and base.get("quant_method") != "dense"
     found = _found(model, headers, base, None) if whole else {"base": _base(base)}
@@ -251,7 +251,7 @@ def _tables(result: dict[str, Any]) -> Any:
 
 
 def _skipped(skipped: Mapping[str, str]) -> Any:
-    """One row a reason: a large model leaves out hundreds of modules for one and the same."""
+    """A table with one row per reason, because in a large model one reason can apply to hundreds of modules."""
     from rich.table import Table
 
     table = Table("modules", "not corrected", "because", title="left out", title_justify="left")
@@ -282,11 +282,11 @@ def _curve(points: list[dict[str, Any]]) -> Any:
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """For people: nested settings as "base.bits"; private, empty and endless ones left out."""
+    """Rows for the table. Nested settings become "base.bits"; private, empty and very long ones are left out."""
     rows: dict[str, str] = {}
     for key, value in facts.items():
         if isinstance(value, dict) and (prefix == "base.settings." or key == "not_restored"):
-            continue  # libraries store all that they know of themselves; of groups left out, --json has every figure
+            continue  # too many values for the table; --json prints all of them
         if isinstance(value, dict):
             rows.update(_flat(value, f"{prefix}{key}."))
         elif (value is not None and not key.startswith("_") and len(str(value)) <= _WIDEST) or key == "model":

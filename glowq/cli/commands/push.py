@@ -1,4 +1,4 @@
-"""`glowq push`: what glowq saved, to the Hub."""
+"""`glowq push`: upload a folder that glowq saved to the Hub."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ __all__ = ["push"]
 
 def push(
     folder: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a correction, a full model or an export.")],
-    repository: Annotated[str, typer.Argument(metavar="NAME", help="org/name; created if missing.")],
+    repository: Annotated[str, typer.Argument(metavar="NAME", help="Repository, org/name; created if missing.")],
     base_model: Annotated[
         str | None,
         typer.Option(
             metavar="ORG/BASE[@REV]", help="The base's Hub name, if OUT was made on a folder of this machine."
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only you see it, if it is created.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Created if missing.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch; created if missing.")] = None,
     commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="First line of the commit.")] = None,
     token: Annotated[
-        str | None, typer.Option(metavar="TOKEN", help="Else HF_TOKEN, or what `hf auth login` stored.")
+        str | None,
+        typer.Option(metavar="TOKEN", help="Hub token; by default HF_TOKEN, or the token that `hf auth login` stored."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Push what glowq saved to the Hub, in one commit, with its model card.
+    """Push a folder that glowq saved to the Hub, in one commit, with its model card.
 
     \b
     Examples:
@@ -58,7 +59,7 @@ def push(
         )
         for note in _notes(result, base_model):
             print(f"glowq: note: {note}", file=sys.stderr)
-        # Without the command line, which may hold the token.
+        # The result leaves out the command line, because it may hold the token.
         show(result, lambda: _table(result))
 
 
@@ -66,15 +67,18 @@ def _notes(result: dict[str, Any], named: str | None) -> list[str]:
     base, notes = result["base_model"], []
     if named is not None and base is not None and not base["compared"]:
         notes.append(
-            f"the weights of {base['name']} were not compared with the local base's, which is gone or in other files; "
-            "whoever loads this finds out by its fingerprint. Load it once yourself."
+            f"the weights of {base['name']} were not compared with those of the local base, which is gone or has other "
+            "files. If they differ, loading fails at the check of the fingerprint. Load it once yourself."
         )
     if base is not None and base["gated"]:
-        notes.append(f"{base['name']} is gated: whoever loads this must have asked for access to it.")
+        notes.append(f"{base['name']} is gated: everybody who loads this needs access to it.")
     if base is None and result["kind"] == "full":
-        notes.append("its base is a folder of this machine, or gone from the Hub; --base-model names one on the card.")
+        notes.append(
+            "its base is a folder of this machine, or is not on the Hub any more, so that the card names no base; "
+            "--base-model adds one."
+        )
     if result["left_out"]:
-        notes.append(f"not pushed, for glowq wrote none of these: {', '.join(result['left_out'])}")
+        notes.append(f"not pushed, because glowq did not write these files: {', '.join(result['left_out'])}")
     return notes
 
 

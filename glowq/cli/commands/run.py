@@ -1,4 +1,4 @@
-"""`glowq run`: any Python program, with glowq registered in transformers first."""
+"""`glowq run`: run any Python program after glowq is registered in transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["run"]
 
 def run(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A script, or a module's name after -m.")],
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="The program's own.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the program.")] = None,
     module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as in python -m.")] = False,
 ) -> None:
     """Run a program with glowq imported, so that it loads corrected models like any other.
@@ -30,7 +30,7 @@ def run(
     with session(False):
         sys.path.insert(0, os.getcwd() if module else os.path.dirname(os.path.abspath(program)))
         _check(program, module)
-    # A program's exit code and exceptions are its own: nothing here catches them.
+    # Outside of the session, so that the program's exit code and exceptions are not caught.
     sys.argv = [program, *(arguments or [])]
     if module:
         runpy.run_module(program, run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""`glowq select`: a saved correction cut to a budget, without calibrating again."""
+"""`glowq select`: cut a saved correction to a budget, without a new calibration."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def select(
     factor_dtype: FactorDtypeOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Cut a correction to a budget: the ranks that gain most for their bytes are kept, nothing is solved again.
+    """Cut a correction to a budget: keep the ranks that gain most for their bytes. Nothing is solved again.
 
-    With --factor-dtype int8 a rank is paid at a byte a value and then rounded; what that costs is predicted.
+    With --factor-dtype int8, each value counts as one byte, and the kept factors are rounded to int8. The loss of
+    accuracy by rounding is predicted.
 
     \b
     Examples:
@@ -86,7 +87,7 @@ def select(
 
 
 def _note(config: GlowQConfig, name: str) -> str | None:
-    """What to know about the measurements that ranks are chosen by; None where they hold."""
+    """A warning if the measured gains are not reliable for choosing ranks; None if they are."""
     if config.provenance.distilled_steps:
         return (
             f"{name} was distilled at the ranks that it has: what a part of it recovers was neither measured nor "

@@ -1,4 +1,4 @@
-"""`glowq verify`: a saved correction loaded, compared with what it was made for, and run."""
+"""`glowq verify`: load a saved correction, check that it was made for its base's weights, and run the model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..output import command_line, grid, session
 
 __all__ = ["verify"]
 
-_SHAPE = (2, 16)  # of the token ids that the model is run on
+_SHAPE = (2, 16)  # shape of the token ids that the model is run on
 
 
 def verify(
     model: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a corrected model, either form.")],
     json: JsonOption = False,
 ) -> None:
-    """Load a corrected model and check that it is whole: every factor there, finite, and made for these weights.
+    """Load a corrected model and check that it is complete: no factor missing, all finite, made for these weights.
 
     \b
     Example:
@@ -31,7 +31,7 @@ def verify(
         stored = getattr(config, "quantization_config", None)
         if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
             raise ConfigError(f"{model} carries no glowq correction: there is nothing to verify. Correct it first.")
-        loaded = load_model(model, config)  # which checks the factors, and the fingerprint of the base's weights
+        loaded = load_model(model, config)  # checks the factors, and the fingerprint of the base's weights
         result = {"model": model, **_facts(loaded), **_run(model, loaded), "command": command_line()}
         show(result, lambda: _table(result))
 
@@ -49,7 +49,7 @@ def _facts(model: Any) -> dict[str, Any]:
 
 
 def _run(name: str, model: Any) -> dict[str, Any]:
-    """How far the correction moves the answers to random tokens, nats or squared distance."""
+    """How much the correction changes the answers to random tokens, in nats or squared distance."""
     import torch
 
     from ...evaluation.divergence import answer, divergences
@@ -74,6 +74,6 @@ def _table(result: dict[str, Any]) -> Any:
             "model": result["model"],
             "made for": f"{result['base_model']}, {shortened(result['fingerprint'])}: these weights",
             "factors": f"{result['groups']} groups, {result['factor_bytes']:,} bytes, all finite",
-            "runs": f"the correction moves its answers by {result['change']:.3g}",
+            "runs": f"the correction changes its answers by {result['change']:.3g}",
         }
     )

@@ -1,3 +1,4 @@
-"""glowq's commands inside optimum-cli; two of these files are installed in optimum's own namespace.
+"""glowq's commands in optimum-cli. Two of these files are installed in optimum's own namespace.
 
-May import everything, glowq only inside functions where optimum-cli imports the file at its start."""
+These files may import every package. `commands` is imported whenever optimum-cli starts, so it imports glowq only
+inside functions."""

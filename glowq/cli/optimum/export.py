@@ -1,4 +1,4 @@
-"""What `optimum-cli export glowq` runs: `glowq correct` with optimum's names for things."""
+"""The function that `optimum-cli export glowq` runs: `glowq correct` with optimum's names of options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["export"]
 
 
 def export(model: str, output: str, json: bool, task: str = "auto", **options: Any) -> None:
-    """Run `glowq.integrations.optimum.main_export`, print what `glowq correct` prints, and exit as it does."""
+    """Run `glowq.integrations.optimum.main_export`, and print and exit like `glowq correct`."""
 
     def run(command: str) -> dict[str, Any]:
         from ...integrations.optimum import main_export
@@ -22,5 +22,5 @@ def export(model: str, output: str, json: bool, task: str = "auto", **options: A
 
     try:
         report(run, model, output, json)
-    except typer.Exit as ending:  # which only typer's own commands understand
+    except typer.Exit as ending:  # only typer's own commands turn it into an exit status
         sys.exit(ending.exit_code)

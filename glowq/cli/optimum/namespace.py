@@ -1,4 +1,4 @@
-"""`optimum.exporters.glowq`, which is this file in an installed glowq: importing it tells `TasksManager`."""
+"""The module `optimum.exporters.glowq` of an installed glowq. Its import registers glowq with `TasksManager`."""
 
 from __future__ import annotations
 

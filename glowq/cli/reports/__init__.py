@@ -1,3 +1,3 @@
-"""What `glowq compare` writes: rows of tables, JSON, Markdown and pictures.
+"""The reports of `glowq compare`: rows of tables, JSON, Markdown and plots.
 
-May import everything."""
+This package may import every package."""

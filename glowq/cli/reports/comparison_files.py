@@ -1,4 +1,4 @@
-"""What a comparison shows and writes: tables for a terminal and for Markdown, and the folder of its files."""
+"""Show and save a comparison: tables for a terminal and for Markdown, and the folder of its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _HEADINGS = ("method", "budget", "bytes", "rank", "perplexity", "gap recovered",
 
 
 def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | None) -> None:
-    """Write compare.json, table.md, bytes.png and, of a method that allocates by gain, heatmap.png: all or nothing.
+    """Write compare.json, table.md, bytes.png and, if there is a `benefit`, heatmap.png.
+
+    If an error occurs, nothing is written.
 
     Raises:
         OutputError: see `write_directory`.
@@ -42,7 +44,7 @@ def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | No
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """table.md: the rows, what they were measured on, and the command."""
+    """The text of table.md: the rows, the data that they were measured on, and the command."""
     return "\n".join(
         [
             f"# {_title(result)}",
@@ -77,7 +79,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"{data['tokens']:,} tokens of {data['source']} in {data['sequences']} sequences; calibrated, and ranks "
         f"chosen, on {result['calibration']['tokens']:,} tokens of {result['calibration']['source']}; "
         f"seed {result['seed']}; brackets: 95% paired bootstrap over sequences.",
-        "A uniform rank leaves bytes of its budget unspent; the column of bytes is what each really takes.",
+        "A uniform rank leaves some bytes of its budget unused; the column of bytes shows how many each method takes.",
     ]
     predicted = [row for row in result["rows"] if row["predicted"] is not None]
     if predicted:
@@ -85,7 +87,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         notes.append(f"Predicted before any evaluation, share of the KL divergence undone: {shares}.")
     if overlap["windows"]:
         notes.append(
-            f"{overlap['windows'] / overlap['of']:.1%} of this text was calibrated on (--force): the figures flatter."
+            f"{overlap['windows'] / overlap['of']:.1%} of this text was calibrated on (--force), so that the figures "
+            "look better than they are."
         )
     for reason in dict.fromkeys(row["reason"] for row in result["rows"] if row["reason"] is not None):
         left_out = ", ".join(f"{row['method']} at {row['budget']}" for row in result["rows"] if row["reason"] == reason)
@@ -147,6 +150,6 @@ def _text(value: float | None, limits: list[float | None] | None, form: str = ".
 
 
 def _with_equals(method: str, result: dict[str, Any]) -> str:
-    """A method's name, and those of the methods whose line would lie on its own."""
+    """A method's name, with the names of all methods that have the same line in the plot."""
     equal = dict.fromkeys(row["method"] for row in result["rows"] if row["same_as"] == method)
     return " = ".join((method, *equal))

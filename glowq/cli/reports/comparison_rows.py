@@ -1,4 +1,4 @@
-"""The figures of a comparison, one row a model, as JSON holds them."""
+"""The figures of a comparison, one row per model, in the form of the JSON output."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _BASELINE = "glowq"
 
 
 def figures(comparison: Comparison, scores: Mapping[str, Score], seed: int) -> dict[str, Any]:
-    """Every model's figures with 95% paired bootstrap intervals over sequences, None where undefined.
+    """Every model's figures with 95% paired bootstrap intervals over sequences; None if a figure is undefined.
 
     Args:
         comparison: its entries become rows.
-        scores: what `score_entries` returned for them.
-        seed: of the bootstrap.
+        scores: what `score_entries` returned for the entries.
+        seed: seed of the bootstrap.
 
     Returns:
-        "models": the reference and the quantized model; "rows": one a method and budget; "pairs": perplexity of every
-        method over that of glowq at the same budget.
+        "models": the reference and the quantized model; "rows": one per method and budget; "pairs": perplexity of every
+        method divided by that of glowq at the same budget.
     """
     base_bytes = comparison.base_bytes
     return {
@@ -62,7 +62,7 @@ def _row(entry: Entry, base_bytes: int, scores: Mapping[str, Score], seed: int) 
     row.update(_own(score, seed))
     row.update(_interval("ppl_ratio", perplexity_ratio(quantized, score, seed=seed), len(score.nll)))
     row.update(_interval("recovered", recovered(reference, quantized, score, seed=seed), len(score.nll)))
-    if perplexity(quantized) <= perplexity(reference):  # a share of no gap
+    if perplexity(quantized) <= perplexity(reference):  # there is no gap, so the recovered share is undefined
         row.update(recovered=None, recovered_ci95=None)
     return row
 
