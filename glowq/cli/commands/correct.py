@@ -34,7 +34,7 @@ def correct(
     base: Annotated[
         str,
         typer.Option(
-            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: its float weights "
+            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: MODEL's float weights "
             "hold quantized values."
         ),
     ] = "none",

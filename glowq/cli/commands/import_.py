@@ -28,7 +28,7 @@ def import_(
     base: Annotated[
         str,
         typer.Option(
-            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: its float weights "
+            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: MODEL's float weights "
             "hold quantized values."
         ),
     ] = "none",
