@@ -1,6 +1,6 @@
-"""glowq gives quantized language models their accuracy back with group-shared low-rank correction.
+"""glowq corrects quantized language models with low-rank factors that modules with the same input share.
 
-Importing it registers glowq with transformers and loads nothing else: each public name is imported at its first use.
+Importing glowq registers it with transformers and loads nothing else: each public name is imported at its first use.
 """
 
 from __future__ import annotations

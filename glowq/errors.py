@@ -1,7 +1,7 @@
-"""Every way glowq can refuse, by name.
+"""The exceptions and warnings of glowq.
 
-Each message says what was expected, what was found, where, and what to do. All of them derive from
-`GlowQError`, so that a caller (the CLI among them) can tell a refusal from a bug.
+Each message says what was expected, what was found, where, and what to do. All exceptions derive from `GlowQError`, so
+that a caller such as the CLI can distinguish them from bugs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ConfigError(GlowQError, ValueError):
 
 
 class VersionError(ConfigError):
-    """A file was written by a newer format than this glowq reads."""
+    """A file has a newer format than this version of glowq can read."""
 
 
 class UnsafePathError(ConfigError):
@@ -56,7 +56,7 @@ class UnsafePathError(ConfigError):
 
 
 class PickleRefusedError(GlowQError):
-    """A pickled file was offered where only safetensors is read."""
+    """Weights are stored only as pickles, and glowq reads only safetensors."""
 
 
 class ModelNotFoundError(GlowQError, FileNotFoundError):
@@ -88,11 +88,11 @@ class CalibrationError(GlowQError, ValueError):
 
 
 class NoGainError(ConfigError):
-    """A budget has nothing to spend on: no group was measured to bring the answers nearer to the reference's."""
+    """A budget cannot be used: no group was measured to bring the model's outputs closer to those of the reference."""
 
 
 class SensitivityError(GlowQError, RuntimeError):
-    """The gradient of the loss cannot be had at a group's outputs, or is zero there."""
+    """The gradient of the loss at a group's outputs cannot be computed, or is zero."""
 
 
 class TokenizerMismatchError(GlowQError, ValueError):
@@ -104,27 +104,27 @@ class NonFiniteError(GlowQError, ValueError):
 
 
 class RankError(GlowQError, ValueError):
-    """A rank lies outside 1..min(outputs, inputs) of its group."""
+    """A rank is not between 1 and min(outputs, inputs) of its group."""
 
 
 class RoundingError(GlowQError, ValueError):
-    """int8 factors would lose more accuracy than the bytes that they save give back; the message holds the figures."""
+    """int8 factors would be less accurate than unrounded factors in the same bytes; the message holds the figures."""
 
 
 class ReferenceMismatchError(GlowQError, ValueError):
-    """The reference model's modules or shapes are not those of the quantized model."""
+    """The modules, shapes or weights of the reference model do not match the quantized model."""
 
 
 class FoldingError(ReferenceMismatchError):
-    """Scales were folded into a quantized weight that no layer before it takes out again."""
+    """Channel scales were folded into a quantized weight, but no layer before it holds the inverse scales."""
 
 
 class CorrectionError(GlowQError, ValueError):
-    """A correction's files are corrupt, or a factor is missing, extra or misshaped."""
+    """A correction's files are corrupt, or a factor is missing, unexpected or of the wrong shape."""
 
 
 class FingerprintError(CorrectionError):
-    """A correction was made for other quantized weights than those it is being attached to."""
+    """A correction was made for quantized weights that differ from those of the model."""
 
 
 class EvaluationError(GlowQError, ValueError):
@@ -132,23 +132,23 @@ class EvaluationError(GlowQError, ValueError):
 
 
 class ExportError(GlowQError, ValueError):
-    """A model, a module or an operator has no form in the target's format, or the export fails its own check."""
+    """A model, module or operator cannot be written in the target's format, or the exported model fails its check."""
 
 
 class HubError(GlowQError, OSError):
-    """The Hub refuses, cannot be reached, or an upload was interrupted; the message says what to do."""
+    """The Hub refused a request or cannot be reached, or an upload was interrupted; the message says what to do."""
 
 
 class UntestedVersionWarning(UserWarning):
-    """A library's version lies outside the range that glowq is tested with; said once for each library."""
+    """A library's version is outside the range that glowq is tested with; shown once for each library."""
 
 
 class NewerFormatWarning(UserWarning):
-    """A file holds fields that a newer minor version of its format added, and that this glowq leaves out."""
+    """A file holds fields that a newer minor version of its format added; this version of glowq ignores them."""
 
 
 class NoGradientWarning(UserWarning):
-    """No gradient of the loss could be had, so that errors are counted in output units."""
+    """No gradient of the loss could be computed, so that errors are measured in output units."""
 
 
 def one_line(error: BaseException) -> str:

@@ -1,3 +1,3 @@
-"""What has nothing to do with quantization: folders written whole, Hub access, logging, versions, argument checks.
+"""Helpers that do not depend on quantization: output folders, Hub access, logging, versions, argument checks.
 
-May import `errors` only."""
+This package may import only `errors`."""

@@ -1,4 +1,4 @@
-"""Checks of arguments and of stored fields whose messages name the field."""
+"""Checks of arguments and of stored fields. Every error message names the field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check_amount", "check_int", "json_object"]
 
 
 def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Raise an error unless `value` is a whole number of at least `least`; None is valid too if `optional` is True.
 
     Raises:
         ConfigError: the message names the field.
@@ -24,7 +24,7 @@ def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> N
 
 
 def check_amount(name: str, value: Any) -> None:
-    """Refuse what is no finite number of at least 0 in a config.json.
+    """Raise an error unless `value`, a field of config.json, is a finite number of at least 0.
 
     Raises:
         ConfigError: the message names the field.
@@ -34,7 +34,7 @@ def check_amount(name: str, value: Any) -> None:
 
 
 def json_object(name: str, value: Any) -> dict[str, Any]:
-    """A copy of what must be a JSON object in a config.json.
+    """Return a copy of `value`, a field of config.json that must be a JSON object.
 
     Raises:
         ConfigError: the message names the field.

@@ -1,4 +1,4 @@
-"""Files in and out: whole directories or nothing, safetensors and JSON only, nothing outside a repository's folder."""
+"""Find and read the files of a model folder: only JSON and safetensors, and nothing outside of the folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a file that holds a JSON object.
 
     Raises:
-        ModelNotFoundError: no such file.
-        CorrectionError: the file is not a JSON object.
+        ModelNotFoundError: the file does not exist.
+        CorrectionError: the file does not hold a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -33,10 +33,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def safe_join(folder: Path, name: str) -> Path:
-    """`folder/name`, refused where `name` points outside of `folder`.
+    """Return `folder/name`, or raise an error if `name` points outside of `folder`.
 
     Raises:
-        UnsafePathError: `name` is absolute or climbs out.
+        UnsafePathError: `name` is an absolute path, or contains ".." or ":".
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or ":" in name:
@@ -45,35 +45,39 @@ def safe_join(folder: Path, name: str) -> Path:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Refuse a folder that offers weights only as pickles.
+    """Raise an error if a folder holds weights only as pickles.
 
     Raises:
-        PickleRefusedError: weights in a format that can run code, and no safetensors.
+        PickleRefusedError: the weights are in a format that can run code, and there is no safetensors file.
     """
     refuse_only_pickles(str(folder), [entry.name for entry in folder.iterdir()])
 
 
 def refuse_only_pickles(where: str, names: Iterable[str]) -> None:
-    """Refuse a place `where` whose file `names` offer weights only as pickles.
+    """Raise an error if the files of a folder or repository hold weights only as pickles.
+
+    Args:
+        where: the folder or repository, for the message.
+        names: names of its files.
 
     Raises:
-        PickleRefusedError: weights in a format that can run code, and no safetensors.
+        PickleRefusedError: the weights are in a format that can run code, and there is no safetensors file.
     """
     names = sorted(names)
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise PickleRefusedError(
-            f"{where} offers its weights as {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
+            f"{where} stores its weights as {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
             "safetensors (save_pretrained of a current transformers does)."
         )
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """The safetensors shards of a model folder, in the index's order.
+    """Return the paths of the safetensors shards of a model folder, sorted by name.
 
     Raises:
-        ModelNotFoundError: no safetensors weights, or a shard is missing.
-        PickleRefusedError: weights only as pickles.
+        ModelNotFoundError: there are no safetensors weights, or a shard is missing.
+        PickleRefusedError: the weights are stored only as pickles.
         UnsafePathError: the index names a file outside the folder.
     """
     refuse_pickles(folder)

@@ -1,4 +1,4 @@
-"""Files from the Hub, and what the Hub or the way to it answers instead: as an error of ours that says what to do."""
+"""Download files from the Hub, and turn Hub and network failures into errors of glowq that say what to do."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = ["asking_hub", "local_snapshot"]
 
 
 def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
-    """The local folder of a model: the folder itself, or the Hub repository's safetensors, JSON and tokenizer files.
+    """Return the local folder of a model; the safetensors, JSON and tokenizer files of a Hub model are downloaded.
 
     Args:
         name: folder or Hub name, or "org/model@revision".
-        **hub_kwargs: to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
+        **hub_kwargs: passed to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
 
     Raises:
-        ConfigError: the name and `revision` name two revisions.
-        ModelNotFoundError: neither a folder nor a repository of that name and revision, or the Hub may not be asked and
-            the cache does not hold it.
-        HubError: it is gated, the token is not valid, or the Hub cannot be reached.
-        PickleRefusedError: it offers its weights only as pickles, which are not downloaded.
+        ConfigError: `name` and `revision` give different revisions.
+        ModelNotFoundError: no folder or repository has that name and revision, or only local files are allowed and the
+            model is not in the cache.
+        HubError: the repository is gated, the token is not valid, or the Hub cannot be reached.
+        PickleRefusedError: the repository stores its weights only as pickles, which are not downloaded.
         OutputError: the disk is full.
     """
     if os.path.isdir(name):
@@ -68,29 +68,29 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
     return folder
 
 
-# Of httpx, or of what came after it: that depends on huggingface_hub's version.
+# The base class of HTTP errors in httpx or its successor, depending on the version of huggingface_hub.
 _TransportError: Any = HfHubHTTPError.__bases__[0]
 
 
 @contextmanager
 def asking_hub(name: str, options: Mapping[str, Any] | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises about the repository `name` into an error of ours, on one line.
+    """Turn what huggingface_hub raises about the repository `name` into a one-line error of glowq.
 
     Args:
-        name: of the repository, as it was given.
-        options: what huggingface_hub was called with; "revision" and "local_files_only" are looked at.
-        writing: whether it is pushed to rather than read.
+        name: name of the repository, as the user gave it.
+        options: what huggingface_hub was called with; only "revision" and "local_files_only" are used.
+        writing: whether files are pushed to the repository rather than read from it.
 
     Raises:
-        ModelNotFoundError: no such repository or revision, or no network and nothing in the cache.
-        HubError: the Hub refuses, cannot be reached, or the connection was lost.
+        ModelNotFoundError: the repository or revision does not exist, or there is no network and nothing in the cache.
+        HubError: the Hub refuses the request or cannot be reached, or the connection was lost.
         OutputError: the disk is full.
     """
     try:
         yield
     except GlowQError:
         raise
-    except (OSError, HFValidationError, RuntimeError, _TransportError) as error:  # RuntimeError: of hf_xet
+    except (OSError, HFValidationError, RuntimeError, _TransportError) as error:  # hf_xet raises RuntimeError
         raise _translated(error, name, options or {}, writing) from error
 
 
@@ -98,29 +98,29 @@ def _translated(error: BaseException, name: str, options: Mapping[str, Any], wri
     causes = list(_causes(error))
     kinds = tuple(map(type, causes))
 
-    def met(*wanted: type[BaseException]) -> bool:
+    def has_cause(*wanted: type[BaseException]) -> bool:
         return any(issubclass(kind, wanted) for kind in kinds)
 
-    if writing and isinstance(error, RuntimeError):  # a file on its way to the storage
+    if writing and isinstance(error, RuntimeError):  # hf_xet failed to upload a file
         return _interrupted(causes, name)
     status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     revision, where = options.get("revision"), constants.ENDPOINT
-    if met(HFValidationError):
+    if has_cause(HFValidationError):
         form = "expected name or organization/name, of letters, digits, '-', '_' and '.'"
         if writing:
             return HubError(f"{name!r} is no name that a Hub repository can have: {form}.")
         return ModelNotFoundError(f"{name!r} is neither a folder nor a Hub repository's name ({form}).")
-    if met(GatedRepoError):
+    if has_cause(GatedRepoError):
         return HubError(
             f"{name} is gated: ask for access at {where}/{name}, then `hf auth login` with a token of that account."
         )
-    if met(RevisionNotFoundError):
+    if has_cause(RevisionNotFoundError):
         return ModelNotFoundError(
             f"{name} has no branch, tag or commit {revision!r}; {where}/{name}/commits lists them."
         )
-    if met(LocalTokenNotFoundError) or (status == 401 and (writing or not met(RepositoryNotFoundError))):
-        return HubError(f"{where} knows no token of yours, or one that has expired: `hf auth login`, or give --token.")
-    if met(RepositoryNotFoundError):
+    if has_cause(LocalTokenNotFoundError) or (status == 401 and (writing or not has_cause(RepositoryNotFoundError))):
+        return HubError(f"{where} needs a valid token; yours is missing or expired: `hf auth login`, or give --token.")
+    if has_cause(RepositoryNotFoundError):
         return ModelNotFoundError(
             f"{name!r} is neither a folder nor a Hub repository that you may read: check the name, or `hf auth login` "
             "for a private one."
@@ -138,7 +138,7 @@ def _translated(error: BaseException, name: str, options: Mapping[str, Any], wri
 def _unreachable(
     error: BaseException, causes: list[BaseException], name: str, options: Mapping[str, Any], writing: bool
 ) -> GlowQError:
-    """No answer at all, or none that says anything about the repository."""
+    """The error for a missing answer, or for an answer that says nothing about the repository."""
     where, at = constants.ENDPOINT, f" at {options['revision']}" if options.get("revision") else ""
     offline = any(isinstance(cause, OfflineModeIsEnabled) for cause in causes)
     if offline and writing:
@@ -153,18 +153,18 @@ def _unreachable(
     if transport is not None and writing:
         return _interrupted([transport], name)
     if transport is not None:
-        return HubError(f"{name!r} is not in the cache{at}, and {where} cannot be reached ({_said(transport)}).")
+        return HubError(f"{name!r} is not in the cache{at}, and {where} cannot be reached ({_described(transport)}).")
     if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
         return OutputError(f"{name} cannot be downloaded: the disk is full; HF_HOME names another place for the cache.")
     if any(isinstance(cause, LocalEntryNotFoundError | HfHubHTTPError) for cause in causes):
-        return HubError(f"{where} could not answer for {name!r}{at}: {_said(causes[-1])}. Try again later.")
-    return HubError(f"{name}: {_said(error)}")
+        return HubError(f"{where} could not answer for {name!r}{at}: {_described(causes[-1])}. Try again later.")
+    return HubError(f"{name}: {_described(error)}")
 
 
 def _interrupted(causes: list[BaseException], name: str) -> HubError:
     return HubError(
-        f"the connection to {constants.ENDPOINT} was refused or lost ({_said(causes[-1])}); nothing, or all of it, is "
-        f"in {name}. Run the same command again: what was uploaded whole is not sent again."
+        f"the connection to {constants.ENDPOINT} was refused or lost ({_described(causes[-1])}); {name} holds either "
+        "all files of the upload or none. Run the same command again: complete files are not sent again."
     )
 
 
@@ -172,7 +172,7 @@ def _is_transport(error: BaseException) -> bool:
     return isinstance(error, _TransportError | ConnectionError) and not hasattr(error, "response")
 
 
-def _said(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""What is shown while work goes on: progress bars on a terminal, and nothing that a user cannot act on."""
+"""Progress bars, and a context manager that hides messages of loggers that a user cannot act on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ __all__ = ["progress", "quiet"]
 
 
 def progress(*, total: int | None, desc: str, unit: str) -> Any:
-    """A tqdm bar on stderr, after two seconds; silent off a terminal or under HF_HUB_DISABLE_PROGRESS_BARS."""
-    from huggingface_hub.utils.tqdm import tqdm  # which takes longer to import than the rest of this file to run
+    """Return a tqdm progress bar on stderr that appears after two seconds.
+
+    The bar is hidden if stderr is not a terminal or HF_HUB_DISABLE_PROGRESS_BARS is set.
+    """
+    from huggingface_hub.utils.tqdm import tqdm  # not at the top of the file, because this import is slow
 
     hidden = not sys.stderr.isatty() or None
     return tqdm(total=total, desc=desc, unit=unit, delay=2, leave=False, disable=hidden, name="glowq")
@@ -21,7 +24,7 @@ def progress(*, total: int | None, desc: str, unit: str) -> Any:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Inside this context the loggers of these names show errors only."""
+    """Inside this context, the loggers with these names show only errors."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

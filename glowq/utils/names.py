@@ -8,10 +8,12 @@ __all__ = ["split_revision"]
 
 
 def split_revision(name: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """The name and the revision of "org/model@revision"; a folder's name is all name.
+    """Split "org/model@revision" into the name and the revision.
+
+    The revision is None if the name has none. The path of an existing file or folder is never split.
 
     Args:
-        name: folder or Hub name, with a branch, tag or commit behind an "@" or without.
+        name: folder or Hub name; "@" and a branch, tag or commit may follow.
     """
     text = os.fspath(name)
     repository, _, revision = text.partition("@")

@@ -1,4 +1,4 @@
-"""Output folders: written whole or not at all, over an earlier result of the same kind and nothing else."""
+"""Write output folders completely or not at all, and replace only an earlier result of the same kind."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _RESULT_FILES = (
 )
 _COMPARISON_FILES = ("compare.json", "table.md", "bytes.png", "heatmap.png")
 _TIMING_FILES = ("bench.json", "table.md", "bench.png")
-EXPORT_MANIFEST = "glowq_export.json"  # names every file beside it
+EXPORT_MANIFEST = "glowq_export.json"  # lists every other file of the export
 
 
 class Kind(Enum):
-    """What a folder of results holds; each replaces its own kind only."""
+    """What a result folder holds. A result replaces only an earlier result of the same kind."""
 
     MODEL = "model"
     COMPARISON = "comparison"
@@ -48,15 +48,17 @@ class Kind(Enum):
 
 
 def write_directory(target: Path, write: Callable[[Path], None], *, kind: Kind = Kind.MODEL) -> None:
-    """Let `write` fill a temporary folder beside `target`, then rename it: all of it, or nothing.
+    """Let `write` fill a temporary folder next to `target`, then rename that folder to `target`.
+
+    If anything fails, nothing is written.
 
     Args:
-        target: final folder; must not exist, be empty, or hold an earlier result of glowq and nothing else.
-        write: fills the folder it is given.
-        kind: what it is filled with.
+        target: final folder. It must not exist, or be empty, or hold only an earlier result of the same kind.
+        write: fills the folder that is passed to it.
+        kind: what the folder will hold.
 
     Raises:
-        OutputError: other files are in the way, the parent cannot be written, or the disk is full.
+        OutputError: `target` holds other files, its parent cannot be written, or the disk is full.
     """
     check_output(target, kind=kind)
     try:
@@ -65,7 +67,7 @@ def write_directory(target: Path, write: Callable[[Path], None], *, kind: Kind =
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             write(fresh)
-            _put(fresh, target)
+            _move_into_place(fresh, target)
     except GlowQError:
         raise
     except Exception as error:
@@ -76,18 +78,18 @@ def write_directory(target: Path, write: Callable[[Path], None], *, kind: Kind =
         raise OutputError(f"cannot write {target}: {reason}. Nothing was left behind.") from error
 
 
-def _put(fresh: Path, target: Path) -> None:
-    """Rename `fresh` to `target`; what was there is deleted once that is done, and put back if it cannot be done."""
+def _move_into_place(fresh: Path, target: Path) -> None:
+    """Rename `fresh` to `target`; an earlier result is deleted afterwards, or restored if the renaming fails."""
     if not target.exists():
         fresh.rename(target)
         return
-    # Not in the temporary folder, which is deleted whatever happens.
+    # Not inside the temporary folder, which is always deleted.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.earlier.", dir=target.parent))
     old = aside / target.name
     try:
         target.rename(old)
         fresh.rename(target)
-    except BaseException as error:  # an interrupt, too, may come between the two
+    except BaseException as error:  # an interrupt may also come between the two renames
         if old.exists() and fresh.exists():
             try:
                 old.rename(target)
@@ -102,12 +104,12 @@ def _put(fresh: Path, target: Path) -> None:
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether the disk is full, which safetensors and tokenizers (both Rust) say in words and in no OSError."""
+    """Whether the disk is full; safetensors and tokenizers (both Rust) report this only in their message."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
-    """Refuse early, before hours of work, what `write_directory` would refuse at the end.
+    """Check, before hours of work, that `write_directory` will accept `target`.
 
     Raises:
         OutputError: see `write_directory`.
@@ -129,23 +131,23 @@ def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
 
 
 def is_result_file(name: str) -> bool:
-    """Whether a correction or a corrected model, as glowq saves them, may hold a file of this name at its top level."""
+    """Whether a saved correction or corrected model may hold a file with this name at its top level."""
     return _is_named(name, _RESULT_FILES)
 
 
 def _is_named(name: str, patterns: Sequence[str]) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)  # whose * would match a /
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)  # a * of fnmatch also matches a /
 
 
 def _leaves(folder: Path) -> Iterator[Path]:
-    """What would be lost with `folder`: every file in it, every link, and every folder that holds nothing."""
+    """Yield everything that would be lost with `folder`: every file, every link and every empty folder in it."""
     for entry in sorted(folder.iterdir()):
         inner = [*_leaves(entry)] if entry.is_dir() and not entry.is_symlink() else []
         yield from inner or [entry]
 
 
 def _results(folder: Path, kind: Kind) -> tuple[Callable[[str], bool], bool]:
-    """Tells the files that a result of this kind consists of, by their paths in it; and whether `folder` holds one."""
+    """Return a test of whether a relative path belongs to a result of this kind, and whether `folder` holds one."""
     if kind is Kind.COMPARISON:
         return partial(_is_named, patterns=_COMPARISON_FILES), (folder / "compare.json").is_file()
     if kind is Kind.TIMING:

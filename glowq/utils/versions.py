@@ -13,12 +13,12 @@ __all__ = ["warn_untested"]
 
 @cache
 def warn_untested(package: str, tested: str, otherwise: str) -> None:
-    """Warn, once in a process, where an installed package's version is none of those that glowq is tested with.
+    """Warn, once per process, if the installed version of a package is outside the range that glowq is tested with.
 
     Args:
-        package: its import name.
-        tested: version specifier; an empty one takes every version.
-        otherwise: what to do if something goes wrong.
+        package: import name of the package.
+        tested: version specifier; an empty one accepts every version.
+        otherwise: what the warning advises if something goes wrong.
     """
     if not tested:
         return

@@ -243,7 +243,7 @@ class TestRefused:
             ("somebody else's", "HubError", "does not let you write other/theirs.*--create-pr"),
             ("somebody else's namespace", "HubError", "does not let you write other/new"),
             ("no name", "HubError", "'me/a name' is no name that a Hub repository can have: expected"),
-            ("bad token", "HubError", "knows no token of yours, or one that has expired: `hf auth login`"),
+            ("bad token", "HubError", "needs a valid token; yours is missing or expired: `hf auth login`"),
             ("absent pull request", "ModelNotFoundError", "me/another has no branch, tag or commit 'refs/pr/9'"),
             ("no folder", "ModelNotFoundError", "absent is no folder; give one that"),
             ("no result", "ModelNotFoundError", "source holds nothing that glowq saved; give a folder that"),
@@ -252,7 +252,7 @@ class TestRefused:
             ("damaged card", "HubError", r"README\.md cannot be read .*; repair or remove it"),
             ("adapter on a local base", "ConfigError", "which nobody else can load. Push the correction, then export"),
             ("base of an export", "ConfigError", "is an export: push the correction with base_model"),
-            ("interrupted", "HubError", "was refused or lost .*nothing, or all of it, .*Run the same command again"),
+            ("interrupted", "HubError", "was refused or lost .*all files of the upload or none.*Run the same command"),
         ],
     )
     def test_pushing(self, pushed: dict[str, Any], step: str, kind: str, message: str) -> None:
@@ -261,8 +261,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("step", "kind", "message"),
         [
-            ("no token", "HubError", "knows no token of yours, or one that has expired: `hf auth login`"),
-            ("bad token", "HubError", "knows no token of yours, or one that has expired: `hf auth login`"),
+            ("no token", "HubError", "needs a valid token; yours is missing or expired: `hf auth login`"),
+            ("bad token", "HubError", "needs a valid token; yours is missing or expired: `hf auth login`"),
             ("absent", "ModelNotFoundError", "'me/absent' is neither a folder nor a Hub repository .*auth login"),
             ("absent revision", "ModelNotFoundError", "me/correction has no branch, tag or commit 'v9'"),
             ("private", "ModelNotFoundError", "'me/full' is neither a folder nor a Hub repository .*for a private one"),
@@ -272,7 +272,7 @@ class TestRefused:
             (
                 "base in pickles",
                 "PickleRefusedError",
-                r"^other/pickled-base offers its weights as pytorch_model\.bin",
+                r"^other/pickled-base stores its weights as pytorch_model\.bin",
             ),
         ],
     )
