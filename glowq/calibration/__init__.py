@@ -1,3 +1,3 @@
-"""What text tells of a model: input moments, output gradients, measured gains of groups, distillation of factors.
+"""Measurements on calibration text: input moments, output gradients, gains of groups, and distillation of factors.
 
-May import `evaluation`, `solving` and what `evaluation` may import."""
+This package may import `evaluation`, `solving` and everything that `evaluation` may import."""

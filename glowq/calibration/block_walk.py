@@ -1,7 +1,8 @@
-"""Calibration, block by block: every batch is one forward of the model, paused at each block.
+"""Calibration, block by block: every batch is one forward of the model, which pauses at the end of each block.
 
-The model's own forward routes masks, caches and position embeddings, so that any architecture can be walked without
-knowing how it calls its blocks; only the activations between two blocks are held, never a whole model's statistics.
+The model's own forward passes masks, caches and position embeddings to the blocks. Any architecture works without code
+that repeats how it calls its blocks. Only the activations between two blocks are held in memory, never the statistics
+of the whole model.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ Batch = Mapping[str, Any]
 
 
 class BlockWalk:
-    """Pauses one forward per batch at each block's exit.
+    """Runs one forward per batch, and pauses it at the end of each block.
 
-    Use as a context manager, and call `collect` for each block in the order in which the model calls them. When the
-    walk moves on, each batch first repeats the block that it paused in, so that the next block reads what the block
-    gives out with the correction that was attached meanwhile.
+    Use it as a context manager, and call `collect` for each block in the order in which the model calls the blocks.
+    Before a forward continues, it runs the block at which it paused again. If a correction was attached to that block
+    in the meantime, the next block reads the corrected output.
 
     Args:
-        model: any model; left as it was found when the context ends.
+        model: any model. It is restored to its earlier state when the context ends.
         batches: keyword arguments of one forward each.
-        stops: block names in the order of their calls; each is called once per forward. "" stands for the model.
+        stops: block names in the order of their calls; each block is called once per forward. "" is the whole model.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], stops: Sequence[str]) -> None:
@@ -60,7 +61,7 @@ class BlockWalk:
         self._exit.close()
 
     def collect(self, stop: str, collectors: Sequence[MomentCollector]) -> Iterator[int]:
-        """Run every batch up to the exit of block `stop`, feeding the collectors; yields the number of batches done."""
+        """Run every batch to the end of block `stop`, update the collectors, and yield the number of batches done."""
         with collecting(self.model, collectors) as feed:
             for done, forward in enumerate(self._forwards, start=1):
                 feed.mask = forward.mask
@@ -73,7 +74,7 @@ class BlockWalk:
 
 
 class _PausedForward(greenlet):  # type: ignore[misc]
-    """One batch's forward; `position` is the number of the block that it is paused in, -1 before the first."""
+    """The forward of one batch; `position` is the number of the block where it is paused, -1 before the first block."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         super().__init__(self._forward)
@@ -92,7 +93,7 @@ class _PausedForward(greenlet):  # type: ignore[misc]
         self.model(**self.batch)
 
     def advance(self, position: int) -> None:
-        """Run on to the exit of block number `position`, or to the end of the forward."""
+        """Continue to the end of block number `position`, or to the end of the forward."""
         while self.position < position and not self.dead:
             with _own_autocast():
                 self.switch()
@@ -108,7 +109,7 @@ def _pause_at(module: nn.Module, position: int) -> list[Any]:
         forward = getcurrent()
         if not isinstance(forward, _PausedForward) or forward.repeating:
             return None
-        # A block that writes into its own input cannot be repeated: its first output stands.
+        # A block that writes into its own input cannot be run again: its first output is used.
         repeatable = forward.versions == _versions(args, kwargs)
         forward.position = position
         with _own_autocast():
@@ -129,7 +130,7 @@ def _pause_at(module: nn.Module, position: int) -> list[Any]:
 
 @contextmanager
 def _own_autocast() -> Iterator[None]:
-    """Autocast belongs to the thread, not to a greenlet: afterwards it is what it was, whoever ran in between."""
+    """Restore the autocast state at the end: it belongs to the thread, so that another greenlet may change it."""
     accelerator = torch.accelerator.current_accelerator()
     kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
@@ -143,5 +144,5 @@ def _own_autocast() -> Iterator[None]:
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
     tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    # A tensor made in inference mode counts no versions; outside of that mode PyTorch forbids writing into it.
+    # A tensor made in inference mode has no version; outside of that mode PyTorch forbids writing into it.
     return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -1,7 +1,7 @@
-"""A short distillation: the factors of a chosen correction learn to give the reference's answers together.
+"""A short distillation: the factors of a correction are trained together to reproduce the outputs of the reference.
 
-Each group was solved alone, as if the others' errors were none of its business. A few dozen steps of gradient descent
-at the chosen ranks lets them make up for one another. No other parameter changes.
+The solver treats each group alone and ignores the errors of the other groups. A few dozen steps of gradient descent at
+the chosen ranks let the groups compensate for each other's errors. No other parameter changes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..utils.logging import progress
 __all__ = ["distill"]
 
 _STEP_TOKENS = 2048
-_BATCH_TOKENS = 512  # a backward pass keeps the activations of these
-_RATE = 0.03  # of a factor's root mean square, at the first step; it falls to zero at the last
-_HELD_OUT = 1 / 8
+_BATCH_TOKENS = 512  # a backward pass keeps the activations of this many tokens
+_RATE = 0.03  # learning rate of the first step, as a share of a factor's root mean square; it falls linearly to zero
+_HELD_OUT = 1 / 8  # share of the sequences
 
 
 def distill(
@@ -43,25 +43,26 @@ def distill(
     steps: int,
     seed: int = 0,
 ) -> list[GroupFactors]:
-    """Factors of the same shapes whose model's answers lie nearer to the reference's.
+    """Train factors so that the outputs of the corrected model come closer to those of the reference.
 
-    An eighth of the sequences is held out; where the distilled factors do no better on it, the given ones are kept.
+    An eighth of the sequences is held out. If the trained factors are not better on it, the given factors are returned.
 
     Args:
-        model: quantized, without a correction; left so.
-        reference: the full-precision model.
-        factors: those of the chosen ranks; gains and totals stay what they were before.
+        model: quantized model without a correction. It has no correction afterwards.
+        reference: full-precision model.
+        factors: factors at the chosen ranks. Their gains and totals are not changed.
         sequences: token ids, shape (n, length), int64, n >= 2.
-        steps: of `_STEP_TOKENS` tokens each, at least 1.
-        seed: of the order of the sequences.
+        steps: number of steps, at least 1; each uses about `_STEP_TOKENS` tokens.
+        seed: seed of the choice of held-out sequences and of the order of the others.
 
     Returns:
-        Factors in the order and the dtypes given.
+        Factors with the shapes, order and dtypes of the given ones.
 
     Raises:
         ConfigError: steps is below 1.
-        CalibrationError: fewer than two sequences.
-        SensitivityError: the base's kernels let no gradient through, or the models give out nothing comparable.
+        CalibrationError: there are fewer than two sequences.
+        SensitivityError: the kernels of the base compute no gradient, or the models return neither logits nor final
+            states.
         NonFiniteError: the divergence is NaN or Inf.
     """
     if steps < 1:
@@ -88,7 +89,8 @@ def _descend(
     seed: int,
 ) -> None:
     learned = [parameter for container in containers.values() for parameter in container.parameters()]
-    # Adam moves every value by about its rate: a share of what a factor's values are moves large and small ones alike.
+    # Adam changes every value by about the learning rate. A rate in proportion to the values of a factor changes large
+    # and small factors by the same share.
     rates = [_RATE * float(parameter.detach().square().mean().sqrt()) for parameter in learned]
     descent = torch.optim.Adam(
         [{"params": [parameter], "lr": rate} for parameter, rate in zip(learned, rates, strict=True)], betas=(0.9, 0.95)
@@ -121,7 +123,9 @@ def _loss(model: nn.Module, reference: nn.Module, batch: Mapping[str, Any]) -> T
     given = answer(model(**to_model(batch, model)))
     loss = divergences([part.to(given[0].device) for part in wanted], given).mean()
     if not bool(torch.isfinite(loss)):
-        raise NonFiniteError("the divergence from the reference is NaN or Inf: one of the models gives out no numbers.")
+        raise NonFiniteError(
+            "the divergence from the reference is NaN or Inf, because one of the models returns NaN or Inf."
+        )
     return loss
 
 
@@ -135,7 +139,7 @@ def _held_out(model: nn.Module, reference: nn.Module, sequences: Tensor) -> floa
 def _learning(
     model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors]
 ) -> Iterator[dict[str, SharedCorrection]]:
-    """Group name -> container whose float32 factors, alone in the model, take gradients."""
+    """Attach float32 copies of the factors, the only parameters that take gradients; yield group name -> container."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -155,13 +159,13 @@ def _check_reached(containers: Mapping[str, SharedCorrection]) -> None:
     for name, container in containers.items():
         if any(parameter.grad is None for parameter in container.parameters()):
             raise SensitivityError(
-                f"{name}: no gradient reaches its factors, because the base's kernels let none through. Correct this "
+                f"{name}: no gradient reaches its factors, because the base's kernels compute none. Correct this "
                 "model without distillation."
             )
 
 
 def _copied(entry: GroupFactors) -> GroupFactors:
-    """In float32, not in int8, and in memory of its own: the given factors stay what they are."""
+    """Copy the factors to new float32 tensors, also if they are int8, so that training does not change the original."""
     lefts = {name: left.float().clone() for name, left in entry.lefts.items()}
     return replace(entry, right=entry.right.float().clone(), lefts=lefts, int8=False)
 
@@ -180,7 +184,7 @@ def _read(entry: GroupFactors, container: SharedCorrection) -> GroupFactors:
 
 
 def _order(count: int, seed: int) -> Iterator[int]:
-    """Every sequence once, then every one once more in another order, and so on."""
+    """Yield the index of every sequence once in a random order, then again in another random order, without end."""
     draw = random.Random(seed)
     while True:
         yield from draw.sample(range(count), count)

@@ -1,8 +1,8 @@
-"""What restoring one group alone really does to the quantized model's answers, beside what its gains predict.
+"""Measure how the correction of one group alone changes the outputs of the quantized model.
 
-Gains come from a second-order model of the loss in which inputs and gradients are independent. A forward with the
-group's correction alone shows what they are worth, and whether they help at all. The blocks before the group give out
-what they gave out before, so that only the layers after it are run.
+The solver predicts gains by a second-order model of the loss, in which inputs and gradients are independent. A forward
+with the correction of one group shows its real effect, and whether it helps at all. The blocks before the group return
+their recorded outputs, so that only the layers from there on are run.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from ..utils.logging import progress
 __all__ = ["Measured", "calibrated", "measure_groups"]
 
 _BATCH_TOKENS = 512
-_PART = 32  # consecutive tokens whose benefits are one value of an interval: those of neighbours depend on each other
-_AUDIBLE = 4e-3  # nats; half precision rounds anew after every change, however small
-_LOUDEST = 32.0  # most that a correction is amplified
+_PART = 32  # consecutive tokens that give one value of an interval: the benefits of neighbouring tokens are correlated
+_LEAST_CHANGE = 4e-3  # nats; a smaller change cannot be distinguished from the rounding of half precision
+_MAX_AMPLIFICATION = 32.0  # largest factor by which a correction is amplified
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One group's correction, alone in the quantized model.
+    """The effect of one group's correction when it is the only one in the quantized model.
 
     Attributes:
-        change: divergence of the answers from those without it, per token, in nats or squared distance.
-        benefit: how much nearer they come to the reference's, in the same unit, with its 95% interval over parts of
-            32 tokens (of an encoder: over sequences).
-        unit: NATS, or SQUARED_DISTANCE of an encoder's states.
+        change: mean divergence between the outputs with and without the correction: nats per token, or for an encoder
+            the squared distance per sequence.
+        benefit: decrease of the divergence from the reference, in the same unit, with its 95% interval over parts
+            of 32 tokens (for an encoder: over sequences).
+        unit: NATS, or SQUARED_DISTANCE for an encoder.
     """
 
     change: float
@@ -52,27 +53,28 @@ class Measured:
 
     @property
     def harms(self) -> bool:
-        """Whether the group makes answers worse, beyond chance."""
+        """Whether the correction makes the outputs worse: the whole interval of its benefit is below zero."""
         return self.benefit.high < 0
 
 
 def measure_groups(
     model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
 ) -> dict[str, Measured]:
-    """Attach each group's factors alone; compare the answers with those of the plain model and of the reference.
+    """Attach the factors of one group at a time, and compare the outputs with those of `model` and of the reference.
 
     Args:
-        model: quantized, without a correction; left so.
-        reference: the full-precision model.
-        factors: in the order in which the forward calls their groups.
+        model: quantized model without a correction. It has no correction afterwards.
+        reference: full-precision model.
+        factors: factors in the order in which the forward calls their groups.
         sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
 
     Returns:
-        Group name -> what was measured. Changes are those of a small step: a correction whose effect drowns in half
-        precision's rounding is amplified, and the rounding's share subtracted.
+        Group name -> measurement. If the rounding of half precision could hide the change, the correction is measured
+        again with an amplification. The change is then computed from the difference of both measurements, in which the
+        rounding error cancels.
 
     Raises:
-        SensitivityError: the models give out neither logits nor final states.
+        SensitivityError: the models return neither logits nor final states.
     """
     samples: dict[str, _Samples] = {entry.group.name: _Samples([], [], []) for entry in factors}
     unit = GainUnit.NATS
@@ -98,9 +100,9 @@ def measure_groups(
 
 
 def calibrated(factors: Sequence[GroupFactors], measured: Mapping[str, Measured]) -> list[GroupFactors]:
-    """The same factors, with gains and totals in the unit of what was measured.
+    """Return the factors with gains and totals scaled so that the gains of a group add up to its measured change.
 
-    A group whose gains or whose change is zero keeps what it has.
+    A group keeps its gains and total if its gains or its change are zero.
     """
     found = []
     for entry in factors:
@@ -112,20 +114,24 @@ def calibrated(factors: Sequence[GroupFactors], measured: Mapping[str, Measured]
 
 @dataclass(frozen=True)
 class _Samples:
-    """Per batch: change with the correction as it is and amplified (with the square of how much), and the benefit.
+    """The measurements of one group, one entry per batch.
 
-    A batch's benefits have shape (batch, length), of an encoder (batch, 1).
+    Attributes:
+        changes: divergence that the correction causes.
+        amplified: divergence that the amplified correction causes, and the square of the amplification; empty if no
+            amplification is needed.
+        benefits: decrease of the divergence from the reference, shape (batch, length), or (batch, 1) for an encoder.
     """
 
     changes: list[float]
-    loud: list[tuple[float, float]]
+    amplified: list[tuple[float, float]]
     benefits: list[Tensor]
 
     def summary(self, unit: GainUnit) -> Measured:
         change = math.fsum(self.changes)
-        if self.loud:
-            louder = math.fsum(found for found, _ in self.loud) - change
-            change = max(0.0, louder / math.fsum(power - 1 for _, power in self.loud)) * len(self.loud)
+        if self.amplified:
+            larger = math.fsum(found for found, _ in self.amplified) - change
+            change = max(0.0, larger / math.fsum(power - 1 for _, power in self.amplified)) * len(self.amplified)
         parts = max(1, self.benefits[0].shape[1] // _PART)
         benefits = torch.cat([part.mean(1) for part in torch.cat(self.benefits).double().tensor_split(parts, dim=1)])
         return Measured(change / len(self.changes), mean_interval(benefits), unit)
@@ -145,15 +151,19 @@ def _measure(
     samples.changes.append(change)
     benefit = (before - divergences(wanted, given)).cpu()
     samples.benefits.append(benefit.reshape(len(plain[0]), -1))
-    if samples.loud or (len(samples.changes) == 1 and change < _AUDIBLE):
-        power = samples.loud[0][1] if samples.loud else min(_LOUDEST**2, max(4.0, _AUDIBLE / max(change, 1e-12)))
-        louder = {member: left * math.sqrt(power) for member, left in entry.lefts.items()}
-        given = prefix.answer(inputs, replace(entry, lefts=louder))
-        samples.loud.append((float(divergences(plain, given).mean()), power))
+    if samples.amplified or (len(samples.changes) == 1 and change < _LEAST_CHANGE):
+        power = (
+            samples.amplified[0][1]
+            if samples.amplified
+            else min(_MAX_AMPLIFICATION**2, max(4.0, _LEAST_CHANGE / max(change, 1e-12)))
+        )
+        larger = {member: left * math.sqrt(power) for member, left in entry.lefts.items()}
+        given = prefix.answer(inputs, replace(entry, lefts=larger))
+        samples.amplified.append((float(divergences(plain, given).mean()), power))
 
 
 class _Prefix:
-    """Lets blocks give out again what they gave out in a recorded forward."""
+    """Records the outputs of blocks in one forward; in later forwards, the blocks return them without being run."""
 
     def __init__(self, model: nn.Module, stops: Sequence[str]) -> None:
         self.model = model
@@ -162,7 +172,7 @@ class _Prefix:
         self.runs = dict.fromkeys(self.stops, 0)
 
     def record(self, inputs: Mapping[str, Any]) -> Any:
-        """The model's output, remembering that of every stop."""
+        """Run the model and return its output; record the output of every block in `stops`."""
         with ExitStack() as stack:
             for stop in self.stops:
 
@@ -174,8 +184,8 @@ class _Prefix:
             return self.model(**inputs)
 
     def answer(self, inputs: Mapping[str, Any], entry: GroupFactors) -> list[Tensor]:
-        """The model's answer with one group's correction; only what comes after the group is run."""
-        # A block that runs again (shared weights) gives out something else each time.
+        """Return the model's answer with one group's correction; the blocks before the group's block are not run."""
+        # A block that runs more than once (shared weights) returns something else each time.
         known = self.stops[: self.stops.index(entry.group.block)] if set(self.runs.values()) <= {0, 1} else []
         with self._replaying(known):
             attach(self.model, entry)
@@ -190,7 +200,7 @@ class _Prefix:
             for stop in stops:
                 if stop in self.outputs:
                     module = self.model.get_submodule(stop)
-                    # A later layer may write into what it is given: every forward gets a copy.
+                    # A later layer may write into its input: every forward gets a copy.
                     given = partial(_again, self.outputs[stop])
                     stack.enter_context(replaced_forward(module, given))
             yield

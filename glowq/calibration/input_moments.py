@@ -1,6 +1,6 @@
-"""Input moments of a group, streamed over calibration tokens.
+"""Input moments of a group, summed over calibration tokens.
 
-Source: method.md notation; GlowQ (arXiv 2603.25385) sec. 3 for the uncentred second moment of the shared input.
+Source: GlowQ (arXiv 2603.25385) sec. 3 for the uncentred second moment of the shared input.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ BROKEN = "The quantized model itself is broken: check that it generates, or quan
 
 
 class MomentCollector:
-    """Streams one group's moments from the inputs of its first member.
+    """Computes the input moments of one group from the inputs of its first member.
 
     Args:
-        group: the group; every call of its first member counts, so that modules called twice count twice.
-        statistic: what the method needs: "second" or "magnitude".
-        error: stacked weight error E, shape (O, d), float32; given where O < d, so that E S E^T (O, O) is streamed
-            instead of S (d, d).
+        group: the group. Every call of its first member counts: a module that is called twice counts twice.
+        statistic: the statistic that the method needs: "second" or "magnitude".
+        error: stacked weight error E, shape (O, d), float32. Give it if O < d, to sum E S E^T, shape (O, O), instead of
+            S, shape (d, d).
     """
 
     def __init__(self, group: Group, statistic: str, error: Tensor | None = None) -> None:
@@ -42,11 +42,12 @@ class MomentCollector:
         self._magnitude: Tensor | None = None
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Count one input.
+        """Add one input to the moments.
 
         Args:
             x: the group's input, shape (..., d), any float dtype.
-            mask: which tokens count, shape (batch, length), 1 or True; ignored where x is not one row a token.
+            mask: 1 or True for each token that counts, shape (batch, length). It is ignored if `x` does not have one
+                row per token.
         """
         sequences = x.detach().reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.detach().flatten(1, -2)
         keep = _token_mask(sequences, mask)
@@ -60,7 +61,7 @@ class MomentCollector:
             square = torch.linalg.vector_norm(single).to(torch.float64).square()
             self._square = square if self._square is None else self._square.add_(square)
         seen = single if self.error is None else single @ self.error.to(rows.device).T
-        # Products in float32, sums over batches in float64: long calibrations lose no digits.
+        # Products are in float32 and sums over batches in float64, so that long calibrations lose no accuracy.
         product = (seen.T @ seen).to(torch.float64)
         self._matrix = product if self._matrix is None else self._matrix.add_(product)
 
@@ -69,7 +70,7 @@ class MomentCollector:
         self._magnitude = magnitude if self._magnitude is None else torch.maximum(self._magnitude, magnitude)
 
     def moments(self) -> Moments:
-        """The means over all tokens counted.
+        """Return the moments over all tokens that were counted.
 
         Raises:
             CalibrationError: no token reached the group.
@@ -91,14 +92,14 @@ class MomentCollector:
 
 @dataclass
 class Feed:
-    """What the hooks of collectors are told of the batch that is running: its attention mask, or None."""
+    """The attention mask of the batch that is running, or None, for the hooks of the collectors."""
 
     mask: Tensor | None = None
 
 
 @contextmanager
 def collecting(model: nn.Module, collectors: Sequence[MomentCollector]) -> Iterator[Feed]:
-    """Inside this context every forward of `model` feeds the collectors; the hooks go, exceptions or not."""
+    """Inside this context, every forward of `model` updates the collectors; the hooks are always removed at the end."""
     feed = Feed()
     with ExitStack() as stack:
         for collector in collectors:
@@ -117,7 +118,7 @@ def _hook(collector: MomentCollector, feed: Feed) -> Callable[[nn.Module, tuple[
 
 def _token_mask(sequences: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.numel() != sequences.shape[0] * sequences.shape[1]:
-        return None  # not one row a token: image patches, the encoder's output in a decoder
+        return None  # the rows are not the tokens of the mask: image patches, the encoder's output in a decoder
     keep = mask.to(device=sequences.device, dtype=torch.bool).reshape(sequences.shape[:2])
     return None if bool(keep.all()) else keep
 

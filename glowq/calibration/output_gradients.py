@@ -1,9 +1,10 @@
-"""How much the loss minds an error at each group's outputs: the second moment of the loss gradient there.
+"""Second moment of the loss gradient at each group's outputs: how sensitive the loss is to an error of the outputs.
 
-One backward pass over the calibration tokens measures every group at once. Labels are drawn from a softmax, not taken
-from the text, so that the moment is the Fisher information: half of d^T G d is what an output error d costs, in nats.
+One backward pass over the calibration tokens measures every group at once. The labels are drawn from a softmax, not
+taken from the text, so that the moment G is the Fisher information: an output error d increases the loss by d^T G d / 2
+nats.
 
-Source: method.md, two-sided weighting; K-FAC (arXiv 1503.05671) for the Kronecker-factored Fisher.
+Source: K-FAC (arXiv 1503.05671) for the Kronecker-factored Fisher.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .input_moments import BROKEN
 
 __all__ = ["FULL_WIDTH", "output_moments"]
 
-FULL_WIDTH = 4096  # outputs up to which a group's moment is a matrix; beyond, a diagonal plus a low-rank part
+FULL_WIDTH = 4096  # a group with more outputs gets a diagonal plus a low-rank part as its moment, not a matrix
 
 Batch = Mapping[str, Any]
 Teacher = Callable[[Batch], Tensor]
@@ -45,25 +46,27 @@ def output_moments(
     full_width: int = FULL_WIDTH,
     checkpoint: bool | None = None,
 ) -> dict[str, OutputMoment]:
-    """Second moment G = E[g g^T] of the loss gradient g at each group's stacked outputs, per token.
+    """Measure the second moment G = E[g g^T] of the loss gradient g at each group's stacked outputs, per token.
 
     Args:
-        model: a language model, or an encoder, whose token states take the place of the logits; its parameters,
-            modes and hooks are left as they were.
+        model: a language model, or an encoder, whose final states are used in place of logits. Its parameters, modes
+            and hooks are restored afterwards.
         groups: groups of the model.
         batches: keyword arguments of one forward each; every token counts.
-        teacher: batch -> logits whose softmax the labels are drawn from; the model's own unless given.
-        seed: of the labels, and of the random directions of wide groups.
-        full_width: outputs O up to which a group's moment is a matrix.
-        checkpoint: whether each block is computed again in the backward pass, which takes one more forward and keeps
-            only the blocks' inputs; None does so where a batch would keep more than 1 GiB. The moments are the same.
+        teacher: function from a batch to the logits whose softmax the labels are drawn from; None uses the logits of
+            `model`.
+        seed: seed of the labels and of the random directions of wide groups.
+        full_width: largest number of outputs O for which a group's moment is a matrix.
+        checkpoint: whether the backward pass runs each block again. This takes the time of one more forward, and keeps
+            only the inputs of the blocks in memory. None does it if a batch would keep more than 1 GiB. The moments are
+            the same.
 
     Returns:
-        Group name -> float32 tensor of shape (O, O), or where O is above `full_width` a diagonal plus a low-rank part
-        of 256 directions; in nats (of an encoder: in squared distance of normalized states) per squared output unit.
+        Group name -> float32 tensor of shape (O, O). If O is above `full_width`, a diagonal plus a low-rank part of 256
+        directions. The unit is nats (for an encoder: squared distance of normalized states) per squared output unit.
 
     Raises:
-        SensitivityError: the model's output has no gradient, or none reaches a group.
+        SensitivityError: the model's output has no gradient, or no gradient reaches a group.
         NonFiniteError: the output, or a gradient, is NaN or Inf; the message names the module.
     """
     sums = [_GroupGradient(group, full_width, seed) for group in groups]
@@ -89,7 +92,7 @@ def output_moments(
 
 
 def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator: torch.Generator) -> int:
-    """One forward and one backward pass; returns the number of tokens."""
+    """Run one forward and one backward pass, and return the number of tokens."""
     with torch.enable_grad():
         output = model(**batch)
         logits = token_logits(output)
@@ -98,21 +101,21 @@ def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator
         raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
     gradient = None
     if logits is not None:
-        gradient = _surprise(logits.detach(), None if teacher is None else teacher(batch).detach(), generator)
+        gradient = _label_gradient(logits.detach(), None if teacher is None else teacher(batch).detach(), generator)
     if not bool(torch.isfinite(start.detach() if gradient is None else gradient.sum())):
         raise NonFiniteError(f"{_first_broken(model, batch)} holds NaN or Inf during calibration. {BROKEN}")
     start.backward(gradient)
     return tokens
 
 
-def _surprise(logits: Tensor, drawn_from: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Gradient at the logits of the cross entropy of labels drawn from a softmax, summed over tokens.
+def _label_gradient(logits: Tensor, drawn_from: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Draw labels from a softmax, and return the gradient of their cross entropy, summed over tokens, at the logits.
 
-    It is the softmax less one at the label, so that the labels and the gradient take one softmax.
+    The gradient is the softmax minus one at the label, so that one softmax serves for the labels and the gradient.
 
     Args:
         logits: shape (batch, length, vocabulary).
-        drawn_from: logits that the labels are drawn from, of the same shape; None for the same ones.
+        drawn_from: logits that the labels are drawn from, of the same shape; None draws them from `logits`.
     """
     chances = logits.float().softmax(-1)
     sums = (chances if drawn_from is None else drawn_from.float().softmax(-1)).cumsum(-1)
@@ -125,23 +128,25 @@ def _surprise(logits: Tensor, drawn_from: Tensor | None, generator: torch.Genera
 
 
 def _projections(output: Any, generator: torch.Generator) -> tuple[Tensor, int]:
-    """The sum over an encoder's final states of `_projection`, and the number of tokens."""
+    """Return the sum of `_projection` over an encoder's final states, and the number of tokens."""
     states = final_states(output)
     return torch.stack([_projection(state, generator) for state in states]).sum(), states[0][..., 0].numel()
 
 
 def _projection(states: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction of every final state, scaled to length 1: its gradients make the Gauss-Newton moment.
+    """Scale the final states to length 1, and return the sum of their products with random directions.
+
+    The second moment of the gradients of this sum is the Gauss-Newton matrix.
 
     Args:
-        states: of the tokens, shape (batch, length, width), or pooled, shape (batch, width).
+        states: states of the tokens, shape (batch, length, width), or pooled states, shape (batch, width).
     """
     directions = torch.randn(states.shape, generator=generator).to(states.device)
     return (nn.functional.normalize(states.float(), dim=-1) * directions).sum()
 
 
 def _first_broken(model: nn.Module, batch: Batch) -> str:
-    """What the first tensor that is not finite is, in words."""
+    """Describe the first tensor that holds NaN or Inf, for a message."""
     found: list[str] = []
     with ExitStack() as stack, torch.no_grad():
         for name in quantized_modules(model):
@@ -156,7 +161,7 @@ def _first_broken(model: nn.Module, batch: Batch) -> str:
 
 
 class _GroupGradient:
-    """Adds up one group's output gradients, as soon as those of all members of one forward have come."""
+    """Sums one group's output gradients; the gradients of all members of a forward are added together."""
 
     def __init__(self, group: Group, full_width: int, seed: int) -> None:
         self.group = group
@@ -166,7 +171,7 @@ class _GroupGradient:
         self._sum: GradientProduct | GradientSketch | None = None
 
     def hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        """Forward hook of member number `index`."""
+        """Return the forward hook of member number `index`."""
 
         def watch(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
@@ -190,7 +195,7 @@ class _GroupGradient:
         if self._sum is None:
             raise SensitivityError(f"{where}: no gradient of the loss reaches its output.")
         diagonal = self._sum.diagonal
-        # A square that is not finite makes its own place on the diagonal so.
+        # A gradient that is not finite makes its entry of the diagonal not finite: checking the diagonal is enough.
         if not bool(torch.isfinite(diagonal).all()):
             raise NonFiniteError(f"{where}: the gradient of the loss at its output holds NaN or Inf.")
         if not bool(diagonal.any()):
@@ -201,7 +206,7 @@ class _GroupGradient:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients flow from the embeddings on, and into no parameter."""
+    """Inside this context, the outputs of the input embeddings take gradients, and no parameter does."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     if not isinstance(embeddings, nn.Module):
