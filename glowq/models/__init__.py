@@ -1,3 +1,3 @@
-"""What is asked of a transformers model that carries no correction: loading, blocks, groups, reference, weight errors.
+"""Work on a transformers model without a correction: loading, blocks, groups, the reference model, weight errors.
 
-May import `errors`, `utils`, `factors` and `quantizers`."""
+This package may import `errors`, `utils`, `factors` and `quantizers`."""

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model, and which of them a module lies in."""
+"""The repeated blocks of a model, and the block that contains a module."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ __all__ = ["block_index", "blocks"]
 def blocks(model: nn.Module) -> list[str]:
     """Names of the repeated blocks of `model` (decoder or encoder layers), in module order.
 
-    A transformers model says which classes must not be split over devices; those are its blocks. Elsewhere they are
-    the elements of module lists that are not nested in another list.
+    A transformers model lists the classes that must not be split over devices (`_no_split_modules`): their instances
+    are its blocks. If there are none, the elements of module lists are the blocks. Blocks inside of another block are
+    left out.
     """
     kinds: set[str] = set()
     for module in model.modules():
@@ -27,7 +28,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def block_index(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Module name -> name of the repeated block it lies in, or its own where it lies in none."""
+    """Module name -> name of the repeated block that contains the module, or its own name if no block does."""
     found = set(blocks(model))
     return {name: next((a for a in _ancestors(name, include_self=True) if a in found), name) for name in names}
 

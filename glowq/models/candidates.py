@@ -1,4 +1,4 @@
-"""Which linear modules of a model can be corrected and why not, told by its headers and its empty architecture."""
+"""Find the linear modules of a model that can be corrected, from its file headers and its architecture alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Candidates:
     """The linear modules of a model.
 
     Attributes:
-        schemes: every quantized module that glowq reads -> its settings.
+        schemes: every quantized module that glowq can read -> its quantization settings.
         backends: the same modules -> their backend.
-        skipped: every other linear module, and those of `schemes` that no hook can correct -> why.
-        note: what could not be found out, and how to; None where nothing is left open.
+        skipped: every other linear module, and those of `schemes` that no hook can correct -> the reason.
+        note: what could not be determined, and how to determine it; None if nothing is missing.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
@@ -38,27 +38,27 @@ class Candidates:
 
 
 def find_candidates(name: str, headers: Headers, settings: Mapping[str, Any] | None, refusal: str | None) -> Candidates:
-    """Every linear module of a model: its scheme, or the reason why it cannot be corrected.
+    """Find the quantization settings of every linear module of a model, or the reason why it cannot be corrected.
 
-    The architecture is built without memory for its weights; no quantizer's library is needed.
+    The architecture is built without memory for its weights. No quantization library is needed.
 
     Args:
-        name: of the model's folder or Hub repository.
-        headers: of its files.
+        name: folder or Hub name of the model.
+        headers: headers of its files.
         settings: its quantization config; None for a model that is not quantized.
-        refusal: why glowq corrects none of its quantized modules, whatever they are; else None.
+        refusal: the reason why glowq cannot correct any quantized module of the model; None if there is none.
     """
     found = Candidates()
     try:
         model = _empty_model(name)
     except (ConfigError, UnsupportedModuleError) as error:
-        model, found.note = None, f"only the files were looked at, for the architecture cannot be built: {error}"
+        model, found.note = None, f"only the files were read, because the architecture cannot be built: {error}"
     rename = _renaming(model) if model is not None else str
     stored = {rename(module.name): module for module in headers.modules().values()}
     linears = _linears(model) if model is not None else {}
     experts = _experts(model) if model is not None else {}
     for name, module in stored.items():
-        _look(found, name, module, settings, refusal)
+        _classify(found, name, module, settings, refusal)
     for name, tied in linears.items():
         if name not in found.schemes and name not in found.skipped:
             found.skipped[name] = _why_not(stored.get(name), tied)
@@ -75,7 +75,7 @@ def find_candidates(name: str, headers: Headers, settings: Mapping[str, Any] | N
     return found
 
 
-def _look(
+def _classify(
     found: Candidates, name: str, module: StoredModule, settings: Mapping[str, Any] | None, refusal: str | None
 ) -> None:
     if settings is None:
@@ -92,7 +92,7 @@ def _look(
 
 
 def _is_plain(module: StoredModule) -> bool:
-    """Whether a module holds floats alone, of at least 16 bits; norms and embeddings do as well."""
+    """Whether a module holds only floats of at least 16 bits, as norms and embeddings do too."""
     return all(dtype in ("F64", "F32", "F16", "BF16") for dtype in module.dtypes.values())
 
 
@@ -105,10 +105,10 @@ def _why_not(module: StoredModule | None, tied: bool) -> str:
 
 
 def _empty_model(name: str) -> Any:
-    """The model on the meta device, without its quantizer.
+    """Build the model on the meta device, without its quantizer.
 
     Raises:
-        ConfigError: a model type that transformers does not know.
+        ConfigError: transformers does not support the model type.
         UnsupportedModuleError: transformers cannot build it from its config alone.
     """
     import torch
@@ -128,7 +128,7 @@ def _empty_model(name: str) -> Any:
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
-    """From module names in the files to module names in the model, as transformers renames while loading."""
+    """Return a function from module names in the files to names in the model, as transformers renames on loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -156,7 +156,7 @@ def _linears(model: Any) -> dict[str, bool]:
 
 
 def _experts(model: Any) -> dict[str, tuple[int, ...]]:
-    """Parameters that hold one matrix an expert -> their shapes."""
+    """Every parameter that holds one matrix per expert -> its shape."""
     from torch import nn
 
     return {
@@ -169,7 +169,7 @@ def _experts(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _trace(model: Any, found: Candidates) -> None:
-    """Leave out what a forward does not call; shapes are enough for that."""
+    """Skip the modules that a forward does not call; the forward runs on shapes alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ..quantizers.libraries.dense import mark_dense
@@ -178,14 +178,15 @@ def _trace(model: Any, found: Candidates) -> None:
 
     mark_dense(model)
     try:
-        # Architectures ask a plain meta tensor for its values, which a fake one is known not to have.
+        # Some architectures read values of their inputs. transformers does not do so for a fake tensor, but would for a
+        # plain meta tensor, which has no values either.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             inputs = {name: mode.from_tensor(value) for name, value in example_inputs(model).items()}
             skipped = trace_groups(model, inputs).skipped
-    except Exception as error:  # any architecture's own code, run without values; what it said is shown
+    except Exception as error:  # the code of any architecture runs here, without values
         found.note = (
             "whether a forward calls every module could not be found out without weights "
-            f"({type(error).__name__}); `glowq groups` runs the model and tells."
+            f"({type(error).__name__}); `glowq groups` finds it out by running the model."
         )
         return
     found.skipped.update({name: reason for name, reason in skipped.items() if name in found.schemes})

@@ -1,13 +1,14 @@
-"""Diagonal scales that a quantizer folded into a model before it rounded, found again from the weights alone.
+"""Find the channel scales that a quantizer folded into a model before it rounded, from the weights alone.
 
-AWQ and SmoothQuant divide what a layer gives out by s, channel by channel, and multiply the columns of the linear
-layers that read it by s. The model computes the same, but Q then approximates W' = diag(1/t) W diag(s), not W: s came
-in from the layer before, t went out to the layer behind. So W - Q is no quantization error, and W' - Q is.
+AWQ and SmoothQuant divide the outputs of a layer (the producer) by s, channel by channel, and multiply the columns of
+the linear layers that read these outputs (the consumers) by s. The model computes the same function, but the quantized
+weight Q of a linear layer then approximates W' = diag(1/t) W diag(s), not W: its columns hold the scales s of the layer
+before, and its rows are divided by the scales t of the layers after. The quantization error is W' - Q, not W - Q.
 
-Any pair of scales that cancels leaves the reference's function alone. That is why s need not be known exactly, as long
-as the producer is divided by the very numbers that its consumers are multiplied by: an inexact s makes the error W' - Q
-a little larger, never wrong. (A bias of the producer is not ours to change, but it tells s to the digit.) Where no
-producer of s is found, W' is unknown and the model is refused.
+Scales that cancel do not change the function of the reference. Therefore s need not be known exactly, as long as the
+producer is divided by the same numbers that its consumers are multiplied by: an inexact s makes the error W' - Q a
+little larger, but not wrong. (A correction cannot change the bias of a producer, but the bias gives s exactly.) If no
+producer of s is found, W' is unknown and an error is raised.
 """
 
 from __future__ import annotations
@@ -22,29 +23,31 @@ __all__ = ["VISIBLE", "Match", "Pair", "Scales", "Slopes", "best_match", "fit_co
 
 Pair = tuple[Tensor, Tensor]  # a module's W and Q, both (o, d) float32
 
-VISIBLE = 0.01  # nf4, int2 to int4, GPTQ and HQQ of the bundled model stay below 0.001, AWQ's folded layers above 0.04
-_CERTAIN = 0.05
-_LEFT = 0.7  # of the error's energy, once every column is scaled: AWQ's folded layers keep 0.2 to 0.64
-_NOISE = 0.25  # of the quantized weight's energy: 2 bits of normal values keep 0.12, signs alone 0.36
-_EXPLAINED = 0.5  # of the columns' log scales, by a layer that is believed to be their producer
+# `Slopes.excess` from which channels may be scaled. In the bundled model, nf4, int2 to int4, GPTQ and HQQ stay below
+# 0.001, and the folded layers of AWQ are above 0.04.
+VISIBLE = 0.01
+_CERTAIN = 0.05  # `Slopes.excess` above which channels can be certainly scaled
+_LEFT = 0.7  # share of the error's energy that may be left after scaling each column; AWQ's folded layers keep 0.2-0.64
+_NOISE = 0.25  # the same, as a share of the quantized weight's energy; normal values keep 0.12 in 2 bits, 0.36 as signs
+_EXPLAINED = 0.5  # share of the columns' log scales that a layer must explain to be taken for their producer
 _ROUNDS = 3
-_CHUNK = 1024  # rows worked on at once, so that the products of a large weight are never held as a whole
+_CHUNK = 1024  # rows processed at once, so that the products of a large weight are never in memory as a whole
 
 
 @dataclass(frozen=True)
 class Scales:
-    """W' = diag(1 / rows) W diag(columns) is what a quantized weight approximates.
+    """The scales that are folded into a quantized weight: it approximates W' = diag(1 / rows) W diag(columns).
 
     Attributes:
-        rows: t, shape (o,), float64: divided out of the module's outputs; None for ones.
-        columns: s, shape (d,), float64: multiplied into the module's inputs; None for ones.
+        rows: t, shape (o,), float64: the rows of the weight are divided by it; None for ones.
+        columns: s, shape (d,), float64: the columns of the weight are multiplied by it; None for ones.
     """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Scale `weight`, shape (o, d), in place; returns it."""
+        """Scale `weight`, shape (o, d), in place, and return it."""
         if self.columns is not None:
             weight *= self.columns.to(weight)
         if self.rows is not None:
@@ -54,13 +57,13 @@ class Scales:
 
 @dataclass(frozen=True)
 class Slopes:
-    """Regression of Q on W, a channel at a time.
+    """Regression of Q on W, separately for each channel.
 
     Attributes:
-        full: sum of W^2 of each channel, float64 on the CPU like the others.
-        cross: sum of W Q.
-        quantized: sum of Q^2.
-        count: values a channel.
+        full: sum of W^2 of each channel, float64, on the CPU.
+        cross: sum of W Q of each channel, likewise.
+        quantized: sum of Q^2 of each channel, likewise.
+        count: number of values per channel.
     """
 
     full: Tensor
@@ -70,12 +73,12 @@ class Slopes:
 
     @property
     def log(self) -> Tensor:
-        """log of the slope <W, Q> / <W, W>; 0 where W and Q say nothing."""
+        """log of the slope <W, Q> / <W, W> of each channel; 0 for a channel whose slope is not reliable."""
         return torch.where(self._sound, self.cross / self.full, 1.0).log()
 
     @property
     def weight(self) -> Tensor:
-        """How much each channel's slope is worth: its signal against its noise."""
+        """Weight of each channel's slope: the ratio of signal to noise; 0 for a channel whose slope is not reliable."""
         noise = (self.quantized - self.cross**2 / self.full).clamp_min(1e-9 * self.quantized)
         return torch.where(self._sound, self.cross**2 / self.full / noise, 0.0)
 
@@ -92,15 +95,16 @@ class Slopes:
         return float(square.clamp_min(0).sqrt())
 
     def scaled(self, factor: Tensor) -> Slopes:
-        """The same with W multiplied by `factor`, a number a channel."""
+        """Return the regression for W multiplied by `factor`, one number per channel."""
         return replace(self, full=self.full * factor**2, cross=self.cross * factor)
 
     def excess(self) -> float:
-        """Root mean square of log scale, by energy, that rounding cannot explain.
+        """Return the log scale that rounding cannot explain, as a root mean square over channels, weighted by energy.
 
-        Rounding makes no difference between a scale of <W, Q> / <W, W> (its noise is independent of W) and one of
-        <Q, Q> / <W, Q> (independent of Q, as with clipping): a channel counts by how far all of that interval, and
-        three standard deviations of its sample, lie outside the interval of all channels together.
+        If the rounding noise is independent of W, the scale of a channel is <W, Q> / <W, W>. If it is independent of Q,
+        as with clipping, the scale is <Q, Q> / <W, Q>. The true scale lies in the interval between the two. A channel
+        counts by the distance between its interval and the interval of all channels together, less three standard
+        deviations of the sample.
         """
         sound = self._sound & (self.quantized > 0)
         if not bool(sound.any()):
@@ -113,10 +117,10 @@ class Slopes:
         return float(((energy * torch.relu(outside) ** 2).sum() / energy.sum()).sqrt())
 
     def certain(self) -> bool:
-        """Whether the channels are scaled beyond doubt.
+        """Whether the channels are certainly scaled.
 
-        Columns of very unequal size that were clipped hard or rounded to signs look alike, but then scaling them leaves
-        most of the error where it was.
+        Columns of very unequal size that were strongly clipped or rounded to signs also have a large `excess`. But if
+        such columns are scaled, most of the error is left.
         """
         total = self.quantized.sum()
         one = total - self.cross.sum() ** 2 / self.full.sum().clamp_min(1e-300)
@@ -125,20 +129,21 @@ class Slopes:
 
     @property
     def _sound(self) -> Tensor:
-        # Channels whose values are told apart: one that is rounded to nothing but signs or zeros has a slope that its
-        # neighbours' step decides, not its own scale. Signs of normal values keep 0.64, 2 bits 0.88.
+        # Whether the slope of a channel is reliable. If all its values were rounded to signs or zeros, its slope
+        # depends on the rounding step that it shares with its neighbours, not on its own scale. The squared cosine of W
+        # and Q is 0.64 for signs of normal values and 0.88 for 2 bits.
         return (self.full > 0) & (self.cross > 0) & (self.cross**2 > 0.7 * self.full * self.quantized)
 
 
 @dataclass(frozen=True)
 class Match:
-    """The layer whose outputs hold the inverse of a group's column scales.
+    """The layer whose outputs were divided by a group's column scales.
 
     Attributes:
-        producer: its name.
-        rows: what its outputs were divided by, shape (o,), float64.
-        reading: the output that each column of the group reads, shape (d,), int64; None where the producer is no
-            quantized linear module but gives out the group's input as it is (o = d).
+        producer: name of the layer.
+        rows: scales that its outputs were divided by, shape (o,), float64.
+        reading: index of the output that each column of the group reads, shape (d,), int64. None if the producer is not
+            a quantized linear module: its outputs are then the group's input (o = d).
     """
 
     producer: str
@@ -147,13 +152,14 @@ class Match:
 
 
 def slopes(pairs: Sequence[Pair], dim: int, factors: Sequence[Tensor] = ()) -> Slopes:
-    """Regression of Q on W of modules that share their channels.
+    """Compute the regression of Q on W for modules that read the same tensor.
 
     Args:
         pairs: W and Q of each module, shape (o_i, d).
-        dim: 0 for one slope a column, all modules together; 1 for one slope a row, one module's rows after another's.
-        factors: what W is multiplied by first: for `dim` 0 its rows, one tensor of shape (o_i,) a module; for `dim` 1
-            its columns, one tensor of shape (d,).
+        dim: 0 for one slope per column, over all modules together; 1 for one slope per row, over the rows of all
+            modules in order.
+        factors: factors to multiply W by first. For `dim` 0 they multiply the rows: one tensor of shape (o_i,) per
+            module. For `dim` 1 they multiply the columns: one tensor of shape (d,).
     """
     parts: list[list[Tensor]] = [[], [], []]
     for index, (weight, quantized) in enumerate(pairs):
@@ -168,10 +174,10 @@ def slopes(pairs: Sequence[Pair], dim: int, factors: Sequence[Tensor] = ()) -> S
 
 
 def fit_columns(pairs: Sequence[Pair]) -> Slopes:
-    """Column slopes of modules that read the same tensor, whatever their rows are scaled by.
+    """Compute the column slopes of modules that read the same tensor, if their rows may be scaled too.
 
-    Q is fitted by diag(a) W diag(b) in alternating least squares; only the shape of b over the channels is meant, since
-    a number can always be moved from a to b.
+    Alternating least squares fit Q by diag(a) W diag(b). Only the ratios within b are determined, since a common factor
+    can be moved from a to b.
     """
     widths = [weight.shape[0] for weight, _ in pairs]
     columns = slopes(pairs, 0)
@@ -182,21 +188,21 @@ def fit_columns(pairs: Sequence[Pair]) -> Slopes:
 
 
 def best_match(columns: Sequence[Slopes], layers: Mapping[str, Tensor], linears: Mapping[str, Slopes]) -> Match | None:
-    """The layer that the column scales of a group were folded out of.
+    """Find the layer that the column scales of a group were folded out of.
 
     Args:
-        columns: estimates of the group's column slopes, each of shape (d,): as they are, and from `fit_columns`.
-        layers: name -> exact scale of a layer that is no quantized linear module, shape (d,).
-        linears: name -> row slopes of a linear module that ran before, any width.
+        columns: two estimates of the group's column slopes, each of shape (d,): from `slopes`, and from `fit_columns`.
+        layers: name -> exact scale of a layer that is not a quantized linear module, shape (d,).
+        linears: name -> row slopes of a quantized linear module that runs before the group, any width.
 
     Returns:
-        The producer that explains the scales best, exact ones first; None where none does.
+        The producer that explains the scales best, from `layers` if one of them explains them; None if no layer does.
     """
     plain, fitted = columns
     energy = fitted.quantized * (fitted.weight > 0)
     share, producer, scale = _EXPLAINED, "", None
     for name, exact in layers.items():
-        # As they are, to see a scale that is the same for every channel; fitted, where the rows are scaled as well.
+        # The plain slopes show a scale that is the same for every channel. The fitted ones are right for scaled rows.
         alike = max(
             _explained(plain, exact.log(), plain.quantized * (plain.weight > 0), shape=False),
             _explained(fitted, exact.log(), energy, shape=True),
@@ -235,11 +241,11 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _explained(found: Slopes, log: Tensor, weight: Tensor, *, shape: bool) -> float:
-    """Share of the slopes' log scales that `log` explains: 1 all of it, below 0 less than no scale at all.
+    """Share of the slopes' log scales that `log` explains: 1 for a perfect fit, below 0 if no scale would fit better.
 
     Args:
-        weight: of each channel.
-        shape: whether only the shape over the channels counts, not the level.
+        weight: weight of each channel.
+        shape: whether only the differences between channels count, not the mean.
     """
     rest = found.log - log
     before, after = (values - _mean(values, weight) if shape else values for values in (found.log, rest))
@@ -248,10 +254,10 @@ def _explained(found: Slopes, log: Tensor, weight: Tensor, *, shape: bool) -> fl
 
 
 def _readings(outputs: int, inputs: int) -> Iterator[Tensor]:
-    """Ways in which `inputs` channels can come from a layer's last rows: index of the row of each channel.
+    """Yield the ways in which `inputs` channels can read a layer's last rows: the index of the row of each channel.
 
-    The last rows, because a fused layer gives the values (of q, k, v) or the multiplied half (of gate, up) last. With
-    grouped heads each head's rows are read by several heads in turn, whose width no weight tells: all are tried.
+    Scales are folded into the last rows of a fused layer: v of q, k and v, or up of gate and up. With grouped heads,
+    several heads read the rows of one head. The weights do not show how wide a head is, so all widths are tried.
     """
     for repeat in (n for n in range(1, inputs + 1) if inputs % n == 0 and inputs // n <= outputs):
         size = inputs // repeat
@@ -263,10 +269,10 @@ def _readings(outputs: int, inputs: int) -> Iterator[Tensor]:
 
 
 def _joint_scale(producer: Slopes, columns: Slopes, reading: Tensor) -> Tensor:
-    """One scale for both sides, from the rows of the one and the columns of the other, by what each is worth."""
+    """Compute one scale from the rows of the producer and the columns of the group, as a mean by their weights."""
     made = producer.weight
     read = torch.zeros_like(made).index_add_(0, reading, columns.weight)
-    # The producer's own columns are settled, so its rows say how large the scales are as well as how they differ.
+    # The scales of the producer's own columns are known: its rows give the size of its row scales and their ratios.
     level = _mean(columns.log + producer.log[reading], columns.weight * (made[reading] > 0))
     seen = torch.zeros_like(made).index_add_(0, reading, columns.weight * (columns.log - level))
     log = (seen - made * producer.log) / (made + read).clamp_min(1e-300)

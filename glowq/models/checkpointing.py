@@ -1,4 +1,4 @@
-"""Activation checkpointing of a model's blocks, whatever put their forwards there."""
+"""Activation checkpointing of a model's blocks, also if another library replaced their forwards."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ _KEPT_BYTES = 2**30
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Inside, the backward pass runs each block's forward again instead of keeping what it computed.
+    """Inside this context, the backward pass runs each block's forward again instead of keeping its activations.
 
-    What is kept is a block's input. The numbers are the same, bit for bit; the time is one more forward.
+    Only the input of each block is kept. The results are the same, bit for bit; it takes the time of one more forward.
     """
     with ExitStack() as stack:
         for block in {id(block): block for block in map(model.get_submodule, blocks(model))}.values():
-            # Whole forwards are run again: hooks that bring a module's weights in must take them out, too.
+            # early_stop=False runs the whole forward again: hooks that load a module's weights must also unload them.
             again = partial(checkpoint, block.forward, use_reentrant=False, early_stop=False)
             stack.enter_context(replaced_forward(block, again))
         yield
 
 
 def is_large(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the backward pass of the largest batch would keep so much that each block is better run again: 1 GiB."""
+    """Whether the backward pass of the largest batch would keep more than 1 GiB, so that blocks should be run again."""
     return kept_bytes(model, batches) > _KEPT_BYTES
 
 
 def kept_bytes(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
-    """About what the backward pass of the largest batch would keep: twice every linear module's inputs and outputs.
+    """Estimate the bytes that the backward pass of the largest batch would keep.
 
-    Twice, because norms, activation functions and attention keep theirs as well.
+    The estimate is twice the inputs and outputs of every linear module, because norms, activation functions and
+    attention keep activations as well.
     """
     quantized = quantized_modules(model)
     widths = sum(sum(backend.features(model.get_submodule(name))) for name, backend in quantized.items())
@@ -54,6 +55,6 @@ def kept_bytes(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:
-    """Rows of the batch: its ids, or what stands for them, without the width."""
+    """Number of tokens in the batch, from the first two dimensions of its ids or of the tensor used in their place."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     return max((value.shape[:2].numel() for value in tensors), default=0)

@@ -1,4 +1,4 @@
-"""A module's `forward`, replaced for a while."""
+"""Preparations for a forward of a model: its inputs, its mode, and a temporary replacement of a module's `forward`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_f
 
 
 def refuse_encoder_decoder(model: nn.Module) -> None:
-    """Refuse a model that runs on text for its encoder and other text for its decoder, and was given the first alone.
+    """Raise an error for an encoder with a decoder, because calibration text gives no input for the decoder.
 
-    An encoder that is used alone, such as T5EncoderModel, is none, whatever its config says of the whole.
+    The encoder of such a model alone, for example T5EncoderModel, is accepted, although its config describes the whole
+    model.
 
     Raises:
         UnsupportedModuleError: the model is an encoder with a decoder.
     """
-    said = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if said and "decoder_input_ids" in signature(type(model).forward).parameters:
+    declared = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if declared and "decoder_input_ids" in signature(type(model).forward).parameters:
         raise UnsupportedModuleError(
             f"{type(model).__name__} is an encoder with a decoder, which cannot be corrected yet: calibration text "
             "gives no decoder input. Correct a model that is a decoder or an encoder alone."
@@ -32,7 +33,7 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
 
 
 def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The batch on the device of the model's embeddings."""
+    """Return the batch on the device of the model's embeddings, or as it is if they are on the meta device."""
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else model
     device = next(iter(embeddings.parameters())).device
     return dict(batch) if device.type == "meta" else {name: value.to(device) for name, value in batch.items()}
@@ -40,8 +41,8 @@ def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `module` runs `forward`; afterwards what it ran before, one that was put on the instance included."""
-    earlier = vars(module).get("forward")  # accelerate puts its own there
+    """Inside this context, `module` runs `forward`. Its earlier forward is restored, also one set on the instance."""
+    earlier = vars(module).get("forward")  # accelerate sets its own forward on the instance
     module.forward = forward
     try:
         yield
@@ -54,9 +55,9 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no key/value cache inside; afterwards every module and config is as it was."""
+    """Inside this context, the model is in evaluation mode without a key/value cache; both are restored at the end."""
     training = {module: module.training for module in model.modules()}
-    configs = [getattr(module, "config", None) for module in training]  # a part of the model can have its own
+    configs = [getattr(module, "config", None) for module in training]  # parts of a model can have their own
     caching = {id(config): config for config in configs if getattr(config, "use_cache", None)}.values()
     try:
         model.eval()
@@ -71,7 +72,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def example_inputs(model: Any) -> dict[str, Any]:
-    """The arguments of one forward that transformers keeps for every architecture, on the device of `model`."""
+    """Return the example arguments of one forward that transformers has for every architecture, on `model`'s device."""
     inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
     if model.config.is_encoder_decoder and "input_ids" in inputs:
         inputs.setdefault("decoder_input_ids", inputs["input_ids"])

@@ -1,4 +1,4 @@
-"""What a model's files say without their weights being read: config.json and the headers of its safetensors."""
+"""Read a model's config.json and the headers of its safetensors files, but not its weights."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..utils.hub import local_snapshot
 __all__ = ["Headers", "read_headers"]
 
 _INDEX = "model.safetensors.index.json"
-_HQQ_PICKLE = "qmodel.pt"  # HQQ's own save writes no other file than this and a config.json that does not mention HQQ
+_HQQ_PICKLE = "qmodel.pt"  # HQQ's save function writes this file and a config.json that does not mention HQQ
 
 
 @dataclass(frozen=True)
 class Headers:
-    """A model folder or Hub repository, its weights unread.
+    """The config and the headers of a model folder or Hub repository.
 
     Attributes:
-        config: config.json; empty where there is none.
+        config: content of config.json; empty if there is none.
         shapes: tensor name -> shape.
         dtypes: tensor name -> dtype as safetensors writes it ("BF16").
         sizes: tensor name -> bytes.
         metadata: what libraries wrote into the headers.
-        gguf: names of the GGUF files, where the folder holds no other weights.
-        hqq: whether the weights are HQQ's own pickle.
+        gguf: names of the GGUF files, if the folder has no config.json.
+        hqq: whether the weights are a pickle that HQQ wrote.
     """
 
     config: dict[str, Any]
@@ -43,7 +43,7 @@ class Headers:
     hqq: bool = False
 
     def modules(self) -> dict[str, StoredModule]:
-        """Module name -> its tensors; bitsandbytes' "m.weight.absmax" belongs to m as "m.weight" does."""
+        """Module name -> its tensors. The tensor "m.weight.absmax" of bitsandbytes belongs to m, as "m.weight" does."""
         local: dict[str, dict[str, str]] = defaultdict(dict)  # module name -> name under it -> tensor name
         for name in self.shapes:
             module, found, rest = name.partition(".weight.")
@@ -66,11 +66,11 @@ class Headers:
 
 
 def read_headers(name: str) -> Headers:
-    """The headers of a folder, a GGUF file or a Hub repository; only headers cross the network.
+    """Read the headers of a folder, a GGUF file or a Hub repository; the weights are not downloaded.
 
     Raises:
-        ModelNotFoundError: no such model, or a shard that its index names is missing.
-        PickleRefusedError: the weights are pickles, other than HQQ's.
+        ModelNotFoundError: the model does not exist, or a shard that its index names is missing.
+        PickleRefusedError: the weights are pickles that HQQ did not write.
         CorrectionError: a file is corrupt or truncated.
     """
     path = Path(name)
@@ -90,7 +90,7 @@ def read_headers(name: str) -> Headers:
 
 
 def _read_hub(name: str) -> Headers:
-    """Headers over the network where it is there, else from the cache."""
+    """Read the headers from the Hub, or from the cache if the Hub cannot be reached."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

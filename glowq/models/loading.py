@@ -1,4 +1,4 @@
-"""Models, configs and tokenizers by name, with every failure turned into one clear line."""
+"""Load models, configs and tokenizers by name, and turn every failure into a one-line error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn what libraries raise when they cannot load `name` into an error of ours, on one line."""
+    """Turn what libraries raise when they cannot load `name` into a one-line error of glowq."""
     try:
         yield
     except GlowQError:
@@ -40,12 +40,12 @@ def loading(name: str) -> Iterator[None]:
 
 
 def load_config(name: str, gguf_file: str | None = None) -> Any:
-    """The transformers config of a folder, "org/model" or "org/model@revision", or of a GGUF file in it.
+    """Load the transformers config of a folder, "org/model" or "org/model@revision", or of a GGUF file in it.
 
     Raises:
-        ModelNotFoundError: no such model.
+        ModelNotFoundError: the model does not exist.
         PickleRefusedError: the folder holds its weights only as pickles.
-        ConfigError: a model type that transformers does not know, or GGUF files of which none was named.
+        ConfigError: transformers does not support the model type, or the weights are GGUF and `gguf_file` is not given.
     """
     from transformers import AutoConfig
 
@@ -57,14 +57,14 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
         with loading(name):
             return AutoConfig.from_pretrained(**_named(name), trust_remote_code=False, **_gguf(gguf_file))
     except ModelNotFoundError as error:
-        # transformers' own errors have no number; a number tells of a disk or a file that is there.
+        # transformers' own errors have no errno. Any errno but ENOENT means a fault of the disk or of an existing file.
         if Path(name).is_dir() or getattr(error.__cause__, "errno", None) not in (None, errno.ENOENT):
             raise
-        raise ModelNotFoundError(f"no folder {name!r}, and no such model within reach on the Hub; {error}") from error
+        raise ModelNotFoundError(f"no folder {name!r}, and no such model was found on the Hub; {error}") from error
 
 
 def _named(name: str) -> dict[str, str]:
-    """What `from_pretrained` is called with for a folder, "org/model" or "org/model@revision"."""
+    """Keyword arguments of `from_pretrained` for a folder, "org/model" or "org/model@revision"."""
     repository, revision = split_revision(name)
     return {"pretrained_model_name_or_path": repository, **({"revision": revision} if revision else {})}
 
@@ -84,21 +84,21 @@ def _refuse_unnamed_gguf(path: Path) -> None:
     if files:
         raise ConfigError(
             f"{path} is GGUF, which transformers dequantizes on load: give {folder} as MODEL, --gguf-file {files[0]}, "
-            "--base dense, and --reference, the full-precision model behind it."
+            "--base dense, and --reference, the full-precision model that it was made from."
         )
 
 
 def load_model(
     name: str, config: Any, quantization_config: Any = None, gguf_file: str | None = None, auto_class: Any = None
 ) -> Any:
-    """A model of the class that its config names, ready to run.
+    """Load a model of the class that its config names, ready to run.
 
     Args:
         name: folder or Hub name.
         config: what `load_config(name)` returned.
-        quantization_config: quantize while loading.
+        quantization_config: quantize with this config while loading; None loads the model as it is stored.
         gguf_file: GGUF file in the folder, which transformers dequantizes.
-        auto_class: transformers class to load it with; None takes `model_class(config)`.
+        auto_class: transformers class to load the model with; None takes `model_class(config)`.
     """
     import torch
 
@@ -120,7 +120,7 @@ def load_model(
 
 
 def model_class(config: Any) -> Any:
-    """The class of config.json's `architectures`, else the auto class for the model type."""
+    """Return the class that `architectures` of config.json names, or else the auto class for the model type."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -132,24 +132,24 @@ def model_class(config: Any) -> Any:
 
 
 def scores_text(config: Any, auto_class: Any = None) -> bool:
-    """Whether the model is one whose perplexity can be measured: a decoder that predicts the next token."""
+    """Whether the model predicts the next token, so that its perplexity can be measured."""
     found = auto_class or model_class(config)
     causal = found.can_generate() if hasattr(found, "can_generate") else found.__name__ == "AutoModelForCausalLM"
     return bool(causal) and not getattr(config, "is_encoder_decoder", False)
 
 
 def token_limits(config: Any, sequence_length: int) -> tuple[int, int | None]:
-    """The longest usable sequence, at most `sequence_length`, and the vocabulary size where the config tells."""
+    """Return the longest usable sequence, at most `sequence_length`, and the vocabulary size (None if not known)."""
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or sequence_length
     return min(sequence_length, most), getattr(text, "vocab_size", None)
 
 
 def load_tokenizer(*names: str | None) -> Any:
-    """The tokenizer of the first of `names` that has one.
+    """Load the tokenizer of the first of `names` that has one.
 
     Raises:
-        ModelNotFoundError: none has.
+        ModelNotFoundError: none of them has one.
     """
     from transformers import AutoTokenizer
 
@@ -162,16 +162,20 @@ def load_tokenizer(*names: str | None) -> Any:
 
 
 def reference_name(model: str, config: Any, base: str, reference: str | None) -> str:
-    """Name of the full-precision model; refuses what does not fit together."""
+    """Return the name of the full-precision model.
+
+    Raises:
+        ConfigError: the model, `base` and `reference` do not fit together; the message says what to give.
+    """
     stored = getattr(config, "quantization_config", None)
     kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if str(kind) == "glowq":
-        raise ConfigError(f"{model} carries a glowq correction already; correct the model behind it.")
+        raise ConfigError(f"{model} carries a glowq correction already; correct its base model instead.")
     if base == "dense":
         if reference is None:
             raise ConfigError(
                 f"--base dense corrects the weights of {model} as they are: give --reference, the full-precision model "
-                "behind it."
+                "that it was made from."
             )
         return reference
     if stored is None and base == "none":
@@ -182,5 +186,7 @@ def reference_name(model: str, config: Any, base: str, reference: str | None) ->
     if stored is not None and base != "none":
         raise ConfigError(f"{model} is quantized already ({kind}): leave out --base and give --reference.")
     if stored is not None and reference is None:
-        raise ConfigError(f"{model} is quantized ({kind}): give --reference, the full-precision model behind it.")
+        raise ConfigError(
+            f"{model} is quantized ({kind}): give --reference, the full-precision model that it was made from."
+        )
     return reference or model

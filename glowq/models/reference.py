@@ -1,4 +1,4 @@
-"""The full-precision reference model: its weights one module at a time, never the whole of it in memory."""
+"""The full-precision reference model, whose weights are read one module at a time to save memory."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from ..utils.logging import quiet
 
 __all__ = ["REVISION_TOLERANCE", "Reference"]
 
-REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes 1.1e-3
+REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes a difference of 1.1e-3
 _SAMPLED_ROWS = 1024
 
 
 class Reference:
     """Full-precision weights by module name.
 
-    Use as a context manager: a model given by name is mapped from its safetensors files, and each weight is read when
-    it is asked for.
+    Use it as a context manager. A model given by name is mapped from its safetensors files, and each weight is read
+    only when it is requested.
 
     Args:
         source: a model in memory, a folder, or a Hub name ("org/model" or "org/model@revision").
-        model_class: the class to load a named model with: that of the quantized model.
-        **hub_kwargs: e.g. `revision`.
+        model_class: class to load a named model with, the same as that of the quantized model.
+        **hub_kwargs: passed to `glowq.utils.hub.local_snapshot`, e.g. `revision`.
     """
 
     def __init__(self, source: Any, model_class: type[nn.Module], **hub_kwargs: Any) -> None:
@@ -62,41 +62,42 @@ class Reference:
 
     @property
     def model(self) -> nn.Module:
-        """The reference as a module that can be run; its weights may lie on disk."""
+        """The reference as a module that can be run; its weights may stay on disk."""
         if self._model is None:
             raise RuntimeError("a Reference is used inside its `with` block")
         return self._model
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuse another model at once, from the modules alone, before any weight is read.
+        """Check the names and shapes of the modules, to find a wrong reference before any weight is read.
 
         Args:
-            shapes: module name -> (out_features, in_features) that the quantized module has.
+            shapes: module name -> (out_features, in_features) of the quantized module.
 
         Raises:
-            ReferenceMismatchError: the reference lacks a module, or has it in another shape.
-            UnsupportedModuleError: a module is itself quantized or no linear layer.
+            ReferenceMismatchError: the reference lacks a module, or the module has another shape.
+            UnsupportedModuleError: a module of the reference is quantized, or is not a linear layer.
         """
         for name, shape in shapes.items():
             self._module(name, shape)
 
     def check_revision(self, model: nn.Module, tolerance: float = REVISION_TOLERANCE) -> None:
-        """Refuse another revision or a fine-tune, whose modules and shapes are all the same.
+        """Compare the input embeddings, to find a reference that is another revision or a fine-tune.
 
-        Quantizers leave the input embeddings alone (norms they may not: see `folding`), so those must be equal.
+        Such a model has the same modules and shapes. Quantizers do not change the input embeddings, so they must be
+        equal. (Quantizers may change norms, see `glowq.models.channel_scales`.)
 
         Args:
-            model: quantized.
-            tolerance: largest relative difference, root mean square of a sample of rows; more than the default only
-                where the embeddings were quantized too and then written out as floats (GGUF).
+            model: the quantized model.
+            tolerance: largest relative difference, as a root mean square over a sample of rows. Give more than the
+                default only if the embeddings were quantized too and then stored as floats (GGUF).
 
         Raises:
-            ReferenceMismatchError: they differ by more.
+            ReferenceMismatchError: the embeddings differ by more.
         """
         ours, theirs = (_embedding_rows(side) for side in (model, self.model))
         if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
             return
-        common = min(len(ours), len(theirs))  # a vocabulary may have been padded
+        common = min(len(ours), len(theirs))  # one of the vocabularies may be padded
         sample = torch.linspace(0, common - 1, min(common, _SAMPLED_ROWS)).long()
         quantized, full = ours[sample].float(), theirs[sample].float()
         found = float((quantized - full).norm() / full.norm().clamp_min(1e-30))
@@ -107,11 +108,11 @@ class Reference:
             )
 
     def weight(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """Full-precision weight of one linear module.
+        """Read the full-precision weight of one linear module.
 
         Args:
             name: the module's name, the same as in the quantized model.
-            shape: (out_features, in_features) that the quantized module has.
+            shape: (out_features, in_features) of the quantized module.
 
         Returns:
             float32 tensor of that shape.
@@ -159,7 +160,7 @@ class Reference:
 
 
 def _embedding_rows(model: nn.Module) -> Tensor | None:
-    """The input embeddings, (vocabulary, width) on the CPU; None where the model has none in plain floats."""
+    """Return the input embeddings, (vocabulary, width), on the CPU; None if the model has none as plain floats."""
     layer: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     weight = getattr(layer, "weight", None)
     if layer is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
@@ -171,7 +172,7 @@ def _embedding_rows(model: nn.Module) -> Tensor | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No loading bar for a model that is only mapped, and no word that its weights stay on disk: they should."""
+    """Hide the progress bar of loading, and the warning that weights stay on disk: the model is only mapped."""
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
-"""One traced forward -> the groups of modules that read the same tensor.
+"""Find the groups of modules that read the same tensor, by tracing one forward.
 
-Two modules share a group when every call of theirs, in order, received the same tensor object at the same version
-(in-place writes counted), inside one decoder block. Names and values play no part: at initialization different
-inputs can hold equal values, and a name says nothing about what a module reads.
+Two modules are in the same group if they are in the same decoder block, and all their calls received, in the same
+order, the same tensor object at the same version (the number of in-place writes). Names and values are not compared:
+different inputs can hold equal values, and a name does not show what a module reads.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["Trace", "find_groups", "trace_groups"]
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward showed.
+    """The result of tracing one forward.
 
     Attributes:
-        groups: in call order.
-        skipped: each candidate that was left out -> why.
-        repeated: whether a group's block ran more than once (layers that share their weights, as ALBERT's do).
+        groups: groups in call order.
+        skipped: each candidate that was left out -> the reason.
+        repeated: whether the block of any group ran more than once (layers that share their weights, as in ALBERT).
     """
 
     groups: list[Group]
@@ -42,15 +42,15 @@ class Trace:
 
 
 def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Group]:
-    """Groups of linear modules that read the same tensor, found by running `model` once.
+    """Find the groups of linear modules that read the same tensor, by running `model` once.
 
     Args:
-        model: any model; its quantized modules are the candidates, or its linear layers where none is quantized.
+        model: any model. Its quantized modules are the candidates, or its linear layers if no module is quantized.
         example_inputs: keyword arguments of one forward, e.g. {"input_ids": (1, n) int64}.
 
     Returns:
-        Groups in the order in which the forward called them; a module that shares its input with no other forms a
-        group of one. Modules that cannot be corrected are left out (see `trace_groups` for the reasons).
+        Groups in the order in which the forward called them. A module that shares its input with no other module forms
+        a group of its own. Modules that cannot be corrected are left out (see `trace_groups` for the reasons).
 
     Raises:
         UnsupportedModuleError: the model has no linear module at all.
@@ -88,7 +88,7 @@ def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
 @dataclass(frozen=True)
 class _Call:
     order: int
-    tensor: Tensor | None  # held until the trace ends, so that its id stays its own
+    tensor: Tensor | None  # held until the trace ends, so that no other tensor gets the same id
     version: int
 
 
@@ -110,7 +110,7 @@ def _candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
 def _record_calls(
     model: nn.Module, candidates: Iterable[str], stops: Iterable[str], example_inputs: Mapping[str, Any]
 ) -> tuple[dict[str, list[_Call]], Counter[str]]:
-    """The calls of every candidate, and how often each of `stops` ran."""
+    """Run the model, and return the calls of every candidate and how often each module of `stops` ran."""
     calls: dict[str, list[_Call]] = {name: [] for name in candidates}
     runs: Counter[str] = Counter()
     clock = iter(range(1 << 62))
@@ -124,7 +124,7 @@ def _record_calls(
     def recorder(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             tensor = args[0] if args and isinstance(args[0], Tensor) else None
-            # A tensor made in inference mode counts no versions; outside of that mode PyTorch forbids writing into it.
+            # A tensor made in inference mode has no version; outside of that mode PyTorch forbids writing into it.
             version = -1 if tensor is None or tensor.is_inference() else tensor._version
             calls[name].append(_Call(next(clock), tensor, version))
 

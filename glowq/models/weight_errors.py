@@ -1,4 +1,4 @@
-"""The weight errors of a block, in the quantized model's own channels: what `folding` finds, applied."""
+"""The weight errors of a block, where the channel scales that a quantizer folded in are applied to the reference."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from .reference import Reference
 
 __all__ = ["WeightErrors", "changed_layers"]
 
-_LEAST_SIMILARITY = 0.5  # 2-bit rounding of the bundled model keeps 0.90, an unrelated weight has 0
-_ROUNDING = 0.01  # of a norm's weights: two roundings to bfloat16 stay below
+_LEAST_SIMILARITY = 0.5  # cosine; 2-bit rounding of the bundled model keeps 0.90, an unrelated weight has 0
+_ROUNDING = 0.01  # relative; above the rounding error of a norm's weights that were rounded to bfloat16 twice
 _PROBES = 8
-_BIAS_TOLERANCE = 0.2  # of a scale's log, which the weights alone tell to a few hundredths
+_BIAS_TOLERANCE = 0.2  # of a scale's log; the estimate from the weights is off by a few hundredths
 
 
 class WeightErrors:
-    """Weight errors E = W' - Q of groups, W' being the reference in the quantized model's input and output channels.
+    """Computes the weight errors E = W' - Q of groups, W' being the reference's weight with the folded scales applied.
 
-    Where no scales were folded into a module, W' is the reference's weight to the bit.
+    If no scales were folded into a module, W' is exactly the reference's weight.
 
     Args:
-        model: quantized.
+        model: the quantized model.
         reference: its full-precision weights.
         backends: module name -> backend of every quantized module.
 
     Attributes:
-        scales: module name -> the scales folded into it, of the modules that have any, as far as `errors` has come.
+        scales: module name -> the scales folded into it, for the modules that have any and that `errors` has processed.
     """
 
     def __init__(self, model: nn.Module, reference: Reference, backends: Mapping[str, Backend]) -> None:
@@ -48,17 +48,18 @@ class WeightErrors:
         self.scales: dict[str, Scales] = {}
 
     def errors(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Stacked weight error of each group, by name.
+        """Compute the stacked weight error of each group.
 
         Args:
-            groups: those of a block (or of several), in call order: a scale's producer runs before its consumers.
+            groups: the groups of one or more blocks in call order, in which a scale's producer is before its consumers.
 
         Returns:
-            Tensors of shape (O, d), float32.
+            Group name -> tensor of shape (O, d), float32.
 
         Raises:
-            ReferenceMismatchError: a reference weight has nothing in common with its quantized one.
-            FoldingError: a group's columns are scaled, and nothing before it holds the inverse.
+            ReferenceMismatchError: a reference weight is not similar to its quantized weight.
+            FoldingError: a group's columns are scaled, but no layer before it holds the inverse scales; or the scales
+                that were found make an error larger.
         """
         errors: dict[str, Tensor] = {}
         raw: dict[str, Slopes] = {}
@@ -81,19 +82,21 @@ class WeightErrors:
         return self.reference.weight(name, shape).to(quantized.device), quantized
 
     def _divide_columns(self, group: Group, pairs: Sequence[Pair], earlier: Mapping[str, Slopes]) -> bool:
-        """Multiply what was folded into the group's columns into W of `pairs`; says whether there was anything."""
+        """Multiply W of `pairs` by the scales that were folded into the group's columns; return whether any were."""
         layers = self._layers_before(group)
         plain = slopes(pairs, 0)
         if not layers and plain.excess() < VISIBLE:
             return False
         fitted = fit_columns(pairs)
-        match = best_match((plain, fitted), layers, {name: rows for name, rows in earlier.items() if self._free(name)})
+        match = best_match(
+            (plain, fitted), layers, {name: rows for name, rows in earlier.items() if self._rows_unscaled(name)}
+        )
         if match is None:
             _refuse_scaled(group, fitted)
             return False
         columns = match.rows
         if match.reading is not None:
-            rows = self._told_by_bias(match.producer, match.rows)
+            rows = self._refined_by_bias(match.producer, match.rows)
             self._add(match.producer, rows=rows)
             columns = rows[match.reading]
         for name, (weight, _) in zip(group.members, pairs, strict=True):
@@ -102,12 +105,12 @@ class WeightErrors:
         _refuse_scaled(group, fit_columns(pairs))
         return True
 
-    def _free(self, name: str) -> bool:
-        """Whether nothing was folded out of the module's rows yet: a producer has one scale."""
+    def _rows_unscaled(self, name: str) -> bool:
+        """Whether no scale was found for the module's rows yet, so that it can still be a producer."""
         return self.scales.get(name, Scales()).rows is None
 
-    def _told_by_bias(self, name: str, rows: Tensor) -> Tensor:
-        """The scales of a module's rows; those that its bias was divided by, wherever it has one."""
+    def _refined_by_bias(self, name: str, rows: Tensor) -> Tensor:
+        """Return the scales of a module's rows: those that its bias was divided by, where the bias shows them."""
         biases = []
         for model in (self.reference.model, self.model):
             module: Any = model.get_submodule(name)
@@ -117,7 +120,7 @@ class WeightErrors:
                     return rows
                 biases.append(bias.detach().cpu().double())
         ratio = biases[0] / biases[1]
-        # A bias near zero says nothing, and changes nothing either.
+        # A bias near zero does not show its scale, but an inexact scale of such a bias makes no difference either.
         return torch.where((ratio > 0) & ((ratio.log() - rows.log()).abs() < _BIAS_TOLERANCE), ratio, rows)
 
     def _add(self, name: str, **found: Tensor) -> None:
@@ -125,9 +128,9 @@ class WeightErrors:
         self.scales[name] = Scales(**{"rows": known.rows, "columns": known.columns, **found})
 
     def _divide_rows(self, group: Group, error: Tensor) -> None:
-        """Redo the members whose outputs turned out to be scaled when their consumers were looked at."""
+        """Compute the errors of the members again whose row scales were found only later, with their consumers."""
         for (name, shape), part in zip(group.shapes.items(), error.split(list(group.out_features)), strict=True):
-            if not self._free(name):
+            if not self._rows_unscaled(name):
                 weight, quantized = self._pair(name, shape)
                 part.copy_(self.scales[name].apply(weight).sub_(quantized))
 
@@ -144,13 +147,13 @@ class WeightErrors:
             _refuse_rise(name, raw.error, found.error)
 
     def _layers_before(self, group: Group) -> dict[str, Tensor]:
-        """The changed layers whose outputs the group may read: those of its block, and those of no block at all."""
+        """The changed layers whose outputs the group may read: those in its block, and those outside of every block."""
         near = {**self._changed.get("", {}), **self._changed.get(group.block, {})}
         return {name: scale for name, scale in near.items() if scale.shape[0] == group.in_features}
 
     @cached_property
     def _changed(self) -> dict[str, dict[str, Tensor]]:
-        """Changed layers by block; "" holds those of none."""
+        """Block name -> its changed layers; "" for those outside of every block."""
         found: dict[str, dict[str, Tensor]] = {}
         names = blocks(self.model)
         for name, scale in changed_layers(self.model, self.reference.model, self.backends).items():
@@ -160,22 +163,25 @@ class WeightErrors:
 
 
 def _refuse_scaled(group: Group, columns: Slopes) -> None:
-    """Refuse a group whose columns are still scaled after all that was found has been taken out."""
+    """Raise an error if a group's columns are still scaled after all scales that were found have been applied."""
     if not columns.certain():
         return
     log = columns.log[columns.quantized > 0]
     low, high = (float(edge) for edge in (log - log.median()).exp().quantile(torch.tensor([0.01, 0.99]).double()))
     raise FoldingError(
         f"{group.name}: its columns are scaled by {low:.2f} to {high:.2f} against the reference's, as AWQ and "
-        f"SmoothQuant do, but no layer before it in {group.block} holds the inverse: the reference cannot be brought "
-        "into its input space. Give the very model that was quantized (of a smoothed model, the smoothed one) as the "
+        f"SmoothQuant do, but no layer before it in {group.block} holds the inverse scales: the error of the weight "
+        "cannot be computed. Give exactly the model that was quantized (of a smoothed model, the smoothed one) as the "
         "reference. If it is that one, the quantized model is damaged (AutoAWQ leaves such scales behind when it "
         "quantizes on a CPU): quantize it again."
     )
 
 
 def _refuse_rise(name: str, before: float, after: float) -> None:
-    """Refuse scales that make a relative error larger; by less than this it is a matter of what it is relative to."""
+    """Raise an error if the scales make the relative error of a weight larger.
+
+    A small increase is accepted: the errors before and after are relative to different weights, W and W'.
+    """
     if after > 1.02 * before + 1e-4:
         raise FoldingError(
             f"{name}: dividing out the scales that were folded into the layers before it raises its error from "
@@ -185,18 +191,19 @@ def _refuse_rise(name: str, before: float, after: float) -> None:
 
 
 def changed_layers(model: nn.Module, reference: nn.Module, skip: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Layers that give out the same as the reference's but for a number a channel: norms, and AWQ's scaled activations.
+    """Find layers whose outputs are those of the reference divided by a scale: norms, and AWQ's scaled activations.
 
-    They are told by what they do to a random input, so that it does not matter how they compute it (w, 1 + w, a bias).
+    The outputs for a random input are compared, so that it does not matter how a layer computes them (w, 1 + w, a
+    bias).
 
     Args:
-        model: quantized.
-        reference: full-precision; its weights may lie on disk.
+        model: the quantized model.
+        reference: the full-precision model; its weights may be on disk.
         skip: names of the quantized modules.
 
     Returns:
-        Name -> what the layer's output was divided by, shape (d,), float64 on the CPU: the scale of its consumers'
-        columns. Layers that do the same as the reference's, up to rounding, are not in it.
+        Name -> scale that the layer's output was divided by, shape (d,), float64 on the CPU. It is the scale of its
+        consumers' columns. Layers with the same outputs as in the reference, up to rounding, are left out.
     """
     others = dict(reference.named_modules())
     found = {}
@@ -216,7 +223,7 @@ def _ratio(reference: nn.Module, module: nn.Module, width: int) -> Tensor | None
     try:
         expected, given = (_run(layer, probe).double() for layer in (reference, module))
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return None  # no layer of one input of that width: it can scale no channels of it
+        return None  # the layer does not take one input of that width, so it cannot be a producer
     if expected.shape != probe.shape or given.shape != probe.shape:
         return None
     dead = (expected == 0).all(1) & (given == 0).all(1)
@@ -226,14 +233,14 @@ def _ratio(reference: nn.Module, module: nn.Module, width: int) -> Tensor | None
 
 
 def _run(layer: nn.Module, probe: Tensor) -> Tensor:
-    """The layer in float32 on the CPU, past every hook and without touching it."""
+    """Run the layer in float32 on the CPU, without its hooks and without changing it."""
     with align_module_device(layer), torch.no_grad():
         double = copy.copy(layer)
         double._parameters = {
             name: None if p is None else nn.Parameter(p.detach().float().cpu(), requires_grad=False)
             for name, p in layer._parameters.items()
         }
-        # A loader may have put a forward of its own on the instance: the class has the layer's.
+        # A loader may have set another forward on the instance; the class has the layer's own forward.
         output: Tensor = type(layer).forward(double, probe)
         return output
 

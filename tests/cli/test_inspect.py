@@ -281,7 +281,7 @@ def test_an_unknown_architecture_is_told_from_its_files(base: Base, tmp_path: Pa
     (tmp_path / "nf4" / "config.json").write_text(json.dumps({**config, "model_type": "llama-of-tomorrow"}))
     found = inspected(tmp_path / "nf4")
     assert len(found["correctable"]) == 14
-    assert "only the files were looked at" in found["note"]
+    assert "only the files were read" in found["note"]
 
 
 @pytest.mark.parametrize("base", rows("nf4"))
