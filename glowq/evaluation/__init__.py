@@ -1,3 +1,3 @@
-"""How good or how fast a model is; nothing here knows how factors are made.
+"""Measure how accurate and how fast a model is, independent of how its factors were computed.
 
-May import `data`, `models`, `runtime` and what those may import."""
+This package may import `data`, `models`, `runtime` and everything that those may import."""

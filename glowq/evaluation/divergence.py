@@ -1,4 +1,4 @@
-"""How far one model's answer lies from another's: KL of the next token, or the distance of an encoder's states."""
+"""The divergence of one model's outputs from another's: KL of the next token, or squared distance of encoder states."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ __all__ = ["answer", "divergences", "final_states", "token_logits"]
 
 
 def token_logits(output: Any) -> Tensor | None:
-    """Logits of shape (batch, length, vocabulary), if a model's output holds any."""
+    """Return the logits of a model's output, shape (batch, length, vocabulary), or None if it holds none."""
     logits = getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
 
 
 def final_states(output: Any) -> list[Tensor]:
-    """An encoder's states: of the tokens, shape (batch, length, width), then pooled, (batch, width), if there are any.
+    """Return an encoder's final states: token states (batch, length, width), then pooled states (batch, width).
+
+    Either may be missing.
 
     Raises:
         SensitivityError: the output holds neither.
@@ -35,9 +37,10 @@ def final_states(output: Any) -> list[Tensor]:
 
 
 def answer(output: Any) -> list[Tensor]:
-    """What `divergences` compares: the logarithms of the next token's chances, or states of length 1, all float32.
+    """Return the tensors that `divergences` compares, float32.
 
-    Of an encoder: its states, and the mean of a sequence's token states, which is what sentence embeddings are made of.
+    They are the log probabilities of the next token. For an encoder they are its final states and the mean of each
+    sequence's token states, as sentence embeddings use it, all scaled to length 1.
 
     Raises:
         SensitivityError: see `final_states`.
@@ -51,14 +54,15 @@ def answer(output: Any) -> list[Tensor]:
 
 
 def divergences(reference: list[Tensor], other: list[Tensor]) -> Tensor:
-    """KL divergence from `reference` of every token, nats; of an encoder, squared distances summed for every sequence.
+    """Compute the KL divergence of every token, in nats, or for an encoder the squared distance of every sequence.
 
     Args:
-        reference: an `answer`.
-        other: another model's `answer` to the same batch.
+        reference: `answer` of the reference model.
+        other: `answer` of another model to the same batch.
 
     Returns:
-        float32, shape (tokens,) or (batch,); differentiable in `other`.
+        float32 tensor of shape (tokens,), or (batch,) for an encoder, differentiable in `other`. For an encoder it is
+        the sum over all states; the distances of token states are averaged over the tokens.
     """
     if len(reference) == 1:
         (first,), (second,) = reference, other

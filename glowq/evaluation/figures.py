@@ -1,4 +1,4 @@
-"""Figures for people: what is undefined says so, and a share of next to nothing is none."""
+"""Format figures for people. An undefined figure is shown as such, and so is the share of a gap that is too small."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 __all__ = ["NO_GAP", "finite", "has_gap", "shown", "shown_share", "undone"]
 
 NO_GAP = "no gap to recover"
-_LEAST_GAP = 1e-3  # of the reference's perplexity: a share of less is the noise of the text, divided by next to nothing
+_LEAST_GAP = 1e-3  # of the reference's perplexity; the share of a smaller gap is mostly noise of the text
 
 
 def has_gap(reference: float | None, quantized: float | None) -> bool:
-    """Whether a share of the gap between two perplexities says anything; None is one that is undefined."""
+    """Whether the gap between two perplexities is large enough for a share of it; True if one is undefined (None)."""
     return reference is None or quantized is None or quantized >= (1 + _LEAST_GAP) * reference
 
 
@@ -23,16 +23,16 @@ def finite(value: float) -> float | None:
 
 
 def shown(value: float | None, form: str) -> str:
-    """A figure for people in a format such as ".4f"; one that is undefined (None) says so."""
+    """Format a figure for people, in a format such as ".4f"; None becomes "undefined"."""
     return "undefined" if value is None else format(value, form)
 
 
 def shown_share(figures: Mapping[str, Any]) -> str:
-    """The share of the gap that was recovered, for people: with its interval, or with the reason why it says nothing.
+    """Format the recovered share of the gap with its interval, or the reason why the share is not meaningful.
 
     Args:
-        figures: "reference" and "quantized", perplexities; "recovered"; and "recovered_ci95", (low, high) or None where
-            there were too few sequences to resample. Any of them is None where it is undefined.
+        figures: "reference" and "quantized", the perplexities; "recovered", the share; and "recovered_ci95", (low,
+            high), or None if there were too few sequences to resample. A figure is None if it is undefined.
     """
     if not has_gap(figures["reference"], figures["quantized"]):
         return NO_GAP
@@ -43,13 +43,13 @@ def shown_share(figures: Mapping[str, Any]) -> str:
 
 
 def undone(figures: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Shares of the quantized model's divergence that a correction undoes in "int8", and unrounded.
+    """Return the shares of the quantized model's divergence that a correction removes, with and without rounding.
 
     Args:
-        figures: what `glowq.evaluation.rounding_cost` measured; None where nothing was rounded.
+        figures: what `glowq.evaluation.rounding_cost` measured; None if nothing was rounded.
 
     Returns:
-        None where nothing was measured, or quantization changed nothing.
+        "int8", "same_bytes" and "same_ranks" -> share; None if nothing was measured, or quantization changed nothing.
     """
     if not figures or figures["quantized"] <= 0:
         return None

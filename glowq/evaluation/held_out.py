@@ -1,4 +1,4 @@
-"""What a correction recovers on text that it was not calibrated on."""
+"""Measure what a correction recovers on held-out text."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .scores import Score, perplexity, recovered, score_models
 __all__ = ["LEAST_SEQUENCES", "held_out_figures", "parted_sequences", "reference_score"]
 
 _HELD_OUT = 1 / 8  # of the calibration sequences
-LEAST_SEQUENCES = 8  # resampling fewer gives no interval worth the name
+LEAST_SEQUENCES = 8  # resampling fewer sequences gives no useful interval
 
 
 def parted_sequences(
     config: Any, tokenizer: Any, calibration: str, tokens: int, sequence_length: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids to calibrate on and to measure on, each of shape (n, length), n >= 1.
+    """Return the token ids to calibrate on and the token ids to measure on, each of shape (n, length), n >= 1.
 
     Raises:
-        CalibrationError: the text, or `tokens`, is shorter than one sequence for each.
+        CalibrationError: the text, or `tokens`, is shorter than two sequences.
     """
     length, vocab_size = token_limits(config, sequence_length)
     texts = read_texts(calibration)
@@ -37,12 +37,12 @@ def parted_sequences(
 
 
 def reference_score(reference: str, held: Tensor) -> Score:
-    """The reference model on `held`, token ids of shape (n, length); the model is loaded for this and let go."""
+    """Load the reference model and score it on `held`, token ids of shape (n, length); the model is not kept."""
     return score_models({reference: load_model(reference, load_config(reference))}, held)[reference]
 
 
 def held_out_figures(reference: Score, model: Any, held: Tensor, seed: int) -> dict[str, Any]:
-    """Perplexities of the reference and of `model` without and with its correction, and the share recovered."""
+    """Return the perplexities of the reference, of `model` without and with its correction, and the recovered share."""
     scores = {"reference": reference}
     for name, context in (("quantized", disabled(model)), ("corrected", nullcontext())):
         with context:

@@ -1,4 +1,4 @@
-"""Pictures of a comparison and of a correction, drawn with matplotlib, which is the optional extra `plot`."""
+"""Plots of a comparison and of a correction, drawn with matplotlib, which is the optional extra `plot`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["can_plot", "check_plots", "draw_benefit", "draw_budgets", "draw_reco
 
 _DPI = 150
 _MARKERS = "osD^vPX*<>h"
-_METADATA = {"Software": None}  # matplotlib's version: the same figures give the same file
+_METADATA = {"Software": None}  # without matplotlib's version, so that the same figures give the same file
 
 
 def can_plot() -> bool:
@@ -26,7 +26,7 @@ def can_plot() -> bool:
 
 
 def check_plots() -> None:
-    """Refuse early what could only fail at the end.
+    """Check, before any work, that the plots at its end can be drawn.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -38,13 +38,13 @@ def check_plots() -> None:
 
 
 def draw_recovered(file: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
-    """Bytes against the share of the perplexity gap recovered, one line a method, with its intervals.
+    """Draw the recovered share of the perplexity gap against the added bytes, with intervals, one line per method.
 
     Args:
         file: PNG to write.
-        lines: method -> points with "overhead", a share of the quantized bytes; "recovered", or None, which is not
-            drawn; and "recovered_ci95", (low, high) or None.
-        title: shown above.
+        lines: method -> points with "overhead", the added bytes as a share of the quantized weights; "recovered", or
+            None for a point that is not drawn; and "recovered_ci95", (low, high) or None.
+        title: title of the plot.
     """
     figure = _figure(8.0, 5.0)
     axes = figure.add_subplot()
@@ -63,19 +63,19 @@ def draw_recovered(file: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]],
 
 
 def draw_budgets(file: IO[bytes], points: Sequence[CurvePoint], unit: str, title: str) -> None:
-    """What every budget is predicted to recover, one line.
+    """Draw the share that every budget is predicted to recover, as one line.
 
     Args:
         file: PNG to write.
         points: what `glowq.selection.curve.budget_curve` returned.
         unit: what the predicted shares are shares of.
-        title: shown above.
+        title: title of the plot.
     """
     figure = _figure(7.0, 4.0)
     axes = figure.add_subplot()
     axes.plot([100 * point.share_of_base for point in points], [100 * point.predicted for point in points], marker="o")
     axes.set_xscale("log")
-    shares = [100 * point.share_of_base for point in points[:-1]]  # the last is no round one
+    shares = [100 * point.share_of_base for point in points[:-1]]  # the last share is not round
     axes.set_xticks(shares, [f"{share:g}" for share in shares])
     axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
@@ -87,7 +87,7 @@ def draw_budgets(file: IO[bytes], points: Sequence[CurvePoint], unit: str, title
 
 
 def draw_benefit(file: Path, benefit: Benefit) -> None:
-    """Predicted benefit as a heat map, one row a layer and one column a kind of group; blank where there is none.
+    """Draw the predicted benefit as a heat map: one row per layer, one column per kind of group, blank if none exists.
 
     Args:
         file: PNG to write.
@@ -102,7 +102,7 @@ def draw_benefit(file: Path, benefit: Benefit) -> None:
     axes.set_title(f"predicted benefit of {benefit.budget}", fontsize=10)
     for row, line in enumerate(benefit.values):
         for column, value in enumerate(line):
-            if value:  # a few groups outshine all others: the colours alone would not tell those apart
+            if value:  # a few groups have far larger values: the colours of the others look alike
                 colour = "black" if value > image.norm.vmax / 2 else "white"
                 axes.text(column, row, f"{value:.1e}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, label=benefit.unit)
@@ -110,13 +110,13 @@ def draw_benefit(file: Path, benefit: Benefit) -> None:
 
 
 def draw_timing(file: Path, rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], title: str) -> None:
-    """What corrections add to the time of a prompt and of a decoded token, a bar each, and their bytes beside them.
+    """Draw the time that corrections add to a prompt and to a decoded token as bars, and their bytes as lines.
 
     Args:
         file: PNG to write.
-        rows: corrected models' rows of `glowq.evaluation.timing.measure`.
+        rows: rows of `glowq.evaluation.timing.measure` for the corrected models.
         kinds: "first_token" and "decode", or one of them.
-        title: shown above.
+        title: title of the plot.
     """
     figure = _figure(2.0 + 4.0 * len(kinds), 4.0)
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -141,18 +141,18 @@ def draw_timing(file: Path, rows: Sequence[Mapping[str, Any]], kinds: Sequence[s
 
 
 def _whiskers(points: Sequence[Mapping[str, Any]]) -> list[list[float]] | None:
-    """Distances to the lower and to the upper ends of the intervals, in percent; None where one is undefined."""
+    """Distances from the points to the lower and upper ends of the intervals, in percent; None if one is undefined."""
     ends = [point["recovered_ci95"] or (None, None) for point in points]
     if any(end is None for pair in ends for end in pair):
         return None
-    # A percentile interval of a skewed statistic need not hold the statistic itself.
+    # The percentile interval of a skewed statistic may not contain the statistic itself.
     below = [max(0.0, 100 * (point["recovered"] - low)) for point, (low, _) in zip(points, ends, strict=True)]
     above = [max(0.0, 100 * (high - point["recovered"])) for point, (_, high) in zip(points, ends, strict=True)]
     return [below, above]
 
 
 def _figure(width: float, height: float) -> Any:
-    # Figure rather than pyplot: no window system is looked for, and no figure stays behind in a global list.
+    # Not pyplot, which looks for a window system and keeps every figure in a global list.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""What rounding a correction's factors to int8 costs, measured on text."""
+"""Measure on text how much accuracy is lost by rounding a correction's factors to int8."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ def rounding_cost(
     same_bytes: Sequence[GroupFactors],
     sequences: Tensor,
 ) -> dict[str, Any]:
-    """Measure what rounding costs on text, and refuse what loses more than it wins.
+    """Compare int8 factors with unrounded factors on text, and raise an error if they are worse in the same bytes.
 
     Args:
-        model: quantized, without a correction; left so.
-        reference: the full-precision model.
+        model: quantized model without a correction. It has no correction afterwards.
+        reference: full-precision model.
         found: the rounded factors.
-        same_ranks: what was rounded.
-        same_bytes: unrounded factors in as many bytes as `found` takes; empty where no rank fits.
+        same_ranks: the same factors before rounding.
+        same_bytes: unrounded factors that take no more bytes than `found`; empty if no rank fits.
         sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
 
     Returns:
-        "tokens", and the mean divergence from the reference (nats a token; squared distance of an encoder's states) of
-        the "quantized" model and of the model with each of the three: "int8", "same_ranks" and "same_bytes".
+        "tokens", and the mean divergence from the reference (nats per token, or squared distance of an encoder's
+        states) for four models: "quantized", without factors; "int8", with `found`; "same_ranks" and "same_bytes", with
+        these factors.
 
     Raises:
-        RoundingError: the int8 factors leave more of the divergence than those of the same bytes, by over a hundredth
-            of what the factors undo, or more than no factors at all.
+        RoundingError: the divergence with int8 factors is larger than without factors; or it is larger than with
+            `same_bytes`, by more than a hundredth of what `same_ranks` removes.
     """
     several = {"quantized": (), "int8": found, "same_ranks": same_ranks, "same_bytes": same_bytes}
     figures: dict[str, Any] = dict(_divergences(model, reference, several, sequences))
@@ -55,7 +56,8 @@ def rounding_cost(
         raise RoundingError(
             f"int8 factors leave {figures['int8']:.4g} of the quantized model's divergence {figures['quantized']:.4g} "
             f"(on {sequences.numel()} tokens that the factors were not calibrated on), and unrounded ones in the same "
-            f"bytes {figures['same_bytes']:.4g}: rounding loses more than it wins. Correct without int8 factors."
+            f"bytes {figures['same_bytes']:.4g}: rounding loses more than the saved bytes gain. Correct without int8 "
+            "factors."
         )
     return {"tokens": sequences.numel(), **figures}
 

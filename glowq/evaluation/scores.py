@@ -21,7 +21,7 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Score:
-    """One model on every sequence.
+    """The scores of one model, for every sequence.
 
     Attributes:
         nll: mean negative log-likelihood per predicted token, nats, shape (n,), float64.
@@ -35,7 +35,7 @@ class Score:
 
 
 def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str, Score]:
-    """Run every model over the same sequences; the first is the reference that KL and top-1 are taken against.
+    """Run every model on the same sequences. The first model is the reference for KL and top-1.
 
     Args:
         models: name -> causal language model; all share one vocabulary.

@@ -1,4 +1,4 @@
-"""What a correction costs at run time: the base, the correction, and one right factor a module, timed in turns."""
+"""Time three models in turns: the base, the corrected one, and the same correction with a right factor per module."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _WARM_UP = 3  # steps
 
 @dataclass(frozen=True)
 class Shape:
-    """What is timed: `batch` prompts of `length` tokens, and as many decoded tokens as `measure` is asked for."""
+    """Shape of the prompts to time: `batch` prompts of `length` tokens each."""
 
     batch: int
     length: int
 
 
 def per_module(factors: Sequence[GroupFactors]) -> list[GroupFactors]:
-    """The same correction with a right factor of its own for each member, as QERA, EoRA and LoRA adapters have it."""
+    """Return the same correction with a separate right factor for each member, as in QERA, EoRA and LoRA adapters."""
     return [
         replace(entry, group=single, right=entry.right.clone(), lefts={member: entry.lefts[member]})
         for entry in factors
@@ -47,14 +47,14 @@ def per_module(factors: Sequence[GroupFactors]) -> list[GroupFactors]:
 
 
 def variants(model: nn.Module, *, int8: bool = False) -> dict[str, nn.Module]:
-    """The base, the corrected model, and the one with a right factor a module: three models that share their weights.
+    """Return three models that share their weights: the base, the corrected one, one with a right factor per module.
 
     Args:
-        model: carries a correction, and is the second of the three.
-        int8: add the last two with their factors rounded to int8.
+        model: model with a correction; it becomes the second of the three.
+        int8: also add the last two with their factors rounded to int8.
 
     Raises:
-        ConfigError: the model carries no correction, or one whose factors are in int8 already.
+        ConfigError: the model carries no correction, or `int8` is set and all its factors are in int8 already.
     """
     factors = attached_factors(model)
     if not factors:
@@ -62,10 +62,10 @@ def variants(model: nn.Module, *, int8: bool = False) -> dict[str, nn.Module]:
     if int8 and all(entry.int8 for entry in factors):
         raise ConfigError("the correction's factors are in int8 already: leave out --int8, they are timed as they are.")
     single = per_module(factors)
-    found = {"base": _twin(model, ()), "shared": model, "per module": _twin(model, single)}
+    found = {"base": _copy_with(model, ()), "shared": model, "per module": _copy_with(model, single)}
     if int8:
         for name, several in (("shared", factors), ("per module", single)):
-            found[f"{name}, int8"] = _twin(model, [rounded(entry) for entry in several])
+            found[f"{name}, int8"] = _copy_with(model, [rounded(entry) for entry in several])
     return found
 
 
@@ -80,23 +80,23 @@ def measure(
     compiled: bool = False,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Time every model on random tokens, one prompt and one decoded token each in turns.
+    """Time every model on random tokens. The models take turns after every prompt and every decoded token.
 
     Args:
         models: what `variants` returned.
         shapes: batch sizes and prompt lengths.
-        base_bytes: of the quantized weights, as the correction's config states them.
-        new_tokens: tokens decoded after each prompt; 0 for models that decode none.
-        repeats: prompts of each shape.
-        compiled: run torch.compile's graphs with a static cache.
-        seed: of the tokens.
+        base_bytes: bytes of the quantized weights, as stored in the correction's config.
+        new_tokens: number of tokens to decode after each prompt; models that do not generate decode none.
+        repeats: number of prompts of each shape.
+        compiled: whether to compile the models with torch.compile and to use a static cache.
+        seed: seed of the tokens.
 
     Returns:
-        One row a shape and model. Times are (lower quartile, median, upper quartile) in seconds: "first_token" of a
-        whole prompt, "decode" of one step; "..._added" is the difference from the base in the same turn, and
-        "..._overhead" its median as a share of the base's. "factor_bytes" and "byte_ratio" (of the quantized weights)
-        are what has to be read besides; "peak_bytes" is the process's, or the accelerator's, without the factors of
-        the others.
+        One row per shape and model. Times are (lower quartile, median, upper quartile) in seconds: "first_token" for a
+        whole prompt, "decode" for one step. "..._added" is the difference from the base in the same turn, and
+        "..._overhead" is its median as a share of the base's median. "factor_bytes" are the bytes of the factors, which
+        a forward reads in addition to the weights, and "byte_ratio" is their share of `base_bytes`. "peak_bytes" is the
+        peak memory of the accelerator or of the process, without the factors of the other models.
 
     Raises:
         ConfigError: the model is an encoder with a decoder.
@@ -108,7 +108,7 @@ def measure(
     if not next(iter(runners.values())).decodes:
         new_tokens = 0
     rows = []
-    # Every model has graphs of its own, of one class's code: more than a compiler takes for a sign of trouble.
+    # The models share the code of one class, and each needs its own graphs of it: the compiler's limit is too low.
     graphs = compiler.recompile_limit + 4 * len(models) * len(shapes)
     with (
         compiler.patch(recompile_limit=graphs),
@@ -127,7 +127,7 @@ def measure(
 
 
 def machine(model: nn.Module) -> dict[str, Any]:
-    """What the figures hold for: processor or accelerator, threads, and torch's version."""
+    """Describe what the times depend on: processor or accelerator, threads, torch's version, platform and dtype."""
     device = next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
@@ -140,7 +140,7 @@ def machine(model: nn.Module) -> dict[str, Any]:
 
 
 class _Runner:
-    """One model, its prompt and its decode step."""
+    """Runs the prompts and the decode steps of one model."""
 
     def __init__(self, model: Any, compiled: bool) -> None:
         if model.config.is_encoder_decoder:
@@ -153,16 +153,16 @@ class _Runner:
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         self.call: Callable[..., Any] = torch.compile(model, fullgraph=True, mode=mode) if compiled else model
 
-    def prompt(self, ids: Tensor, room: int) -> Any:
-        """Read a prompt; returns its cache, which has room for more tokens."""
+    def prompt(self, ids: Tensor, extra: int) -> Any:
+        """Run a prompt, and return its cache with space for `extra` more tokens."""
         if not self.decodes:
             return self.call(input_ids=ids)
-        cache = self._cache(ids.shape[1] + room)
+        cache = self._cache(ids.shape[1] + extra)
         self.step(ids, cache)
         return cache
 
     def step(self, ids: Tensor, cache: Any) -> None:
-        """Read more tokens of each sequence into the cache."""
+        """Run more tokens of each sequence, which are added to the cache."""
         self.call(input_ids=ids, past_key_values=cache, use_cache=True, **self.options)
 
     def _cache(self, length: int) -> Any:
@@ -174,7 +174,12 @@ class _Runner:
 def _timed(
     runners: Mapping[str, _Runner], shape: Shape, new_tokens: int, repeats: int, seed: int, done: Callable[[], Any]
 ) -> tuple[Tensor, Tensor, list[int | None]]:
-    """Seconds of every prompt (repeats, models), of every decoded token (repeats x new_tokens, models), and peaks."""
+    """Time all models for one shape.
+
+    Returns:
+        Seconds of every prompt, shape (repeats, models); seconds of every decoded token, shape (repeats * new_tokens,
+        models); and the peak bytes of every model.
+    """
     running = list(runners.values())
     generator = torch.Generator().manual_seed(seed)
     tokens = (shape.batch, shape.length + new_tokens)
@@ -219,12 +224,12 @@ def _quartiles(seconds: Tensor) -> list[float]:
 
 
 def _order(turn: int, count: int) -> list[int]:
-    """Everybody's turn comes first, second and last equally often."""
+    """Return the order of one turn. Over all turns, each model comes first, second and last equally often."""
     return [(turn + place) % count for place in range(count)]
 
 
 class _clock:
-    """Write what a block takes, to the end of its work on the device, into `seconds[index]`."""
+    """Context manager that writes its duration, to the end of the work on the device, into `seconds[index]`."""
 
     def __init__(self, device: torch.device, seconds: Tensor, index: int) -> None:
         self.device, self.seconds, self.index = device, seconds, index
@@ -244,7 +249,10 @@ class _clock:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Most memory in use inside this block: on the accelerator, or of the process where Linux tells; else None."""
+    """Yield a function that returns the peak memory inside this context.
+
+    It is the peak on a CUDA device, or else the peak of the process on Linux, or else None.
+    """
     found: list[int | None] = [None]
     reset = Path("/proc/self/clear_refs")
     if device.type == "cuda":
@@ -259,17 +267,17 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
         found[0] = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _twin(model: nn.Module, factors: Sequence[GroupFactors]) -> nn.Module:
-    """A model of its own with the same tensors, and another correction."""
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
-    detach(twin)
+def _copy_with(model: nn.Module, factors: Sequence[GroupFactors]) -> nn.Module:
+    """Copy a model without copying its tensors, and attach another correction to the copy."""
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    detach(copied)
     for entry in factors:
-        attach(twin, entry)
-    return twin
+        attach(copied, entry)
+    return copied
 
 
 def _processor() -> str:
-    """The processor's name as Linux gives it, else as Python knows it."""
+    """Return the processor's name, from Linux or else from Python, and its number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -290,7 +290,7 @@ class TestInt8:
         monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *group_gains: None)
         result = result_of(*command, "--methods", "glowq", "--budgets", "9%", "--int8")
         (row,) = (row for row in result["rows"] if row["method"] == "glowq+int8")
-        assert "rounding loses more than it wins" in row["reason"]
+        assert "rounding loses more than the saved bytes gain" in row["reason"]
 
     def test_without_a_method_that_allocates_by_gain(self, command: list[Any]) -> None:
         done = call(*command, "--methods", "svd,glowq-s", "--int8")
