@@ -1,3 +1,3 @@
-"""Text in, token batches out: sources of text, tokenizing, splitting, and the overlap of two texts.
+"""From text to token batches: sources of text, tokenizing, splitting, and the overlap of two texts.
 
-May import `errors` only."""
+This package may import only `errors`."""

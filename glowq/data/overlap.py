@@ -1,4 +1,4 @@
-"""Text that was reported on and calibrated on: found token window by token window."""
+"""Find text that is in both the calibration text and the report text, by comparing windows of tokens."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..errors import EvaluationError
 __all__ = ["WINDOW", "Overlap", "check_disjoint", "find_overlap"]
 
 WINDOW = 64  # tokens; licences and import lists that many files share are shorter
-_MULTIPLIER = 0x5851F42D4C957F2D  # odd and large: every token reaches the high bits of the hash
+_MULTIPLIER = 0x5851F42D4C957F2D  # odd and large, so that every token changes the high bits of the hash
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two texts share.
+    """The overlap of a report text with a calibration text.
 
     Attributes:
-        window: tokens of a window, at any offset.
-        windows: windows of the report text that the calibration text holds too.
-        of: windows of the report text.
-        sequences: sequences of the report text that hold such a window.
+        window: number of tokens of a window. Windows start at every offset.
+        windows: number of windows of the report text that are also in the calibration text.
+        of: number of windows of the report text.
+        sequences: number of sequences of the report text that hold such a window.
     """
 
     window: int
@@ -33,12 +33,12 @@ class Overlap:
 
 
 def find_overlap(calibration: Tensor, report: Tensor, window: int = WINDOW) -> Overlap:
-    """Windows of `report` that occur in `calibration`, at any offset of either.
+    """Count the windows of `report` that occur in `calibration`, at any offset of either.
 
     Args:
         calibration: token ids, shape (n, length), int64.
         report: token ids, shape (m, length), int64.
-        window: tokens that must agree in a row; lowered to what the sequences hold.
+        window: number of tokens in a row that must be equal; lowered to the length of the sequences.
     """
     window = min(window, calibration.shape[1], report.shape[1])
     hashes = _window_hashes(report, window)
@@ -47,28 +47,28 @@ def find_overlap(calibration: Tensor, report: Tensor, window: int = WINDOW) -> O
 
 
 def check_disjoint(calibration: Tensor, report: Tensor, *, force: bool = False) -> Overlap:
-    """Refuse to report on text that was calibrated on.
+    """Raise an error if the report text overlaps the calibration text.
 
     Args:
         calibration: token ids, shape (n, length), int64.
         report: token ids, shape (m, length), int64.
-        force: only measure the overlap.
+        force: only measure the overlap, and raise no error.
 
     Raises:
-        EvaluationError: a window of one is in the other.
+        EvaluationError: a window of `report` is also in `calibration`.
     """
     found = find_overlap(calibration, report)
     if found.windows and not force:
         raise EvaluationError(
             f"the report text overlaps the calibration text: {found.windows / found.of:.1%} of its windows of "
             f"{found.window} tokens, in {found.sequences} of {len(report)} sequences, were calibrated on, so that its "
-            "figures would flatter every correction. Give other --data, or --force to measure nevertheless."
+            "figures would be too good for every correction. Give other --data, or --force to measure nevertheless."
         )
     return found
 
 
 def _window_hashes(sequences: Tensor, window: int) -> Tensor:
-    """A 64-bit polynomial hash of every window, shape (n, length - window + 1); int64 wraps around on purpose."""
+    """A 64-bit polynomial hash of every window, shape (n, length - window + 1); the overflow of int64 is intended."""
     count = sequences.shape[1] - window + 1
     hashes = torch.zeros(sequences.shape[0], count, dtype=torch.int64)
     for offset in range(window):

@@ -1,4 +1,4 @@
-"""Texts out of what a user names: a list, a file, a folder, a data set, the standard library."""
+"""Read texts from a source that a user names: a list, a file, a folder, a dataset, or the standard library."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ _STDLIB_EXCLUDED = ("encodings", "idlelib", "lib2to3/tests/data", "pydoc_data", 
 
 
 def read_texts(source: CalibrationSource) -> list[str]:
-    """Documents of a source, blank ones left out.
+    """Read the documents of a source; blank documents are left out.
 
     Args:
-        source: a list of texts; a UTF-8 file (one document, or one per line's "text" field in .jsonl); a folder (all
-            .txt, .py, .md and .jsonl files below it, by relative path); "python-stdlib" or "python-stdlib:held-out"
-            (disjoint parts of this Python's standard library); else a `datasets` name "org/name" or
-            "org/name:config:split" with a column "text" (split "train" unless given; "train[:1000]" takes a slice).
+        source: a list of texts; a UTF-8 file (one document; in a .jsonl file, the "text" field of each line is one); a
+            folder (all .txt, .py, .md and .jsonl files below it, by relative path); "python-stdlib" or
+            "python-stdlib:held-out" (parts of this Python's standard library that share no file); or a `datasets` name
+            "org/name" or "org/name:config:split" with a column "text" (split "train" unless given; "train[:1000]" takes
+            a slice).
 
     Returns:
-        The documents, at least one, in the order above.
+        The documents, at least one, in the order of the source.
 
     Raises:
         ModelNotFoundError: the file does not exist or the dataset cannot be loaded.
-        CalibrationError: nothing but blank text, a file that cannot be read as UTF-8, or a record without "text".
+        CalibrationError: all text is blank, a file cannot be read as UTF-8, or a record has no "text".
     """
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
@@ -79,7 +80,7 @@ def _read_file(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     texts = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: it would break at U+2028 inside a string
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside a string
         if line.strip():
             try:
                 texts.append(json.loads(line)["text"])
@@ -100,7 +101,7 @@ def _read_stdlib(*, held_out: bool) -> list[str]:
                 try:
                     texts.append(Path(folder, name).read_text(encoding="utf-8"))
                 except UnicodeDecodeError:
-                    continue  # the library's own tests of other encodings
+                    continue  # test files of the standard library in other encodings
     return texts
 
 

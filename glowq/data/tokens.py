@@ -1,7 +1,4 @@
-"""Calibration and evaluation text to token batches.
-
-Text may be a list, a file, a folder, a `datasets` name, or the Python standard library, which is on every machine.
-"""
+"""Turn calibration and evaluation text into token batches. `glowq.data.text` reads the text."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["batches", "split", "token_sequences"]
 
-_PIECE = 65_536  # characters: a long document is sampled piece by piece, never tokenized whole for a few sequences
-_OVERSAMPLING = 4  # tokens read for each one kept
-_CHUNK = 16  # documents a tokenizer call
+_PIECE = 65_536  # characters; a long document is sampled in pieces, so that few sequences need little tokenizing
+_OVERSAMPLING = 4  # tokens that are read for each token that is kept
+_CHUNK = 16  # documents per call of the tokenizer
 
 
 def token_sequences(
@@ -34,16 +31,16 @@ def token_sequences(
     vocab_size: int | None = None,
     least: int = 1,
 ) -> Tensor:
-    """Documents tokenized, each ended by the tokenizer's EOS if it has one, and cut into sequences without overlap.
+    """Tokenize documents, end each with the tokenizer's EOS if it has one, and cut them into sequences without overlap.
 
     Args:
         texts: documents; no other special token is added to them.
-        length: tokens of a sequence, at least 1; a shorter rest is dropped.
-        limit: most tokens to return. The sequences are then a seeded sample spread over all documents, of which only
-            about four times as many tokens are read. None: everything, in order.
-        seed: which sample.
-        vocab_size: rows of the model's embedding, to check the ids against.
-        least: fewest sequences that will do.
+        length: tokens per sequence, at least 1; a shorter rest is dropped.
+        limit: largest number of tokens to return. The sequences are then a random sample from all documents, of which
+            only about four times as many tokens are read. None returns everything, in order.
+        seed: seed of the sample.
+        vocab_size: number of rows of the model's embedding, to check the ids; None checks nothing.
+        least: smallest number of sequences to accept.
 
     Returns:
         Token ids, shape (n, length), int64, n >= least and n <= limit // length.
@@ -98,7 +95,7 @@ def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, enough: 
 
 
 def batches(sequences: Tensor, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Model inputs, `batch_size` sequences at a time; the last batch may be smaller.
+    """Yield model inputs of `batch_size` sequences; the last batch may be smaller.
 
     Args:
         sequences: token ids, shape (n, length), int64.
@@ -117,12 +114,12 @@ def batches(sequences: Tensor, batch_size: int) -> Iterator[dict[str, Tensor]]:
 
 
 def split(sequences: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sequences parted at random into those to calibrate on and those to measure on, each in its old order.
+    """Split sequences at random into those to calibrate on and those to measure on. Both parts keep the order.
 
     Args:
         sequences: token ids, shape (n, length), n >= 2.
-        fraction: share held out, 0 < fraction < 1, rounded to whole sequences, at least one on either side.
-        seed: which sequences are held out.
+        fraction: share to hold out, 0 < fraction < 1. It is rounded to whole sequences, at least one in each part.
+        seed: seed of the choice of held-out sequences.
 
     Returns:
         (train, held_out), shapes (n - h, length) and (h, length): disjoint rows of `sequences`.

@@ -1,3 +1,3 @@
-"""The data that travels between the packages: a group, its factors, and their int8 form.
+"""The data that all packages exchange: groups, their factors, and the int8 form of factors.
 
-May import `errors` only."""
+This package may import only `errors`."""

@@ -1,4 +1,4 @@
-"""`GroupFactors`: the low-rank factors of one group, and their first ranks."""
+"""`GroupFactors`: the low-rank factors of one group, which can be cut to their first ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["GroupFactors", "cut_group"]
 
 
 def cut_group(entry: GroupFactors, rank: int) -> GroupFactors:
-    """The first `rank` ranks of a group's factors; all of them where it holds no more."""
+    """Return the first `rank` ranks of a group's factors, or all of them if there are fewer."""
     lefts = {member: left[:, :rank].contiguous() for member, left in entry.lefts.items()}
     return replace(entry, right=entry.right[:rank].contiguous(), lefts=lefts, gains=entry.gains[:rank])
 
@@ -28,8 +28,8 @@ class GroupFactors:
         right: right factor B, shape (r, d).
         lefts: member name -> left factor A_i, shape (o_i, r).
         gains: error that each rank removes, shape (r,), float64, descending, in one unit for the whole correction.
-        total: error before any rank, in the same unit.
-        int8: whether they are stored and computed with in int8; their values are then on the grid of
+        total: error of the group without a correction, in the same unit.
+        int8: whether the factors are stored and used in int8. Their values are then on the grid of
             `glowq.factors.int8`.
     """
 
@@ -47,7 +47,7 @@ class GroupFactors:
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of the right factor and every left factor; a model on the CPU fills int8 ones up to 16 ranks."""
+        """Bytes of all factors, without the zeros that fill int8 factors to multiples of 16 ranks on the CPU."""
         factors = (self.right, *self.lefts.values())
         if self.int8:
             return sum(factor.numel() for factor in factors) + SCALE_BYTES * self.rank

@@ -14,11 +14,11 @@ class Group:
     """Modules that read the same input tensor.
 
     Attributes:
-        name: the members' common parent and their names under it, "model.layers.0.self_attn.q_proj+k_proj+v_proj".
+        name: the members' common parent and their names in it, e.g. "model.layers.0.self_attn.q_proj+k_proj+v_proj".
         members: full module names, in call order.
         in_features: width d of the shared input.
         out_features: each member's width o_i, in the order of `members`.
-        block: name of the decoder block the group lies in, or the member's own name outside of every block.
+        block: name of the decoder block that contains the group, or the member's own name if no block does.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Group:
         return _common_parent(self.members)
 
     def apart(self) -> list[Group]:
-        """Each member as a group of its own."""
+        """Return each member as a separate group."""
         pairs = zip(self.members, self.out_features, strict=True)
         return [Group(member, (member,), self.in_features, (width,), self.block) for member, width in pairs]
 
@@ -49,7 +49,7 @@ def _common_parent(members: Iterable[str]) -> str:
 
 
 def group_name(members: Sequence[str]) -> str:
-    """What a group of these members is called: their common parent, and their names under it joined by "+"."""
+    """Return the name of a group with these members: their common parent, and their names in it joined by "+"."""
     parent = _common_parent(members)
     local = "+".join(member.removeprefix(f"{parent}.") for member in members)
     return f"{parent}.{local}" if parent else local

@@ -1,9 +1,9 @@
-"""Factors that take a byte a value: the grid that they are rounded to, and their int8 form, which loses nothing more.
+"""Factors with one byte per value: the grid that they are rounded to, and their int8 form, which is then exact.
 
-A rank is one row of the right factor and one column of every left factor. Its size is put into the row, as a power of
-two times whole numbers up to 127; the columns are whole numbers up to 127 in units of 1/128. So a rank has one scale,
-ranks can be cut off as in any other correction, and every value is exactly a value of bfloat16, float16 and float32:
-the rounded factors mean the same to every program that reads floats.
+A rank is one row of the right factor and one column of every left factor. The row holds whole numbers up to 127 times
+the scale of the rank, a power of two. The columns hold whole numbers up to 127 in units of 1/128. Therefore a rank has
+only one scale, and ranks can be cut off as in any other correction. Every value is exact in bfloat16, float16 and
+float32, so that programs that read floats get the same factors.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 LEFT_UNIT = 2.0**-7
-"""What a left factor's whole numbers count in."""
+"""Unit of the whole numbers in a left factor."""
 
 SCALE_BYTES = 4
 """Bytes of a rank's scale."""
 
 _LARGEST = 127
-_LEAST_SCALE = 2.0**-24  # of which float16 still holds every multiple up to 127
+_LEAST_SCALE = 2.0**-24  # smallest scale whose multiples up to 127 are all exact in float16
 
 
 class Packed(NamedTuple):
@@ -44,7 +44,7 @@ class Packed(NamedTuple):
 
     Attributes:
         right: shape (r, d), int8.
-        scale: of each row of `right`, shape (r,), float32, powers of two.
+        scale: scale of each row of `right`, shape (r,), float32, powers of two.
         lefts: member name -> shape (o_i, r), int8, in units of `LEFT_UNIT`.
     """
 
@@ -54,27 +54,28 @@ class Packed(NamedTuple):
 
 
 def round_factors(right: Tensor, lefts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The nearest factors that `pack` takes.
+    """Round factors to the grid that `pack` requires.
 
     Args:
         right: right factor B, shape (r, d), float.
         lefts: member name -> left factor A_i, shape (o_i, r), dtype of `right`.
 
     Returns:
-        The same product A B up to rounding, in the same shapes and dtype: the largest value of a row of B is 64 to 127
-        times a power of two, the largest of a column of A about one.
+        (right, lefts) with the same product A B up to rounding, in the same shapes and dtype. The largest value of a
+        row of B is 127 times its scale. The largest value of a column, over all members, is 64/128 to 127/128, or less
+        if the scale is the smallest one.
     """
     rows = right.float()
     columns = {member: left.float() for member, left in lefts.items()}
     most = torch.stack([left.abs().amax(0) for left in columns.values()]).amax(0)
     tallest = rows.abs().amax(1)
     empty = (most == 0) | (tallest == 0)
-    # The column is made as large as its grid is, and a little less where the row's scale has to be a power of two.
+    # The columns use the full range of their grid, times `shrunk`, because the row's scale must be a power of two.
     full = torch.where(empty, 1.0, most / (_LARGEST * LEFT_UNIT))
     wanted = torch.where(empty, 1.0, tallest * full / _LARGEST)
     scale = torch.exp2(torch.ceil(torch.log2(wanted))).clamp(min=_LEAST_SCALE)
     codes = (rows * full[:, None] / wanted[:, None]).round().clamp(-_LARGEST, _LARGEST)
-    shrunk = wanted / scale  # 1/2 to 1; less where the scale is the least there is
+    shrunk = wanted / scale  # 1/2 to 1; less if the scale is the smallest one
     found = {}
     for member, left in columns.items():
         values = (left / full * shrunk / LEFT_UNIT).round() * LEFT_UNIT
@@ -83,7 +84,7 @@ def round_factors(right: Tensor, lefts: Mapping[str, Tensor]) -> tuple[Tensor, d
 
 
 def pack(right: Tensor, lefts: Mapping[str, Tensor]) -> Packed:
-    """Factors that `round_factors` returned, or the first ranks of such, as int8.
+    """Convert factors that `round_factors` returned, or the first ranks of them, to int8.
 
     Args:
         right: shape (r, d), float.
@@ -99,7 +100,7 @@ def pack(right: Tensor, lefts: Mapping[str, Tensor]) -> Packed:
 
 
 def filled(packed: Packed, multiple: int) -> Packed:
-    """The same with ranks of zeros, up to a multiple: a product on the CPU reads whole multiples of them at once."""
+    """Append ranks of zeros up to a multiple of `multiple`, because a product on the CPU reads that many at once."""
     more = -len(packed.scale) % multiple
     return Packed(
         F.pad(packed.right, (0, 0, 0, more)),
@@ -109,20 +110,20 @@ def filled(packed: Packed, multiple: int) -> Packed:
 
 
 def unpack(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """The factors as floats: right (r, d), and member name -> left (o_i, r)."""
+    """Return the factors as floats: right, shape (r, d), and member name -> left, shape (o_i, r)."""
     right = packed.right.to(dtype) * packed.scale.to(dtype)[:, None]
     return right, {member: left.to(dtype) * LEFT_UNIT for member, left in packed.lefts.items()}
 
 
 FACTOR_DTYPES = ("auto", "int8")
-"""What factors can be stored in: the model's own dtype, or a byte a value."""
+"""How factors can be stored: in the model's own dtype ("auto"), or in one byte per value ("int8")."""
 
 
 def check_factor_dtype(factor_dtype: str) -> None:
-    """Refuse what is none of `FACTOR_DTYPES`.
+    """Raise an error unless `factor_dtype` is one of `FACTOR_DTYPES`.
 
     Raises:
-        ConfigError: naming what there is.
+        ConfigError: it is not; the message lists them.
     """
     if factor_dtype not in FACTOR_DTYPES:
         raise ConfigError(f"factor_dtype must be one of {', '.join(FACTOR_DTYPES)}, found {factor_dtype!r}.")

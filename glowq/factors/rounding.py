@@ -1,4 +1,4 @@
-"""Factors rounded to int8, and what that is predicted to take of their gains."""
+"""Round factors to int8, and predict how much this reduces their gains."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ __all__ = ["rounded"]
 
 
 def rounded(entry: GroupFactors) -> GroupFactors:
-    """One group's factors rounded to int8, and its gains less what the rounding is predicted to take of them.
+    """Round one group's factors to int8, and reduce its gains by the predicted loss.
 
-    A rank that is off by a share e of its own size, squared, is predicted to lose that share of its gain.
+    If the squared error of a rank's product A B is a share e of its square, the rank is predicted to lose the share e
+    of its gain.
     """
     if entry.int8:
         return entry
     right, lefts = round_factors(entry.right, entry.lefts)
     kept = 1 - _relative_errors(entry, right, lefts)
-    gains = (entry.gains * kept.clamp(min=0)).cummin(0).values  # which descend from rank to rank
+    gains = (entry.gains * kept.clamp(min=0)).cummin(0).values  # gains must not rise from rank to rank
     return replace(entry, right=right, lefts=lefts, gains=gains, int8=True)
 
 

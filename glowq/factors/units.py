@@ -1,4 +1,4 @@
-"""`GainUnit`: what the gains of a correction are counted in."""
+"""`GainUnit`: the unit of a correction's gains."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ __all__ = ["GainUnit"]
 
 
 class GainUnit(StrEnum):
-    """What one unit of gain is; its value is what config.json stores.
+    """The unit of gains; config.json stores its value.
 
     Attributes:
-        NATS: KL divergence from the reference's next-token distribution, nats a token; measured group by group.
-        SQUARED_DISTANCE: squared distance from the reference's normalized states, of an encoder; measured likewise.
-        SECOND_ORDER: the loss that an error costs to second order, by the gradients at the modules' outputs.
-        SQUARED_OUTPUT: squared error of the modules' outputs, which compares less well across groups.
+        NATS: KL divergence from the reference's next-token distribution, in nats per token; measured for each group.
+        SQUARED_DISTANCE: squared distance from the normalized states of a reference encoder; measured for each group.
+        SECOND_ORDER: increase of the loss to second order, computed from the gradients at the modules' outputs.
+        SQUARED_OUTPUT: squared error of the modules' outputs, which is less comparable between groups.
         UNMEASURED: nothing was measured; the correction was imported.
     """
 
@@ -26,7 +26,7 @@ class GainUnit(StrEnum):
 
     @property
     def description(self) -> str:
-        """What a gain is a share of, for people."""
+        """Text for people: the quantity that gains are shares of."""
         return _DESCRIPTIONS[self]
 
 
