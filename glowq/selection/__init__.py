@@ -1,3 +1,3 @@
-"""From measured gains and a budget of bytes to a rank for every group.
+"""Choose a rank for every group, from measured gains and a budget of bytes.
 
-May import `errors` and `factors`."""
+This package may import `errors` and `factors`."""

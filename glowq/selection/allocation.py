@@ -1,4 +1,4 @@
-"""Greedy allocation of bytes: the next ranks of whichever group gain most for what they take."""
+"""Greedy allocation of bytes: the ranks with the largest gain per byte are chosen first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["GroupGains", "Step", "allocate", "by_benefit", "largest_rank", "reac
 
 @dataclass(frozen=True)
 class GroupGains:
-    """What the ranks of one group gain and take; known before any of its factors is read.
+    """The gains and the bytes of the ranks of one group, which are known before any of its factors is read.
 
     Attributes:
         group: the group.
         rank_bytes: bytes of one rank of its factors.
-        gains: error that each rank held removes, descending, in one unit for all groups.
+        gains: error that each available rank removes, descending, in one unit for all groups.
     """
 
     group: Group
@@ -32,10 +32,10 @@ class Step:
     """The next ranks of one group.
 
     Attributes:
-        name: of the group.
-        rank: what the group has once the step is taken.
-        bytes: what the step takes.
-        gain: error that it removes.
+        name: name of the group.
+        rank: rank of the group after the step.
+        bytes: bytes that the step adds.
+        gain: error that the step removes.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Step:
 
 
 def by_benefit(group_gains: Sequence[GroupGains], rank_step: int = 1, max_rank: int | None = None) -> list[Step]:
-    """Every step that gains anything, the best for its bytes first, and each group's own in order.
+    """Return every step with a gain, the largest gain per byte first, and the steps of each group in order.
 
-    Gains of one group fall from rank to rank, and so do the sums of equal steps: taking the first steps of this list is
-    optimal for the bytes that they take.
+    The gains of one group fall from rank to rank, and so do the gains of its steps of equal size. Therefore the first
+    steps of this list are the optimum for the bytes that they take together.
 
     Args:
-        group_gains: one a group.
+        group_gains: one entry per group.
         rank_step, max_rank: see `RankRequest`.
     """
     queues = [_steps(item, rank_step, max_rank) for item in group_gains]
@@ -59,17 +59,17 @@ def by_benefit(group_gains: Sequence[GroupGains], rank_step: int = 1, max_rank: 
 
 
 def allocate(steps: Sequence[Step], available: int) -> list[Step]:
-    """The steps that fit in `available` bytes: the best first, and with the last bytes the best that still fit.
+    """Choose the steps that fit in `available` bytes: in order, but a step that no longer fits is left out.
 
     Args:
-        steps: as `by_benefit` orders them.
-        available: bytes.
+        steps: steps in the order of `by_benefit`.
+        available: number of bytes.
     """
     chosen: list[Step] = []
     closed: set[str] = set()
     for step in steps:
         if step.bytes > available:
-            closed.add(step.name)  # its later ranks are nothing without these
+            closed.add(step.name)  # later ranks of the group cannot be used without these
         elif step.name not in closed:
             available -= step.bytes
             chosen.append(step)
@@ -77,11 +77,11 @@ def allocate(steps: Sequence[Step], available: int) -> list[Step]:
 
 
 def reach(steps: Sequence[Step], gain: float) -> list[Step] | None:
-    """The fewest first steps that gain at least `gain` together; None where all of them gain less.
+    """Return the fewest first steps that together gain at least `gain`, or None if all steps gain less.
 
     Args:
-        steps: as `by_benefit` orders them.
-        gain: in the unit of the steps, above zero.
+        steps: steps in the order of `by_benefit`.
+        gain: gain to reach, in the unit of the steps, above zero.
     """
     found = 0.0
     for count, step in enumerate(steps, 1):

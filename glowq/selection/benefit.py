@@ -14,15 +14,15 @@ __all__ = ["Benefit", "benefit_map"]
 
 @dataclass(frozen=True)
 class Benefit:
-    """What each group of a correction is predicted to give back.
+    """The predicted benefit of each group of a correction.
 
     Attributes:
-        layers: blocks, in the order of the forward.
-        kinds: a group's name within its block.
-        values: gains of every layer and kind, summed over ranks; 0 where the group is not restored, None where
-            there is no such group.
+        layers: names of the blocks, in the order of the forward.
+        kinds: names of the groups within their block.
+        values: gains of every layer and kind, summed over ranks; 0 if the group has no correction, None if there is no
+            such group.
         unit: "nats", "squared distance" of an encoder's states, or "squared output".
-        budget: that the correction was cut to.
+        budget: budget that the correction was cut to.
     """
 
     layers: list[str]
@@ -33,13 +33,13 @@ class Benefit:
 
 
 def benefit_map(factors: Sequence[GroupFactors], groups: Sequence[Group], unit: GainUnit, budget: str) -> Benefit:
-    """Predicted benefit of every group of a correction, by layer and by kind of group.
+    """Compute the predicted benefit of every group of a correction, by layer and by kind of group.
 
     Args:
-        factors: the correction's; their gains are summed over the ranks that they hold.
-        groups: every group of the model, restored or not, in the order of the forward.
-        unit: of the gains.
-        budget: that the correction was cut to.
+        factors: factors of the correction; their gains are summed over their ranks.
+        groups: every group of the model, with or without a correction, in the order of the forward.
+        unit: unit of the gains.
+        budget: budget that the correction was cut to.
     """
     gains = {entry.group.name: float(entry.gains.sum()) for entry in factors}
     places = {group.name: (group.block, group.name.removeprefix(f"{group.block}.")) for group in groups}

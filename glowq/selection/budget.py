@@ -1,4 +1,4 @@
-"""What a user asks for, parsed: a budget of bytes, a share of the loss to recover, limits of the ranks."""
+"""Parse what a user asks for: a budget of bytes, a share of the loss to recover, limits of the ranks."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def parse_budget(budget: str | int | float, base_bytes: int) -> int:
-    """A budget in bytes.
+    """Convert a budget to bytes.
 
     Args:
         budget: a share of the quantized weights ("1.5%"), a size ("200MB", "512KiB"), or a number of bytes.
         base_bytes: bytes of the quantized weights.
 
     Raises:
-        ConfigError: not a positive share or size.
+        ConfigError: the budget is not a positive share or size.
     """
     text = str(budget).strip().upper()
     share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text)
     if share is not None:
-        found = Fraction(share.group(1)) / 100 * base_bytes  # not float: 0.7% of 10,000 bytes is 70 of them
+        found = Fraction(share.group(1)) / 100 * base_bytes  # a float would be inexact: 0.7% of 10,000 bytes is 70
     elif size is not None and size.group(2) in _UNITS:
         found = Fraction(size.group(1)) * _UNITS[size.group(2)]
     else:
         raise ConfigError(
-            f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes), nor, where a correction "
-            "is cut, a target ('recover 80%')."
+            f"budget {budget!r} is neither a share ('1.5%') nor a size ('200MB', 4096 bytes) nor, where a target is "
+            "allowed, a target ('recover 80%')."
         )
     if found <= 0:
         raise ConfigError(f"budget {budget!r} must be above zero.")
@@ -44,10 +44,10 @@ def parse_budget(budget: str | int | float, base_bytes: int) -> int:
 
 
 def parse_target(budget: str | int | float) -> float | None:
-    """The share of the predicted error that a budget such as "recover 80%" asks for; None where it is one of bytes.
+    """Return the share of the predicted error that a budget such as "recover 80%" asks for; None for a budget of bytes.
 
     Raises:
-        ConfigError: a target whose share is missing, or does not lie between 0% and 100%.
+        ConfigError: the share of a target is missing, or not between 0% and 100%.
     """
     text = str(budget).strip().lower()
     if not text.startswith("recover"):
@@ -63,14 +63,14 @@ def parse_target(budget: str | int | float) -> float | None:
 
 @dataclass(frozen=True)
 class RankRequest:
-    """How many ranks the groups are to have: one number for all, or what a budget gives.
+    """The ranks that are requested for the groups: one rank for all, or the ranks that a budget allows.
 
     Attributes:
-        rank: of every group, lowered where a group allows less.
+        rank: rank of every group, lowered if a group allows less.
         budget: bytes (see `parse_budget`), or a target (see `parse_target`).
-        rank_step: a budget gives ranks in multiples of this. The one exception is a group whose shape ends between two
-            multiples: it may get all that its shape allows.
-        max_rank: most ranks that a budget gives any group.
+        rank_step: a budget gives ranks in multiples of this. The only exception is the largest rank that the shape of a
+            group allows, which need not be a multiple.
+        max_rank: largest rank that a budget gives a group.
 
     Raises:
         ConfigError: rank and budget are both given, the budget cannot be parsed, rank_step or max_rank is below 1 or

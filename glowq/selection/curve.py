@@ -1,4 +1,4 @@
-"""What a correction is predicted to give back at every budget up to its own size."""
+"""Predict what a correction recovers at each budget up to its own size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .allocation import GroupGains, allocate, by_benefit
 __all__ = ["CurvePoint", "budget_curve"]
 
 _POINTS = 12
-_LEADING = ("1", "1.5", "2", "3", "5", "7")  # of the shares shown: about evenly spaced in their logarithm
+_LEADING = ("1", "1.5", "2", "3", "5", "7")  # leading digits of the shares, about evenly spaced in their logarithm
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class CurvePoint:
     Attributes:
         share_of_base: the budget as a share of the quantized weights' bytes.
         bytes: the budget in bytes.
-        predicted: share of the whole model's predicted loss that the ranks it buys remove.
+        predicted: share of the whole model's predicted loss that the ranks within the budget remove.
     """
 
     share_of_base: float
@@ -31,15 +31,16 @@ class CurvePoint:
 
 
 def budget_curve(group_gains: Sequence[GroupGains], total: float, base_bytes: int) -> list[CurvePoint]:
-    """What each of about twelve budgets would recover: the largest round shares below the whole, and the whole.
+    """Predict what about twelve budgets recover: the largest round shares below the correction's size, and its size.
 
     Args:
-        group_gains: one a group.
-        total: error of the whole model before any rank, in the unit of the gains.
-        base_bytes: bytes of the quantized weights; 0 where they are not known.
+        group_gains: one entry per group.
+        total: error of the whole model without a correction, in the unit of the gains.
+        base_bytes: bytes of the quantized weights; 0 if they are not known.
 
     Returns:
-        Points by bytes. Budgets that pay for no rank are left out, and nothing is left where no error was measured.
+        Points in order of their bytes. Budgets that are too small for any rank are left out. There are no points if no
+        error was measured or `base_bytes` is 0.
     """
     if total <= 0 or base_bytes <= 0:
         return []

@@ -1,4 +1,4 @@
-"""Which ranks a budget gives: of bytes, or of as many bytes as reach a share of the predicted error."""
+"""Choose the ranks for a budget of bytes, or for a target: a share of the predicted error to recover."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .budget import RankRequest, parse_budget, parse_target
 
 __all__ = ["candidate_ranks", "check_measured", "choose_ranks", "uniform_ranks"]
 
-_SPREAD = 16  # ranks are solved for before they are chosen: a group that gains far more must not be cut short
+_SPREAD = 16  # factors are solved before ranks are chosen: a group with a far larger gain needs more than an even share
 _LEAST_CANDIDATE = 8
-_TARGET_BUDGET = "10%"  # a target names no bytes to solve for; most targets take less
+_TARGET_BUDGET = "10%"  # for targets, which give no number of bytes to solve for; most targets take less
 
 
 def uniform_ranks(groups: Sequence[Group], rank: int | None) -> dict[str, int]:
-    """Group name -> rank, the same for all, lowered where a group allows less.
+    """Group name -> rank: the same for all groups, but lowered if a group allows less.
 
     Args:
-        groups: the groups to restore.
-        rank: rank asked for; 32 unless given.
+        groups: the groups to correct.
+        rank: the requested rank; None means 32.
 
     Raises:
-        RankError: rank below 1, or above what any group allows.
+        RankError: the rank is below 1, or above the largest rank that any group allows.
     """
     largest = {group.name: largest_rank(group) for group in groups}
     rank = 32 if rank is None else rank
@@ -37,20 +37,20 @@ def uniform_ranks(groups: Sequence[Group], rank: int | None) -> dict[str, int]:
 def candidate_ranks(
     groups: Sequence[Group], request: RankRequest, base_bytes: int, itemsize: int, *, shared: bool
 ) -> dict[str, int]:
-    """Group name -> rank to solve for, so that `choose_ranks` can then choose under a budget.
+    """Group name -> rank to solve for, so that `choose_ranks` can later choose smaller ranks within a budget.
 
-    A group may end with `_SPREAD` times what an even share of the budget would give it, and never with more than the
-    whole budget would. A target is solved for as a budget of `_TARGET_BUDGET` is, every group included.
+    The rank of a group is `_SPREAD` times the rank that an even share of the budget allows, but not more than the whole
+    budget allows. A target is treated as a budget of `_TARGET_BUDGET`, but no group is left out.
 
     Args:
-        groups: the groups that could be restored.
-        request: holds a budget.
+        groups: the groups that can be corrected.
+        request: must hold a budget.
         base_bytes: bytes of the quantized weights.
         itemsize: bytes of one factor value.
-        shared: one right factor a group, or one a member.
+        shared: True for one right factor per group, False for one per member.
 
     Raises:
-        ConfigError: the budget does not pay for one rank step of any group.
+        ConfigError: the budget is too small for one rank step of any group.
     """
     assert request.budget is not None
     is_target, step = parse_target(request.budget) is not None, request.rank_step
@@ -72,18 +72,18 @@ def candidate_ranks(
 def choose_ranks(
     group_gains: Sequence[GroupGains], request: RankRequest, base_bytes: int, total: float
 ) -> dict[str, int]:
-    """Group name -> rank of what a request keeps of the ranks held; groups that keep none are left out.
+    """Group name -> rank to keep of the available ranks; groups that keep none are left out.
 
     Args:
-        group_gains: one a group.
-        request: the whole is kept where it is empty.
+        group_gains: one entry per group.
+        request: what to keep; an empty request keeps everything.
         base_bytes: bytes of the quantized weights.
-        total: error of the whole model before any rank, in the unit of the gains.
+        total: error of the whole model without a correction, in the unit of the gains.
 
     Raises:
-        RankError: rank below 1.
-        ConfigError: the budget does not pay for one rank step of any group, no group holds as many ranks as one step
-            has, or a target is out of reach.
+        RankError: the rank is below 1.
+        ConfigError: the budget is too small for one rank step of any group, every group has fewer ranks than one step,
+            or the target cannot be reached.
     """
     if request.budget is None:
         if request.rank is not None and request.rank < 1:
@@ -110,10 +110,10 @@ def choose_ranks(
 
 
 def check_measured(group_gains: Sequence[GroupGains], name: str) -> None:
-    """Refuse to choose between groups by measurements that were never made.
+    """Raise an error if there are no measured gains to choose between groups.
 
     Raises:
-        ConfigError: no rank of any group says what it gains.
+        ConfigError: no rank of any group has a measured gain.
     """
     if not any(any(item.gains) for item in group_gains):
         raise ConfigError(
@@ -137,7 +137,7 @@ def _reached(steps: Sequence[Step], budget: str | int, target: float, total: flo
 def _check_affordable(cheapest: int, available: int, request: RankRequest, base_bytes: int) -> None:
     if available < cheapest:
         what = "one rank" if request.rank_step == 1 else f"one step of {request.rank_step} ranks"
-        least = -(-cheapest * 10**4 // base_bytes) / 10**4  # rounded up, so that what is said is enough
+        least = -(-cheapest * 10**4 // base_bytes) / 10**4  # rounded up, so that the share in the message is enough
         raise ConfigError(
             f"budget {request.budget!r} is {available} bytes, but {what} of the cheapest group takes {cheapest} bytes "
             f"({least:.2%}); give at least that."

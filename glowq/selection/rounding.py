@@ -1,7 +1,7 @@
-"""Factors rounded to int8: what that is predicted to cost, and when it is refused.
+"""Predict how much int8 factors lose by rounding, and raise an error if they lose too much.
 
-A byte a value instead of two gives twice the ranks, and rounding must cost less than they gain: the rounded correction
-is compared with the same one, unrounded, cut to the bytes that the rounded one takes.
+One byte per value instead of two allows twice the ranks, and rounding must lose less than these ranks gain. Therefore
+the rounded correction is compared with the unrounded correction, cut to the same bytes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .allocation import GroupGains, allocate, by_benefit
 __all__ = ["NEGLIGIBLE", "check_rounding", "stored_as"]
 
 NEGLIGIBLE = 0.01
-"""Share of what a correction gains, below which nobody minds a difference."""
+"""Largest difference that is ignored, as a share of the gain of a correction."""
 
 
 def stored_as(group_gains: Sequence[GroupGains], factor_dtype: str) -> Sequence[GroupGains]:
-    """The same gains, and what a rank takes once factors are stored as `factor_dtype`: in int8 about half the bytes.
+    """Return the same gains with the bytes of a rank of factors stored as `factor_dtype`: in int8 about half of them.
 
     Raises:
         ConfigError: `factor_dtype` is none of `FACTOR_DTYPES`.
@@ -35,14 +35,14 @@ def stored_as(group_gains: Sequence[GroupGains], factor_dtype: str) -> Sequence[
 
 
 def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains]) -> None:
-    """Refuse int8 factors that are predicted to gain less than unrounded ones in the same bytes.
+    """Raise an error if int8 factors are predicted to gain less than unrounded factors in the same bytes.
 
     Args:
-        group_gains: of the groups, unrounded; where no gain was measured, nothing is predicted.
-        found: of the same groups, rounded.
+        group_gains: gains of the groups, unrounded. If no gain was measured, nothing is predicted and nothing raised.
+        found: gains of the same groups, rounded.
 
     Raises:
-        RoundingError: by more than a hundredth of the whole; the message holds both predictions.
+        RoundingError: the difference is more than a hundredth of the whole gain; the message holds both predictions.
     """
     available = sum(item.rank_bytes * len(item.gains) for item in found)
     unrounded = sum(step.gain for step in allocate(by_benefit(group_gains), available))
@@ -50,6 +50,6 @@ def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains
     if gain < unrounded - NEGLIGIBLE * whole:
         raise RoundingError(
             f"int8 factors are predicted to keep {gain / whole:.1%} of what these factors gain, and unrounded ones cut "
-            f"to the same {available:,} bytes {unrounded / whole:.1%}: rounding loses more than it wins. Leave out "
-            "int8, and cut to a budget instead."
+            f"to the same {available:,} bytes {unrounded / whole:.1%}: rounding loses more than the saved bytes gain. "
+            "Leave out int8, and cut to a budget instead."
         )

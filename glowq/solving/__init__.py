@@ -1,3 +1,3 @@
-"""Linear algebra: a weight error and its moments in, nested low-rank factors out; no model, file or text is known here.
+"""Linear algebra that turns a weight error and its moments into nested low-rank factors, without models, files or text.
 
-May import `errors` only."""
+This package may import only `errors`."""

@@ -1,7 +1,8 @@
 """The best low-rank correction of a weight error, without a square root or an inverse of the input moment.
 
-With U the leading eigenvectors of E S E^T, A = U and B = U^T E minimise trace((E - AB) S (E - AB)^T): Eckart-Young on
-E S^(1/2), written so that S only ever multiplies. A singular or barely sampled S needs no shrinkage.
+Let U be the leading eigenvectors of E S E^T. Then A = U and B = U^T E minimise trace((E - AB) S (E - AB)^T). This is
+the theorem of Eckart and Young for E S^(1/2), written so that the method only multiplies by S. Therefore S needs no
+shrinkage, even if it is singular or comes from few samples.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from .output_root import OutputRoot
 
 __all__ = ["Factors", "factorize", "weighted_error"]
 
-# Measured on two AVX-512 cores: these move time, not the result.
-_DIRECT_SIZE = 192  # a float64 eigendecomposition this small costs less than the Krylov loop
-_DIRECT_SHARE = 4  # a rank above this share of the problem leaves nothing for a Krylov space to skip
+# Measured on two AVX-512 cores: these change the time, not the result.
+_DIRECT_SIZE = 192  # up to this size, a float64 eigendecomposition is faster than the Krylov loop
+_DIRECT_SHARE = 4  # the same for a rank of at least 1/4 of the size: a Krylov space would save no work
 _BLOCK = 16  # columns multiplied at a time
-_GUARD = 16  # Ritz vectors beyond the rank handed to the final float64 Rayleigh-Ritz step
-_PROBES = 64  # random vectors that measure what lies beyond the basis
-_TOLERANCE = 3e-4  # stop once a block removes less than this share of what any correction must leave
-_JITTER = 1e-6  # share of a Ritz value that float32 products cannot resolve
-_FLOOR = 1e-3  # in units of the working dtype's rounding of the largest Ritz value: less cannot be told from noise
-_SINGLE_SPREAD = 1e5  # first gain over what is left, beyond which float32 products lose the 0.1%
-_EXACT = 1e-12  # gains under this share of the largest are rounding: the exact rank ended before
+_GUARD = 16  # Ritz vectors beyond the rank that the final float64 Rayleigh-Ritz step gets
+_PROBES = 64  # random vectors that estimate the trace outside of the basis
+_TOLERANCE = 3e-4  # stop when a block removes less than this share of the error that any correction must leave
+_JITTER = 1e-6  # relative rounding error of a Ritz value from float32 products
+_FLOOR = 1e-3  # smaller gains are noise, in units of the working dtype's eps times the largest Ritz value
+_SINGLE_SPREAD = 1e5  # above this ratio of the first gain to the residual, float32 products are not accurate to 0.1%
+_EXACT = 1e-12  # gains below this share of the largest are rounding errors: the exact rank is reached
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Factors:
 
     Attributes:
         left: A, shape (O, r), float32; columns beyond the exact rank are zero.
-        right: B, shape (r, d), float32; each row's norm is within a factor 2 of its column's.
+        right: B, shape (r, d), float32; the norm of each row is within a factor of 2 of that of its column in A.
         gains: weighted squared output error removed by each rank, shape (r,), float64, descending, never negative.
-        total: weighted squared output error before any rank, in the unit of the gains; a share beyond the leading
-            eigenvectors is estimated from random probes, to about 1% of that share.
+        total: weighted squared output error before any rank, in the unit of the gains. The part outside of the leading
+            eigenvectors is estimated from random probes, to about 1% of this part.
     """
 
     left: Tensor
@@ -50,10 +51,10 @@ class Factors:
     total: float
 
     def cut(self, rank: int) -> Factors:
-        """The optimum of a smaller rank, 1 <= rank <= r, as views of these factors.
+        """Return the optimum of a smaller rank, 1 <= rank <= r, as views of these factors.
 
         Raises:
-            RankError: rank lies outside 1..r.
+            RankError: the rank is not between 1 and r.
         """
         if not 1 <= rank <= self.gains.numel():
             raise RankError(f"rank must lie in 1..{self.gains.numel()}, the rank of these factors; found {rank}.")
@@ -70,28 +71,28 @@ def factorize(
     damping: float = 0.1,
     seed: int = 0,
 ) -> Factors:
-    """Best low-rank correction of a group, under its input moment and, if given, its output moment.
+    """Compute the best low-rank correction of a group under its input moment and, if given, its output moment.
 
     Args:
         error: stacked weight error E, shape (O, d), any float dtype; O = sum of the members' outputs.
         moment: input second moment S, shape (d, d), or its diagonal, shape (d,), positive semi-definite, squared
-            activation units; None is the identity.
-        rank: largest rank r kept, 1 <= r <= min(O, d).
-        energy: E S E^T streamed from the outputs, shape (O, O), given instead of `moment`.
+            activation units; None means the identity.
+        rank: largest rank r to keep, 1 <= r <= min(O, d).
+        energy: E S E^T, summed during calibration, shape (O, O); give it instead of `moment`.
         output_moment: second moment G of the loss gradient at the outputs, shape (O, O), or its diagonal, shape (O,),
-            or that plus a low-rank part; None is the identity.
-        damping: share of G's mean diagonal added to its diagonal before it is factored, > 0; unused without G.
+            or a diagonal plus a low-rank part; None means the identity.
+        damping: share of G's mean diagonal that is added to its diagonal before G is factored, > 0; not used without G.
         seed: seed of the start of the Krylov iteration; the global random state is neither read nor changed.
 
     Returns:
         Factors with left (O, r) and right (r, d) float32 and gains (r,) float64: the error removed by each rank, in
-        squared output units, or in units of loss with `output_moment`. Large products run in float32, and again in
-        float64 where the first gain is so far above the residual that float32 would lose the 0.1%.
+        squared output units, or in units of loss with `output_moment`. Large products run in float32. They are repeated
+        in float64 if the first gain is so much larger than the residual that float32 is not accurate to 0.1%.
 
     Raises:
         NonFiniteError: a tensor holds NaN or Inf.
-        RankError: rank lies outside 1..min(O, d).
-        ConfigError: a tensor is misshaped, moment and energy are both given, or damping is not positive.
+        RankError: the rank is not between 1 and min(O, d).
+        ConfigError: a tensor has the wrong shape, moment and energy are both given, or damping is not positive.
 
     Source: GlowQ (arXiv 2603.25385) sec. 3; block Krylov iteration after Musco and Musco (arXiv 1504.05477).
     """
@@ -113,7 +114,7 @@ def factorize(
 
 
 def weighted_error(error: Tensor, factors: Factors, moment: Tensor | None) -> float:
-    """trace((E - AB) S (E - AB)^T): the mean squared output error that remains, in float64.
+    """Compute trace((E - AB) S (E - AB)^T), the mean squared output error that remains, in float64.
 
     Args:
         error: stacked weight error E, shape (O, d).
@@ -130,7 +131,10 @@ def weighted_error(error: Tensor, factors: Factors, moment: Tensor | None) -> fl
 
 @dataclass(frozen=True)
 class _Problem:
-    """M = L^T X N X^T L in units near 1, where X N X^T is E S E^T; the streamed form has X = I and N = E S E^T."""
+    """The matrix M = L^T X N X^T L, scaled to values near 1, where X N X^T is E S E^T.
+
+    X is E and N is S. If `streamed`, X is the identity and N is E S E^T.
+    """
 
     error: Tensor  # E, (O, d), in the working dtype
     inner: Tensor | None  # N as given
@@ -140,7 +144,7 @@ class _Problem:
     streamed: bool
     scale: float  # power of two that brings X near 1
     weight: float  # power of two that brings N near 1
-    unit: float  # an eigenvalue of M times this is in the caller's units; 0 when there is nothing to correct
+    unit: float  # converts an eigenvalue of M to the caller's units; 0 if there is nothing to correct
 
     @staticmethod
     def build(
@@ -163,7 +167,7 @@ class _Problem:
         return _Problem(error.to(working), inner, thin, root, root.to(working), streamed, scale, weight, unit)
 
     def apply(self, block: Tensor) -> Tensor:
-        """M Q, shape (O, b), float64, for Q (O, b); the large products run in the working dtype."""
+        """Return M Q, shape (O, b), float64, for Q (O, b); the large products run in the working dtype."""
         image = self.thin_root.apply(block.to(self.error.dtype))
         if not self.streamed:
             image = self.error.T @ image * self.scale
@@ -173,14 +177,14 @@ class _Problem:
         return self.thin_root.apply_transposed(image).double()
 
     def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """E^T L U, shape (d, m), unscaled, and U^T M U, shape (m, m), both float64, for U (O, m)."""
+        """Return E^T L U, shape (d, m), unscaled, and U^T M U, shape (m, m), both float64, for U (O, m)."""
         lifted = self.root.apply(basis)
         pulled = (self.error.T @ lifted.to(self.error.dtype)).double()
         outside = (lifted if self.streamed else pulled) * self.scale
         return pulled, outside.T @ _times(self.inner, outside) * self.weight
 
     def eigenvectors(self) -> Tensor:
-        """The eigenvectors of M, leading first, from one dense float64 eigendecomposition no larger than min(O, d)."""
+        """Return the eigenvectors of M, leading first, by a dense float64 eigendecomposition of at most min(O, d)."""
         if self.streamed:
             wide = torch.eye(self.error.shape[0], dtype=torch.float64, device=self.error.device)
         else:
@@ -191,10 +195,10 @@ class _Problem:
 
 
 def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> tuple[Tensor, float]:
-    """Leading Ritz vectors of M from a block Krylov space that grows until another block stops paying.
+    """Compute the leading Ritz vectors of M from a block Krylov space, which grows until a block adds too little.
 
     Returns:
-        The vectors, and how many times the first Ritz value exceeds the sum of those left out.
+        The vectors, and the ratio of the first Ritz value to the sum of those left out.
     """
     block: Tensor = torch.linalg.qr(start)[0]
     basis: Tensor = block[:, :0]
@@ -208,7 +212,7 @@ def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> tuple[Ten
         if small.shape[0] > rank:
             values = torch.linalg.eigvalsh(small).flip(0)
             gained = (values[:rank] * (1 - _JITTER) - before).clamp_min(0).sum()
-            # Interlacing: the Ritz values left out bound from below what the best correction of this rank leaves.
+            # By interlacing, the sum of the Ritz values left out is at most the error that the best correction leaves.
             if gained <= _TOLERANCE * values[rank:].clamp_min(0).sum() + floor * values[0]:
                 break
             before = values[:rank]
@@ -219,7 +223,7 @@ def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> tuple[Ten
 
 
 def _fresh(basis: Tensor, image: Tensor) -> Tensor:
-    """Orthonormal columns for what `image` adds to `basis`: fewer than its width once the space is exhausted."""
+    """Orthonormal columns for the part of `image` outside of `basis`; fewer columns if the space is exhausted."""
     squares, vectors = torch.linalg.eigh(image.T @ image)
     kept = squares > _EXACT * max(float(squares[-1]), _EXACT)
     columns = image @ vectors[:, kept] / squares[kept].sqrt()
@@ -228,7 +232,7 @@ def _fresh(basis: Tensor, image: Tensor) -> Tensor:
 
 
 def _finish(problem: _Problem, basis: Tensor, rank: int, seed: int) -> Factors:
-    """Rotate a basis to eigenvectors in float64 and share each rank's scale between its column and its row."""
+    """Rotate a basis to eigenvectors in float64, and give the column and the row of each rank about the same norm."""
     pulled, small = problem.project(basis)
     values, vectors = (part.flip(-1)[..., :rank] for part in torch.linalg.eigh(small))
     alive = int((values > _EXACT * values[:1].clamp_min(0)).sum())
@@ -246,7 +250,7 @@ def _finish(problem: _Problem, basis: Tensor, rank: int, seed: int) -> Factors:
 
 
 def _beyond(problem: _Problem, basis: Tensor, seed: int) -> float:
-    """Trace of M outside of a basis, from random probes (Hutch++, arXiv 2010.09649)."""
+    """Estimate the trace of M outside of a basis from random probes (Hutch++, arXiv 2010.09649)."""
     generator = torch.Generator().manual_seed(seed)
     probes = torch.randn(basis.shape[0], _PROBES, generator=generator, dtype=torch.float64).to(basis.device)
     probes -= basis @ (basis.T @ probes)
@@ -273,7 +277,7 @@ def _power(name: str, tensor: OutputMoment | None) -> float:
     """The power of two that brings a tensor's largest entry near 1: 0 for a zero tensor, 1 for an absent one."""
     if tensor is None:
         return 1.0
-    if isinstance(tensor, LowRankMoment):  # no entry of a positive semi-definite matrix exceeds its diagonal's
+    if isinstance(tensor, LowRankMoment):  # the largest entry of a positive semi-definite matrix is on its diagonal
         tensor = tensor.full_diagonal()
     low, high = (float(bound) for bound in tensor.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):

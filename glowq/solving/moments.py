@@ -1,7 +1,8 @@
-"""The second moment of wide gradients, streamed as a diagonal plus a low-rank part instead of a matrix.
+"""The input and output moments of a group.
 
-The low-rank part is the Nystrom approximation Y (Omega^T Y)^+ Y^T of a random sketch Y = G Omega. It never exceeds G,
-so what is missing from the diagonal is never negative and is added back: every diagonal entry is exact.
+The output moment G of a wide group is a diagonal plus a low-rank part instead of a matrix. The low-rank part is the
+Nystrom approximation Y (Omega^T Y)^+ Y^T of a random sketch Y = G Omega. Its diagonal never exceeds that of G. The
+difference is added as the diagonal part, so that every diagonal entry is exact.
 
 Source: Tropp et al. (arXiv 1706.05736) algorithm 3, with its shift nu, at the full rank of the sketch.
 """
@@ -17,7 +18,7 @@ __all__ = ["LowRankMoment", "Moments", "OutputMoment"]
 
 @dataclass(frozen=True)
 class LowRankMoment:
-    """A second moment G = diag(D) + U U^T that is never written out.
+    """A second moment G = diag(D) + U U^T that is never computed as a matrix.
 
     Attributes:
         diagonal: D, shape (O,), never negative, any float dtype.
@@ -32,27 +33,27 @@ class LowRankMoment:
         return self.diagonal.double() + self.factor.double().square().sum(1)
 
     def rows(self, start: int, stop: int) -> LowRankMoment:
-        """The moment of the outputs start..stop alone: the same block of G."""
+        """Return the moment of the outputs start..stop only: this block of G."""
         return LowRankMoment(self.diagonal[start:stop], self.factor[start:stop])
 
 
 OutputMoment = Tensor | LowRankMoment
-"""Second moment G of the loss gradient at a group's stacked outputs: a matrix (O, O), its diagonal (O,), or that plus a
-low-rank part."""
+"""Second moment G of the loss gradient at a group's stacked outputs: a matrix (O, O), its diagonal (O,), or a diagonal
+plus a low-rank part."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What calibration measured of one group's input x (width d); what the method does not need is None.
+    """The moments of one group with input x of width d, from calibration. What the method does not need is None.
 
     Attributes:
         tokens: number of tokens counted, padding excluded.
-        second: second moment S = E[x x^T], shape (d, d), float64; None where `energy` was streamed instead.
-        energy: output error E S E^T of the stacked members, shape (O, O), float64; None where `second` was streamed.
+        second: second moment S = E[x x^T], shape (d, d), float64; None if `energy` was summed instead.
+        energy: output error E S E^T of the stacked members, shape (O, O), float64; None if `second` was summed.
         mean_square: tr(S) / d, the mean of E[x_i^2] over the channels, shape (), float64; with `second` or `energy`.
-        magnitude: LQER's mean |x_i| (per sequence, then the largest over sequences), shape (d,), float64.
+        magnitude: LQER's mean |x_i|: the mean over each sequence, then the largest over sequences, shape (d,), float64.
         output: second moment G of the loss gradient at the stacked outputs, shape (O, O), or its diagonal, shape (O,),
-            or that plus a low-rank part, float32, see `glowq.calibration.output_gradients`.
+            or a diagonal plus a low-rank part, float32, see `glowq.calibration.output_gradients`.
     """
 
     tokens: int
@@ -63,7 +64,7 @@ class Moments:
     output: OutputMoment | None = None
 
     def rows(self, start: int, stop: int) -> Moments:
-        """The same input seen by the stacked output rows start..stop alone (one member of the group)."""
+        """Return the moments for the stacked output rows start..stop only (one member of the group)."""
         if self.energy is None and self.output is None:
             return self
         energy = None if self.energy is None else self.energy[start:stop, start:stop]

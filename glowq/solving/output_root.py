@@ -1,4 +1,4 @@
-"""The square root of an output moment, in the form in which the moment is kept."""
+"""The square root of an output moment, in the same form as the moment."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ __all__ = ["OutputRoot"]
 
 @dataclass(frozen=True)
 class OutputRoot:
-    """L with L L^T = G + damping x the mean diagonal of G; without any tensor, the identity.
+    """A matrix L with L L^T = G + damping * (mean diagonal of G) * I; the identity if every attribute is None.
+
+    If G is a matrix, L is `triangle`. Otherwise L is diag(scale) (I + Q diag(s) Q^T).
 
     Attributes:
-        triangle: L itself, lower triangular, shape (O, O), where G is a matrix; elsewhere L is
-            diag(scale) (I + Q diag(s) Q^T).
+        triangle: L as a lower triangular matrix, shape (O, O).
         scale: shape (O,).
-        frame: Q, orthonormal columns, shape (O, k), where G has a low-rank part.
+        frame: Q, orthonormal columns, shape (O, k), if G has a low-rank part.
         stretch: s, shape (k,).
-        shrink: diag(s) of the inverse, (I + Q diag(s) Q^T)^-1 = I + Q diag(shrink) Q^T, shape (k,).
+        shrink: the counterpart of s in the inverse, (I + Q diag(s) Q^T)^-1 = I + Q diag(shrink) Q^T, shape (k,).
     """
 
     triangle: Tensor | None = None
@@ -33,12 +34,12 @@ class OutputRoot:
 
     @staticmethod
     def of(moment: OutputMoment, unit: float, damping: float) -> OutputRoot:
-        """The root of `unit` x G, damped, in float64.
+        """Compute the root of `unit` * G with damping, in float64.
 
         Args:
-            moment: G, shape (O, O), its diagonal, shape (O,), or that plus a low-rank part; not zero.
+            moment: G, shape (O, O), its diagonal, shape (O,), or a diagonal plus a low-rank part; not zero.
             unit: factor that brings G near 1.
-            damping: share of G's mean diagonal added to its diagonal, > 0.
+            damping: share of G's mean diagonal that is added to its diagonal, > 0.
         """
         if isinstance(moment, LowRankMoment):
             scale = (moment.diagonal.double() * unit + damping * unit * moment.full_diagonal().mean()).sqrt()
@@ -50,24 +51,24 @@ class OutputRoot:
         return OutputRoot(torch.linalg.cholesky(scaled + extra.expand(scaled.shape[0]).diag()))
 
     def to(self, dtype: torch.dtype) -> OutputRoot:
-        """The same root in another dtype."""
+        """Return the same root in another dtype."""
         given = {name: value.to(dtype) for name, value in vars(self).items() if value is not None}
         return replace(self, **given)
 
     def apply(self, block: Tensor) -> Tensor:
-        """L X, shape (O, b), for X (O, b) of the root's dtype."""
+        """Return L X, shape (O, b), for X (O, b) of the root's dtype."""
         if self.triangle is not None:
             return self.triangle @ block
         return self._scaled(self._stretched(block, self.stretch))
 
     def apply_transposed(self, block: Tensor) -> Tensor:
-        """L^T X, shape (O, b), for X (O, b) of the root's dtype."""
+        """Return L^T X, shape (O, b), for X (O, b) of the root's dtype."""
         if self.triangle is not None:
             return self.triangle.T @ block
         return self._stretched(self._scaled(block), self.stretch)
 
     def solve_transposed(self, block: Tensor) -> Tensor:
-        """L^-T X, shape (O, b), for X (O, b) of the root's dtype."""
+        """Return L^-T X, shape (O, b), for X (O, b) of the root's dtype."""
         if self.triangle is not None:
             solved: Tensor = torch.linalg.solve_triangular(self.triangle.T, block, upper=True)
             return solved
@@ -84,7 +85,10 @@ class OutputRoot:
 
 
 def _low_rank(scale: Tensor, factor: Tensor) -> OutputRoot:
-    """With W = diag(scale)^-1 U = Q diag(w) R^T, I + W W^T is the square of I + Q diag(sqrt(1 + w^2) - 1) Q^T."""
+    """Compute the root of diag(scale^2) + U U^T.
+
+    With W = diag(scale)^-1 U = Q diag(w) R^T, I + W W^T is the square of I + Q diag(sqrt(1 + w^2) - 1) Q^T.
+    """
     frame, spread, _ = torch.linalg.svd(factor / scale[:, None], full_matrices=False)
     squares = spread.square()
     grown = (1 + squares).sqrt()

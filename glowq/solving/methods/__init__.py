@@ -1,6 +1,7 @@
-"""The solver methods by name: one shared solve, with other statistics, another grouping or another use of a budget.
+"""The solver methods: all use the same solver, with other statistics, another grouping or another use of a budget.
 
-A method is a `Method` that a file of this folder registers and this page imports; may import `errors` and `solving`."""
+A file of this folder registers each method as a `Method`, and is imported here. This package may import `errors` and
+`solving`."""
 
 from . import baselines, glowq, published
 

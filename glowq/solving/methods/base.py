@@ -1,6 +1,6 @@
-"""The solver methods by name: one shared solve, with another statistic or another grouping.
+"""The registry of the solver methods.
 
-To add a method, write one file in this folder that calls `register`; it is found by its place.
+To add a method, write a file in this folder that calls `register`, and import it in the folder's `__init__.py`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ class Method:
     """One way to turn a weight error and its input moments into a low-rank correction.
 
     Attributes:
-        name: what users write.
-        shared: True for one right factor a group, False for one a module.
+        name: name that users give.
+        shared: True for one right factor per group, False for one per module.
         statistic: what calibration must measure: nothing, the magnitude per input, or the full second moment.
-        solve: (error (O, d), moments, rank, seed) to Factors of that rank.
+        solve: function (error (O, d), moments, rank, seed) -> Factors of that rank.
         summary: one line for listings.
         source: the paper.
-        two_sided: whether `solve` reads the output moment too, so that gains are in nats and compare across groups.
-        allocation: what its paper spends a budget on: one rank for all groups; the ranks that gain most for their
-            bytes; or whole groups at one rank, in the order of `score`. `glowq.pipeline.comparison` follows it.
-        score: where whole groups are chosen: (a group's gains at the rank (r,), its ||E||_F / ||W||_F) to its score.
+        two_sided: whether `solve` also reads the output moment; gains are then in nats and comparable between groups.
+        allocation: how the paper uses a budget: "uniform", one rank for all groups; "gain", the ranks with the largest
+            gain per byte; "groups", whole groups at one rank, in the order of `score`. `glowq.pipeline.comparison` does
+            the same.
+        score: for "groups": function (a group's gains at the rank (r,), its ||E||_F / ||W||_F) -> score of the group.
     """
 
     name: str
@@ -54,7 +55,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Make a method known by its name.
+    """Register a method under its name.
 
     Raises:
         ConfigError: another method already has the name.
@@ -66,10 +67,10 @@ def register(method: Method) -> Method:
 
 
 def get_method(name: str) -> Method:
-    """The method registered under a name.
+    """Return the method that is registered under a name.
 
     Raises:
-        ConfigError: no method has that name; the message lists those there are.
+        ConfigError: no method has that name; the message lists the names.
     """
     if name not in _METHODS:
         near = get_close_matches(name, method_names(), n=1)
@@ -84,10 +85,10 @@ def method_names() -> list[str]:
 
 
 def check_measured(moments: Moments, statistic: Statistic) -> None:
-    """Refuse moments that lack what a method minimises, rather than minimise something else.
+    """Raise an error if the moments lack what a method needs, so that it does not minimise something else.
 
     Raises:
-        CalibrationError: no token was counted, or what the method needs was not streamed.
+        CalibrationError: no token was counted, or the statistic was not measured.
     """
     found = (moments.magnitude,) if statistic == "magnitude" else (moments.second, moments.energy)
     missing = all(value is None for value in found)

@@ -1,12 +1,12 @@
 """The published methods that glowq is compared with; each is one call of the same solver.
 
-ASER and EoRA come to QERA-exact's minimiser by other ways, so that they share its solve:
+ASER and EoRA compute the minimiser of QERA-exact in other ways. Here they use the same solve as QERA-exact:
 
 - ASER factors the moment S = L L^T (Cholesky), truncates the SVD of E L and maps back by L^(-1). L and S^(1/2) differ
   by an orthogonal matrix on the right, so that E L has the singular values and left vectors of E S^(1/2). Two parts of
   the paper are left out. Activation smoothing scales outlier channels and moves their weights into the error before the
-  weights are quantized, which is too late for a model that is quantized already. And the paper picks each module's
-  rank by the share of singular values that it reaches; here the rank is what the caller gives.
+  weights are quantized, which is not possible for a model that is quantized already. The paper also chooses each
+  module's rank by the share of singular values that it reaches; here the caller gives the rank.
 - EoRA takes S = V diag(l) V^T, truncates the SVD of E V diag(l)^(1/2) and maps back. V is orthogonal, so that matrix
   has the singular values and left vectors of E S^(1/2).
 """
@@ -27,12 +27,12 @@ def solve_magnitude(error: Tensor, moments: Moments, rank: int, seed: int) -> Fa
 
     Args:
         error: weight error E of the module, shape (o, d).
-        moments: holds `magnitude` (d,), activation units.
-        rank: rank kept, 1 <= rank <= min(o, d).
-        seed: of the iteration's start.
+        moments: must hold `magnitude` (d,), activation units.
+        rank: rank to keep, 1 <= rank <= min(o, d).
+        seed: seed of the iteration's start.
 
     Raises:
-        CalibrationError: the moments lack what is minimised.
+        CalibrationError: `magnitude` was not measured.
 
     Source: LQER (arXiv 2402.02446) sec. 3.2; the paper's normalisation of a is a constant and changes no minimiser.
     """
@@ -58,14 +58,14 @@ def solve_exact(error: Tensor, moments: Moments, rank: int, seed: int) -> Factor
 
     Args:
         error: weight error E of the module, shape (o, d).
-        moments: holds `second` (d, d), or `energy` (o, o); squared activation units.
-        rank: rank kept, 1 <= rank <= min(o, d).
-        seed: of the iteration's start.
+        moments: must hold `second` (d, d), or `energy` (o, o), in squared activation units.
+        rank: rank to keep, 1 <= rank <= min(o, d).
+        seed: seed of the iteration's start.
 
     Raises:
-        CalibrationError: the moments lack what is minimised.
+        CalibrationError: neither `second` nor `energy` was measured.
 
-    Source: QERA (arXiv 2410.06040), QERA-exact; the same optimum without its square root and inverse.
+    Source: QERA (arXiv 2410.06040), QERA-exact; the same optimum without the paper's square root and inverse.
     """
     check_measured(moments, "second")
     return factorize(error, moments.second, rank, energy=moments.energy, seed=seed)
@@ -110,9 +110,9 @@ def solve_svd(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
 
     Args:
         error: stacked weight error E of the group, shape (O, d).
-        moments: not read.
-        rank: rank kept, 1 <= rank <= min(O, d).
-        seed: of the iteration's start.
+        moments: not used.
+        rank: rank to keep, 1 <= rank <= min(O, d).
+        seed: seed of the iteration's start.
 
     Source: Eckart and Young, 1936; the unweighted shared right factor follows SVDQuant (arXiv 2411.05007).
     """

@@ -1,4 +1,4 @@
-"""glowq: one right factor a group, errors counted in loss (two-sided) or in output units (one-sided)."""
+"""glowq: one right factor per group; errors are measured in loss (two-sided) or in output units (one-sided)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from .base import Method, check_measured, register
 
 __all__ = ["solve"]
 
-_DAMPING = 0.03  # of the mean diagonal: an output direction that the gradients hardly show must still cost something
+_DAMPING = 0.03  # of the mean diagonal, so that an error in an output direction with small gradients still counts
 
 
 def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
-    """Minimise trace((E - AB)^T G (E - AB) S) over a whole group: the loss that its error costs, to second order.
+    """Minimise trace((E - AB)^T G (E - AB) S) for a whole group: the loss that the error adds, to second order.
 
     Args:
         error: stacked weight error E of the group, shape (O, d).
-        moments: holds `second` (d, d), or `energy` (O, O) where that is smaller; and G in `output`, see `OutputMoment`.
-            Without it G is the identity, and the gains are output errors.
-        rank: rank kept, 1 <= rank <= min(O, d).
-        seed: of the iteration's start.
+        moments: must hold `second` (d, d), or `energy` (O, O) if that is smaller. May hold G in `output`, see
+            `OutputMoment`. Without it, G is the identity and the gains are squared output errors.
+        rank: rank to keep, 1 <= rank <= min(O, d).
+        seed: seed of the iteration's start.
 
     Raises:
-        CalibrationError: the moments lack what is minimised.
+        CalibrationError: neither `second` nor `energy` was measured.
 
-    Source: GlowQ (arXiv 2603.25385) sec. 3 for the shared factor; method.md, two-sided weighting.
+    Source: GlowQ (arXiv 2603.25385) sec. 3 for the shared factor.
     """
     check_measured(moments, "second")
     return factorize(

@@ -1,4 +1,4 @@
-"""GlowQ as its paper has it, and GlowQ-S, which restores whole groups at a fixed rank in the order of a score."""
+"""GlowQ as in its paper, and GlowQ-S, which corrects whole groups at a fixed rank in the order of a score."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def solve(error: Tensor, moments: Moments, rank: int, seed: int) -> Factors:
 
     Args:
         error: stacked weight error E of the group, shape (O, d).
-        moments: holds `second` (d, d), or `energy` (O, O): E S' E^T = 0.95 energy + 0.05 tr(S)/d E E^T.
-        rank: rank kept, 1 <= rank <= min(O, d).
-        seed: of the iteration's start.
+        moments: must hold `second` (d, d), or `energy` (O, O): E S' E^T = 0.95 energy + 0.05 tr(S)/d E E^T.
+        rank: rank to keep, 1 <= rank <= min(O, d).
+        seed: seed of the iteration's start.
 
     Raises:
-        CalibrationError: the moments lack what is minimised.
+        CalibrationError: neither `second` nor `energy` was measured.
 
-    Source: GlowQ (arXiv 2603.25385) sec. 3; the shrinkage keeps its S^(-1/2) finite.
+    Source: GlowQ (arXiv 2603.25385) sec. 3; the shrinkage keeps the paper's S^(-1/2) finite.
     """
     check_measured(moments, "second")
     assert moments.mean_square is not None
@@ -56,8 +56,8 @@ def score_singular_values(gains: Tensor, error_ratio: float) -> float:
     """Sum of the singular values of E S'^(1/2) that the group's rank keeps.
 
     Args:
-        gains: their squares, shape (r,), squared output units.
-        error_ratio: not read.
+        gains: squares of the singular values, shape (r,), squared output units.
+        error_ratio: not used.
 
     Source: GlowQ (arXiv 2603.25385), GlowQ-S: the score from the singular values.
     """
@@ -79,10 +79,10 @@ register(
 
 
 def score_error_ratio(gains: Tensor, error_ratio: float) -> float:
-    """||E||_F / ||W||_F of the whole group, whatever its rank would remove of it.
+    """||E||_F / ||W||_F of the whole group, which does not depend on the rank.
 
     Args:
-        gains: not read.
+        gains: not used.
         error_ratio: the score.
 
     Source: GlowQ (arXiv 2603.25385), GlowQ-S: the normalized error ratio.
