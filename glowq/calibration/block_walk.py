@@ -1,8 +1,8 @@
 """Calibration, block by block: every batch is one forward of the model, which pauses at the end of each block.
 
-The model's own forward passes masks, caches and position embeddings to the blocks. Any architecture works without code
-that repeats how it calls its blocks. Only the activations between two blocks are held in memory, never the statistics
-of the whole model.
+The model's own forward passes masks, caches and position embeddings to the blocks, so that any architecture works
+without code that is specific to it. Only the activations between two blocks are held in memory, never the statistics of
+the whole model.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class BlockWalk:
     """Runs one forward per batch, and pauses it at the end of each block.
 
     Use it as a context manager, and call `collect` for each block in the order in which the model calls the blocks.
-    Before a forward continues, it runs the block at which it paused again. If a correction was attached to that block
-    in the meantime, the next block reads the corrected output.
+    Before a forward continues after a block, it runs this block a second time. If a correction was attached to the
+    block in the meantime, the next block reads the corrected output.
 
     Args:
         model: any model. It is restored to its earlier state when the context ends.

@@ -1,4 +1,4 @@
-"""Format figures for people. An undefined figure is shown as such, and so is the share of a gap that is too small."""
+"""Format figures for people, with words for undefined figures and for shares of a gap that is too small."""
 
 from __future__ import annotations
 

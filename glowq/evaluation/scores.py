@@ -68,7 +68,7 @@ def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str
 
 
 def perplexity(score: Score) -> float:
-    """exp of the mean negative log-likelihood; every sequence has the same length."""
+    """exp of the mean negative log-likelihood. All sequences have the same length, so that every token counts alike."""
     return float(score.nll.mean().exp())
 
 

@@ -1,4 +1,4 @@
-"""Factors with one byte per value: the grid that they are rounded to, and their int8 form, which is then exact.
+"""Factors with one byte per value: the grid that they are rounded to, and their int8 form, which adds no more error.
 
 A rank is one row of the right factor and one column of every left factor. The row holds whole numbers up to 127 times
 the scale of the rank, a power of two. The columns hold whole numbers up to 127 in units of 1/128. Therefore a rank has

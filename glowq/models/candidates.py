@@ -178,8 +178,8 @@ def _trace(model: Any, found: Candidates) -> None:
 
     mark_dense(model)
     try:
-        # Some architectures read values of their inputs. transformers does not do so for a fake tensor, but would for a
-        # plain meta tensor, which has no values either.
+        # Some architectures read the values of their inputs unless these are fake tensors. A plain meta tensor has no
+        # values, so that this would fail.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             inputs = {name: mode.from_tensor(value) for name, value in example_inputs(model).items()}
             skipped = trace_groups(model, inputs).skipped

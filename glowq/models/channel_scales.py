@@ -272,7 +272,8 @@ def _joint_scale(producer: Slopes, columns: Slopes, reading: Tensor) -> Tensor:
     """Compute one scale from the rows of the producer and the columns of the group, as a mean by their weights."""
     made = producer.weight
     read = torch.zeros_like(made).index_add_(0, reading, columns.weight)
-    # The scales of the producer's own columns are known: its rows give the size of its row scales and their ratios.
+    # The scales of the producer's own columns are known. Therefore the slopes of its rows also give the size of its row
+    # scales, not only their ratios.
     level = _mean(columns.log + producer.log[reading], columns.weight * (made[reading] > 0))
     seen = torch.zeros_like(made).index_add_(0, reading, columns.weight * (columns.log - level))
     log = (seen - made * producer.log) / (made + read).clamp_min(1e-300)
