@@ -32,10 +32,10 @@ def bootstrap(
     """Percentile bootstrap over sequences, all columns resampled together (paired).
 
     Args:
-        statistic: means of the columns, shape (..., k) -> figure, shape (...).
-        columns: one row a sequence, shape (n, k), float64.
-        resamples: how often n rows are drawn with replacement.
-        seed: of the draws.
+        statistic: function from the means of the columns, shape (..., k), to the figure, shape (...).
+        columns: one row per sequence, shape (n, k), float64.
+        resamples: number of times that n rows are drawn with replacement.
+        seed: seed of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     count = columns.shape[0]

@@ -1,3 +1,3 @@
 """The corrected forward: operators, the container of a group's factors, hooks, attaching, switching, fused kernels.
 
-May import `errors`, `factors` and `quantizers`."""
+This package may import `errors`, `factors` and `quantizers`."""

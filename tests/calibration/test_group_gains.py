@@ -185,7 +185,7 @@ def test_gains_take_the_unit_of_what_was_measured(tmp_path: Path) -> None:
         assert 0.4 < float(after.gains.sum() / before.gains.sum()) < 2.5
 
 
-def test_a_group_that_only_does_harm_is_not_bought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_only_does_harm_is_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved_llama(tmp_path / "source")
     whole = correct(quantized(source, "torchao-int2"), source, rank=None, budget="5%")
     reversed_group = max(whole.factors, key=lambda entry: float(entry.gains.sum())).group

@@ -1,3 +1,3 @@
 """Export formats by name, and the one format that needs no other project: dense weights with the correction merged.
 
-May import the core packages and `integrations.transformers`."""
+This package may import the core packages and `integrations.transformers`."""

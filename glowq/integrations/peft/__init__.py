@@ -1,3 +1,3 @@
 """Write corrections as PEFT adapters, and read adapters as corrections.
 
-May import the core packages, `integrations.transformers` and `integrations.export`."""
+This package may import the core packages, `integrations.transformers` and `integrations.export`."""
