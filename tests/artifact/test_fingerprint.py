@@ -14,6 +14,8 @@ from glowq.artifact.fingerprint import fingerprint, same_weights
 from glowq.quantizers.model import prepare_model, quantized_modules
 from support.bases import BASES, Base, rows
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 WRITTEN = [base.name for base in BASES if not base.is_preset]
 
 

@@ -18,7 +18,19 @@ from transformers import AutoTokenizer
 
 import glowq
 from glowq.runtime.attach import attached
-from support.tiny import BASES, CALIBRATION, TEXTS, corrected, gap, load, logits, quantized, tiny_llama
+from support.tiny import (
+    BASES,
+    CALIBRATION,
+    METHODS,
+    TEXTS,
+    correct,
+    corrected,
+    gap,
+    load,
+    logits,
+    quantized,
+    tiny_llama,
+)
 
 DTYPES = [(base, torch.bfloat16) for base in BASES]
 DTYPES += [(base, dtype) for base in ("nf4", "int8", "torchao-int4") for dtype in (torch.float16, torch.float32)]
@@ -29,11 +41,11 @@ def saved(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest
     """A model corrected while loading, one corrected after loading, the correction, and both forms on disk."""
     base, dtype = request.param
     folder = tmp_path_factory.mktemp("saved")
-    config = glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, **CALIBRATION)
+    method = METHODS[dtype]
+    config = glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, method=method, **CALIBRATION)
     model = load(source, quantization_config=config, dtype=dtype)
     after = quantized(source, base, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    correction = glowq.correct(after, reference=source, calibration=TEXTS, tokenizer=tokenizer, rank=4, **CALIBRATION)
+    correction = correct(after, source, method=method)
     correction.save_pretrained(folder / "correction")
     model.save_pretrained(folder / "full")
     return base, dtype, model, after, correction, folder

@@ -26,6 +26,8 @@ from support.bases import Base, rows, small_model
 from support.tiny import TEXTS, load, quantized
 from support.tiny import tiny_llama as saved_llama
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 Factory = Callable[..., Any]
 
 

@@ -30,6 +30,8 @@ from support import writers
 from support.bases import BASES, Base, rows, small_model
 from support.tiny import corrected, load, quantized, seeded, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 SAVED = [base.name for base in BASES if base.read is None and base.package != "optimum.quanto"]
 TIED = "not quantized (it shares the embeddings' weight)"
 KEYS = {"base", "schemes", "modules", "correctable", "skipped", "note", "next"}

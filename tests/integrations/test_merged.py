@@ -24,6 +24,8 @@ from support import bases
 from support.cli import call, result_of
 from support.tiny import correct, corrected, gap, load, logits, quantized, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 HALF_STEP = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-23}  # relative; doubled for float32 arithmetic
 
 

@@ -57,7 +57,7 @@ def scores() -> dict[str, Score]:
     models = {"reference": load(EXAMPLE)}
     for base in ("nf4", "torchao-int3", "torchao-int2"):
         models[base] = quantized(EXAMPLE, base)
-        for method, count in (("glowq", 4096), ("svd", 256)):  # svd uses no statistics of the text
+        for method, count in (("glowq", 2048), ("svd", 256)):  # svd uses no statistics of the text
             options = {"calibration_tokens": count, "sequence_length": 256, "method": method}
             models[f"{base}-{method}"] = corrected(EXAMPLE, base, rank=16, calibration="python-stdlib", **options)[0]
     return score_models(models, held_out)
@@ -67,7 +67,7 @@ def share(scores: dict[str, Score], base: str, method: str) -> Interval:
     return recovered(scores["reference"], scores[base], scores[f"{base}-{method}"])
 
 
-# Measured at rank 16 with the library of Python 3.11: 0.49, 0.62 and 0.61 (svd: 0.20, 0.21 and 0.23).
+# Measured at rank 16 with the library of Python 3.11: 0.39, 0.59 and 0.62 (svd: 0.20, 0.21 and 0.23).
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "floor"), [("nf4", 0.2), ("torchao-int3", 0.35), ("torchao-int2", 0.45)])
 def test_the_share_of_the_gap_recovered(scores: dict[str, Score], base: str, floor: float) -> None:

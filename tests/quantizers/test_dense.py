@@ -24,6 +24,8 @@ from support import writers
 from support.bases import rows, small_model
 from support.tiny import CALIBRATION, TEXTS, gap, load, logits, seeded
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 NAME = "model.layers.1.mlp.up_proj"
 FILE = "model-Q4_0.gguf"
 

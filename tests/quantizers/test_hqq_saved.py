@@ -51,7 +51,7 @@ def test_a_model_that_hqq_saved(stored: Path, source: Path, tmp_path: Path) -> N
     correction.save_pretrained(tmp_path / "corr")
     glowq.load_correction(fresh, tmp_path / "corr")
     assert gap(fresh, expected) == 0.0
-    with pytest.raises(ConfigError, match=r"Load the base as the library .*glowq\.load_correction"):
+    with pytest.raises(ConfigError, match=r"Load the base with the library .*glowq\.load_correction"):
         load(tmp_path / "corr")
     with pytest.raises(ConfigError, match=r"in one piece.*the base as its library does"):
         model.save_pretrained(tmp_path / "full")

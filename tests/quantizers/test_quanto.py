@@ -16,7 +16,19 @@ from glowq.quantizers.base import Scheme
 from glowq.quantizers.model import prepare_model, quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
 from glowq.utils.versions import warn_untested
-from support.tiny import CALIBRATION, TEXTS, biased_llama, corrected, gap, load, logits, quantized, tiny_llama
+from support.tiny import (
+    CALIBRATION,
+    METHODS,
+    TEXTS,
+    biased_llama,
+    correct,
+    corrected,
+    gap,
+    load,
+    logits,
+    quantized,
+    tiny_llama,
+)
 
 quanto = pytest.importorskip("optimum.quanto")
 
@@ -54,11 +66,11 @@ def read(module: Any) -> Tensor:
 def test_saved_by_reference_and_quantized_again_is_the_same_model(
     kind: str, dtype: torch.dtype, source: Path, tmp_path: Path
 ) -> None:
-    config = glowq.GlowQConfig(base=f"quanto-{kind}", rank=4, calibration=TEXTS, **CALIBRATION)
+    method = METHODS[dtype]
+    config = glowq.GlowQConfig(base=f"quanto-{kind}", rank=4, calibration=TEXTS, method=method, **CALIBRATION)
     model = load(source, quantization_config=config, dtype=dtype)
     after = quantized(source, f"quanto-{kind}", dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    correction = glowq.correct(after, reference=source, calibration=TEXTS, tokenizer=tokenizer, rank=4, **CALIBRATION)
+    correction = correct(after, source, method=method)
     correction.save_pretrained(tmp_path)
     expected = logits(model)
     assert gap(after, expected) == 0.0
@@ -177,7 +189,7 @@ def test_a_model_that_quanto_itself_quantized(source: Path, tmp_path: Path) -> N
     correction.save_pretrained(tmp_path / "corr")
     glowq.load_correction(second, tmp_path / "corr")
     assert gap(second, logits(first)) == 0.0
-    with pytest.raises(ConfigError, match=r"Load the base as the library .*glowq\.load_correction"):
+    with pytest.raises(ConfigError, match=r"Load the base with the library .*glowq\.load_correction"):
         load(tmp_path / "corr")
     with pytest.raises(ConfigError, match="in one piece"):
         first.save_pretrained(tmp_path / "full")

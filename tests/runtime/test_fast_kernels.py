@@ -16,6 +16,8 @@ from glowq.quantizers.model import prepare_model, quantized_modules
 from support.bases import Base, repacks, rows
 from support.tiny import TEXTS, load, logits
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 REWRITTEN = rows("nf4", "nf4-double") if repacks() else []
 REWRITTEN += rows("auto-gptq-int4", "awq-int4")  # gptqmodel uses torch's int4 kernels for these
 OTHERS = rows("torchao-int8") + ([] if repacks() else rows("nf4"))

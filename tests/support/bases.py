@@ -60,11 +60,11 @@ class Base:
         from transformers import AutoModelForCausalLM
 
         source = small_model() if folder is None else Path(folder)
+        if self.is_preset and self.package in ("gptqmodel", "hqq") and not options:
+            return copy.deepcopy(_quantized(self, source, dtype))
         if self.read is not None:
             return self.read(source if self.is_preset else self.checkpoint(source), dtype)
         if self.is_preset:
-            if self.package == "gptqmodel" and not options:
-                return copy.deepcopy(_quantized(self, source, dtype))
             options["quantization_config"] = self.config(source)
             return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         return AutoModelForCausalLM.from_pretrained(self.checkpoint(source), dtype=dtype, **options)
