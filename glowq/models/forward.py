@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,10 +34,13 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
 
 
 def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the batch on the device of the model's embeddings, or as it is if they are on the meta device."""
+    """Return the batch on the device where the model's embeddings compute, also if their weight is offloaded."""
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else model
-    device = next(iter(embeddings.parameters())).device
-    return dict(batch) if device.type == "meta" else {name: value.to(device) for name, value in batch.items()}
+    device: Any = next(iter(embeddings.parameters())).device
+    if has_offloaded_params(embeddings):
+        hook: Any = embeddings._hf_hook
+        device = hook.execution_device
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -35,11 +36,16 @@ class Reference:
     Args:
         source: a model in memory, a folder, or a Hub name ("org/model" or "org/model@revision").
         model_class: class to load a named model with, the same as that of the quantized model.
+        device: where a model given by name computes; each layer's weights are moved there for its forward. None is the
+            CPU. A model in memory stays where it is.
         **hub_kwargs: passed to `glowq.utils.hub.local_snapshot`, e.g. `revision`.
     """
 
-    def __init__(self, source: Any, model_class: type[nn.Module], **hub_kwargs: Any) -> None:
+    def __init__(
+        self, source: Any, model_class: type[nn.Module], device: torch.device | None = None, **hub_kwargs: Any
+    ) -> None:
         self.source = source
+        self.device = device
         self.model_class = model_class
         self.hub_kwargs = hub_kwargs
         self._model: nn.Module | None = source if isinstance(source, nn.Module) else None
@@ -122,7 +128,7 @@ class Reference:
             NonFiniteError: the weight holds NaN or Inf.
         """
         module = self._module(name, shape)
-        with align_module_device(module):
+        with _readable(module):
             weight = module.weight.detach()
             full = (weight.T if isinstance(module, Conv1D) else weight).to(torch.float32, copy=True)
         if not bool(torch.isfinite(full).all()):
@@ -154,9 +160,32 @@ class Reference:
     def _load(self, folder: Path) -> nn.Module:
         offload = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="glowq-reference-"))
         with _quiet():
-            return self.model_class.from_pretrained(  # type: ignore[attr-defined]
+            model: nn.Module = self.model_class.from_pretrained(  # type: ignore[attr-defined]
                 folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True
             )
+        if self.device is not None:
+            _compute_on(model, self.device)
+        return model
+
+
+def _readable(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside this context, the weights of a module can be read; offloaded ones are on the CPU."""
+    context: AbstractContextManager[None] = align_module_device(
+        module, torch.device("cpu") if has_offloaded_params(module) else None
+    )
+    return context
+
+
+def _compute_on(model: nn.Module, device: torch.device) -> None:
+    """Let a model whose weights are on disk compute on `device`: accelerate takes the CPU where nothing is on a GPU."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+            if isinstance(part, AlignDevicesHook):
+                part.execution_device = device
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _embedding_rows(model: nn.Module) -> Tensor | None:
@@ -165,7 +194,7 @@ def _embedding_rows(model: nn.Module) -> Tensor | None:
     weight = getattr(layer, "weight", None)
     if layer is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
         return None
-    with align_module_device(layer):
+    with _readable(layer):
         values: Tensor = layer.weight.detach()
         return values.cpu() if values.is_floating_point() else None
 

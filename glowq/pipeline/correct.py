@@ -127,7 +127,7 @@ def correct(
     _check_token_count(train, ranks)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision)
     try:
-        with Reference(reference, type(model)) as source:
+        with Reference(reference, type(model), device=getattr(model, "device", None)) as source:
             source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
             source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
             store = Resume.open(resume, config, reference, ranks, sequences)

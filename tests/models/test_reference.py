@@ -19,6 +19,7 @@ from glowq.errors import (
     ReferenceMismatchError,
     UnsupportedModuleError,
 )
+from glowq.models.forward import to_model
 from glowq.models.reference import Reference
 from support.bases import Base, rows
 
@@ -60,6 +61,26 @@ def test_the_reference_can_be_run_and_then_put_away(tiny_llama: Factory, tiny_id
         torch.testing.assert_close(reference.model(tiny_ids).logits, model(tiny_ids).logits)
     with pytest.raises(RuntimeError, match="inside its `with` block"):
         _ = reference.model
+
+
+def test_it_computes_on_the_device_of_the_quantized_model(tiny_llama: Factory, tiny_ids: Any, tmp_path: Path) -> None:
+    """The meta device takes the place of a GPU: every layer's weights and inputs are moved to it."""
+    model, meta = tiny_llama(), torch.device("meta")
+    model.save_pretrained(tmp_path)
+    devices = {}
+    with Reference(tmp_path, LlamaForCausalLM, device=meta) as reference, torch.no_grad():
+        inputs = to_model({"input_ids": tiny_ids}, reference.model)
+        assert inputs["input_ids"].device == meta
+        for name, module in reference.model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(
+                    lambda module, args, output, name=name: devices.update({name: (args[0].device, output.device)})
+                )
+        assert reference.model(**inputs).logits.device == meta
+        assert torch.equal(reference.weight(NAME, (16, 32)), model.get_submodule(NAME).weight)
+        reference.check_revision(model)
+    assert set(devices) == {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(devices.values()) == {(meta, meta)}
 
 
 def test_a_model_in_memory_is_taken_as_it_is_and_never_written(tiny_llama: Factory) -> None:
