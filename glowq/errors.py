@@ -25,6 +25,7 @@ __all__ = [
     "OutputError",
     "PickleRefusedError",
     "RankError",
+    "ReadError",
     "ReferenceMismatchError",
     "RepackedWeightError",
     "RoundingError",
@@ -61,6 +62,10 @@ class PickleRefusedError(GlowQError):
 
 class ModelNotFoundError(GlowQError, FileNotFoundError):
     """A model, checkpoint or file named by the user does not exist."""
+
+
+class ReadError(GlowQError, OSError):
+    """A file exists and cannot be read: no permission, a folder in its place, or the disk fails."""
 
 
 class OutputError(GlowQError, OSError):

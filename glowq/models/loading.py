@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, GlowQError, ModelNotFoundError, one_line
+from ..errors import ConfigError, GlowQError, ModelNotFoundError, ReadError, one_line
 from ..utils.files import refuse_pickles
 from ..utils.names import split_revision
 
@@ -28,12 +28,21 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn what libraries raise when they cannot load `name` into a one-line error of glowq."""
+    """Turn what libraries raise when they cannot load `name` into a one-line error of glowq.
+
+    Raises:
+        ModelNotFoundError: the model does not exist.
+        ReadError: a file of it cannot be read.
+        ConfigError: a library refuses its configuration or its files.
+    """
     try:
         yield
     except GlowQError:
         raise
     except OSError as error:
+        # Errors of transformers and huggingface_hub have none. Any other number than ENOENT is of an existing file.
+        if error.errno not in (None, errno.ENOENT):
+            raise ReadError(f"{name!r} cannot be loaded: {one_line(error)}") from error
         raise ModelNotFoundError(f"{name!r} cannot be loaded: {one_line(error)}") from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{name!r} cannot be loaded: {one_line(error)}") from error
@@ -44,6 +53,7 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
 
     Raises:
         ModelNotFoundError: the model does not exist.
+        ReadError: its config.json cannot be read.
         PickleRefusedError: the folder holds its weights only as pickles.
         ConfigError: transformers does not support the model type, or the weights are GGUF and `gguf_file` is not given.
     """
@@ -57,8 +67,7 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
         with loading(name):
             return AutoConfig.from_pretrained(**_named(name), trust_remote_code=False, **_gguf(gguf_file))
     except ModelNotFoundError as error:
-        # transformers' own errors have no errno. Any errno but ENOENT means a fault of the disk or of an existing file.
-        if Path(name).is_dir() or getattr(error.__cause__, "errno", None) not in (None, errno.ENOENT):
+        if Path(name).is_dir():
             raise
         raise ModelNotFoundError(f"no folder {name!r}, and no such model was found on the Hub; {error}") from error
 

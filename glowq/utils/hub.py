@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import ConfigError, GlowQError, HubError, ModelNotFoundError, OutputError
+from ..errors import ConfigError, GlowQError, HubError, ModelNotFoundError, OutputError, ReadError
 from .files import refuse_only_pickles
 from .names import split_revision
 
@@ -84,14 +85,25 @@ def asking_hub(name: str, options: Mapping[str, Any] | None = None, *, writing: 
     Raises:
         ModelNotFoundError: the repository or revision does not exist, or there is no network and nothing in the cache.
         HubError: the Hub refuses the request or cannot be reached, or the connection was lost.
+        ReadError: a local file cannot be read or written.
         OutputError: the disk is full.
     """
     try:
         yield
     except GlowQError:
         raise
-    except (OSError, HFValidationError, RuntimeError, _TransportError) as error:  # hf_xet raises RuntimeError
+    except (OSError, HFValidationError, _TransportError) as error:
         raise _translated(error, name, options or {}, writing) from error
+    except RuntimeError as error:
+        if not _is_of_transfer(error):
+            raise
+        raise _translated(error, name, options or {}, writing) from error
+
+
+def _is_of_transfer(error: RuntimeError) -> bool:
+    """Whether hf_xet raised this. Its compiled code has no frame, so that huggingface_hub's is the last one."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").partition(".")[0] == "huggingface_hub"
 
 
 def _translated(error: BaseException, name: str, options: Mapping[str, Any], writing: bool) -> GlowQError:
@@ -156,6 +168,8 @@ def _unreachable(
         return HubError(f"{name!r} is not in the cache{at}, and {where} cannot be reached ({_described(transport)}).")
     if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
         return OutputError(f"{name} cannot be downloaded: the disk is full; HF_HOME names another place for the cache.")
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return ReadError(f"{error.filename} cannot be read or written ({error.strerror}), which {name} needs.")
     if any(isinstance(cause, LocalEntryNotFoundError | HfHubHTTPError) for cause in causes):
         return HubError(f"{where} could not answer for {name!r}{at}: {_described(causes[-1])}. Try again later.")
     return HubError(f"{name}: {_described(error)}")
