@@ -235,13 +235,13 @@ class Correction:
             repo_id: "name" or "organization/name"; created if missing.
             base_model: Hub name of the base, if the correction was made on a local folder.
             base_revision: branch, tag or commit of `base_model`; the commit that it names now is stored.
-            private, create_pr, revision, commit_message, token: see `glowq.artifact.push.push`.
+            private, create_pr, revision, commit_message, token: see `glowq.artifact.hub.push.push`.
 
         Raises:
             ConfigError: the base is a local folder, which nobody else can load, and no `base_model` is given.
             HubError: the Hub refuses, cannot be reached, or the upload was interrupted.
         """
-        from .push import push
+        from .hub.push import push
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "correction")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CorrectionError, ModelNotFoundError
 from ..quantizers.base import StoredModule
 from ..utils.files import checkpoint_files, read_json, refuse_pickles
 from ..utils.hub import local_snapshot
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils._safetensors import SafetensorsFileMetadata
 
 __all__ = ["Headers", "read_headers"]
 
@@ -108,14 +110,7 @@ def _read_hub(name: str) -> Headers:
         raise ModelNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         return read_headers(str(local_snapshot(name, local_files_only=True)))
-    headers: list[dict[str, Any]] = []
-    for metadata in found:
-        tensors = {
-            key: {"shape": info.shape, "dtype": info.dtype, "data_offsets": info.data_offsets}
-            for key, info in metadata.tensors.items()
-        }
-        headers.append({**tensors, "__metadata__": metadata.metadata})
-    return _merge(config, headers)
+    return _merge(config, found)
 
 
 def _gguf_files(names: Iterable[str]) -> tuple[str, ...]:
@@ -123,7 +118,8 @@ def _gguf_files(names: Iterable[str]) -> tuple[str, ...]:
     return () if "config.json" in names else tuple(sorted(name for name in names if name.endswith(".gguf")))
 
 
-def _header(file: Path) -> dict[str, Any]:
+def _header(file: Path) -> SafetensorsFileMetadata:
+    from huggingface_hub import parse_local_safetensors_file_metadata
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -131,18 +127,14 @@ def _header(file: Path) -> dict[str, Any]:
             pass
     except SafetensorError as error:
         raise CorrectionError(f"{file} is corrupt or truncated ({error}); download it again.") from error
-    with file.open("rb") as stream:
-        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return header
+    return parse_local_safetensors_file_metadata(file)
 
 
-def _merge(config: dict[str, Any], headers: Iterable[Mapping[str, Any]]) -> Headers:
+def _merge(config: dict[str, Any], headers: Iterable[SafetensorsFileMetadata]) -> Headers:
     merged = Headers(config)
     for header in headers:
-        for name, info in header.items():
-            if name == "__metadata__":
-                merged.metadata.update(info or {})
-                continue
-            merged.shapes[name], merged.dtypes[name] = tuple(info["shape"]), info["dtype"]
-            merged.sizes[name] = info["data_offsets"][1] - info["data_offsets"][0]
+        merged.metadata.update(header.metadata or {})
+        for name, info in header.tensors.items():
+            merged.shapes[name], merged.dtypes[name] = tuple(info.shape), info.dtype
+            merged.sizes[name] = info.data_offsets[1] - info.data_offsets[0]
     return merged

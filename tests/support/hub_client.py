@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import glowq
-from glowq.artifact.push import push
+from glowq.artifact.hub.push import push
 from glowq.cli.app import app
 from glowq.models.loading import load_config
 from support.tiny import gap, load

@@ -44,7 +44,7 @@ def push(
     if create_pr and revision is not None:
         raise typer.BadParameter("--create-pr goes to the main branch: leave out --revision.")
     with session(json) as show:
-        from ...artifact.push import push as push_folder
+        from ...artifact.hub.push import push as push_folder
 
         result = push_folder(
             folder,

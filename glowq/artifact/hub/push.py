@@ -18,14 +18,14 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from .._version import __version__
-from ..errors import ConfigError, HubError, ModelNotFoundError, one_line
-from ..utils.files import checkpoint_files, read_json
-from ..utils.hub import asking_hub
-from .card import CARD, PICTURE, base_license, card_files, license_of
-from .config import GlowQConfig
+from ..._version import __version__
+from ...errors import ConfigError, HubError, ModelNotFoundError, one_line
+from ...utils.files import checkpoint_files, read_json
+from ...utils.hub import asking_hub
+from ..card import CARD, PICTURE, base_license, card_files, license_of
+from ..config import GlowQConfig
+from ..saved import FACTORS_FILE
 from .contents import SavedResult, read_result, stored_gains
-from .saved import FACTORS_FILE
 
 __all__ = ["push"]
 

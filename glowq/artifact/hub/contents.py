@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..errors import ModelNotFoundError, PickleRefusedError
-from ..selection.allocation import GroupGains
-from ..utils.files import PICKLES, checkpoint_files, read_json, safe_join
-from ..utils.output import EXPORT_MANIFEST, is_result_file
-from .config import GlowQConfig
-from .factor_files import open_factors
-from .saved import FACTORS_FILE
+from ...errors import ModelNotFoundError, PickleRefusedError
+from ...selection.allocation import GroupGains
+from ...utils.files import PICKLES, checkpoint_files, read_json, safe_join
+from ...utils.output import EXPORT_MANIFEST, is_result_file
+from ..config import GlowQConfig
+from ..factor_files import open_factors
+from ..saved import FACTORS_FILE
 
 __all__ = ["SavedResult", "read_result", "stored_gains"]
 
