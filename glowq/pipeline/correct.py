@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,15 +17,12 @@ from ..artifact.request import CorrectionRequest
 from ..calibration.distillation import distill as distill_factors
 from ..calibration.group_gains import calibrated, measure_groups
 from ..calibration.output_gradients import output_moments
-from ..data.text import read_texts
-from ..data.tokens import batches, split, token_sequences
+from ..data.tokens import batches
 from ..errors import (
-    CalibrationError,
     ConfigError,
     NoGainError,
     NoGradientWarning,
     SensitivityError,
-    TokenizerMismatchError,
     UnsupportedModuleError,
 )
 from ..evaluation.rounding_cost import rounding_cost
@@ -41,18 +38,17 @@ from ..runtime.attach import factor_dtype as dtype_of_factors
 from ..selection.allocation import allocate, by_benefit
 from ..selection.budget import RankRequest
 from ..selection.ranks import candidate_ranks, uniform_ranks
-from ..solving.methods.base import Method, get_method
+from ..solving.methods.base import get_method
 from ..solving.moments import OutputMoment
 from .block_solver import BlockSolver, stops_of
 from .block_store import Resume
+from .sequences import calibration_sequences, check_token_count, split_sequences
 
-__all__ = ["calibration_sequences", "correct"]
+__all__ = ["correct"]
 
 _TRACE_TOKENS = 8
 _GRADIENT_TOKENS = 8192
 _GRADIENT_BATCH = 512  # tokens per backward pass, which keeps the activations of all its tokens
-_SELECTION_TOKENS = 512  # tokens on which each group is measured
-_SELECTED = 1 / 8  # largest share of the sequences that may be used for this measurement
 _DENSE_TOLERANCE = 0.5  # GGUF also quantizes the embeddings: 4 bits change them by 0.1; another model differs by 1.4
 
 
@@ -123,8 +119,8 @@ def correct(
     else:
         itemsize = 1 if int8 else dtype_of_factors(model).itemsize
         ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, itemsize, shared=solver.shared)
-    train, held = _split_sequences(sequences, solver, ranks_asked, int8, seed)
-    _check_token_count(train, ranks)
+    train, held = split_sequences(sequences, solver, ranks_asked, int8, seed)
+    check_token_count(train, ranks)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision)
     try:
         with Reference(reference, type(model), device=getattr(model, "device", None)) as source:
@@ -168,25 +164,6 @@ def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:
             f"{sequences.numel():,} tokens: calibrate on more, or on text that is more similar to the model's task; or "
             "leave the model uncorrected."
         )
-
-
-def _split_sequences(
-    sequences: Tensor, method: Method, request: RankRequest, int8: bool, seed: int
-) -> tuple[Tensor, Tensor | None]:
-    """Split the sequences into a part for calibration and a part for measurements of groups or int8 factors.
-
-    The second part is None if nothing has to be measured.
-    """
-    if not int8 and (method.allocation != "gain" or (len(sequences) < 2 and request.budget is None)):
-        return sequences, None
-    try:
-        return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
-    except CalibrationError as error:
-        if not int8:
-            raise
-        raise CalibrationError(
-            f"int8 factors are measured on text that the factors are not calibrated on: {error}"
-        ) from error
 
 
 def _rounded(
@@ -264,44 +241,6 @@ def _nothing_quantized(model: nn.Module) -> str:
     )
 
 
-def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenizer: Any) -> Tensor:
-    """The token ids to calibrate on, int64, shape (n, length); see `CorrectionRequest`.
-
-    Raises:
-        CalibrationError: no text, no tokenizer, or fewer tokens than one sequence.
-        TokenizerMismatchError: an id is outside the model's vocabulary.
-    """
-    calibration, length = request.calibration, request.sequence_length
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if config is not None else None
-    vocab_size = getattr(text_config, "vocab_size", None)
-    limit = getattr(text_config, "max_position_embeddings", None) or length
-    if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.is_floating_point() or calibration.numel() == 0:
-            raise CalibrationError(
-                f"calibration token ids must be whole numbers of shape (n, length), found {calibration.dtype} of shape "
-                f"{tuple(calibration.shape)}."
-            )
-        if vocab_size is not None and int(calibration.max()) >= vocab_size:
-            raise TokenizerMismatchError(
-                f"the calibration tokens hold id {int(calibration.max())}, the model knows 0 to {vocab_size - 1}; "
-                "use the model's own tokenizer."
-            )
-        return calibration
-    if calibration is None:
-        raise CalibrationError("no calibration text: pass calibration= a list of str, a file, or a datasets name.")
-    if tokenizer is None:
-        raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
-    return token_sequences(
-        read_texts(calibration),
-        tokenizer,
-        length=min(length, limit),
-        limit=request.calibration_tokens,
-        seed=request.seed,
-        vocab_size=vocab_size,
-    )
-
-
 def _trace(model: nn.Module, sequences: Tensor) -> Trace:
     example = to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
     try:
@@ -314,12 +253,3 @@ def _trace(model: nn.Module, sequences: Tensor) -> Trace:
         name, reason = next(iter(trace.skipped.items()))
         raise UnsupportedModuleError(f"no module can be corrected; {name}: {reason}.")
     return trace
-
-
-def _check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
-    needed = 2 * max(ranks.values())
-    if sequences.numel() < needed:
-        raise CalibrationError(
-            f"{sequences.numel()} calibration tokens are too few for rank {max(ranks.values())}: at least {needed} are "
-            "needed, and some ten thousand are better. Give longer text or a smaller rank."
-        )

@@ -29,6 +29,7 @@ from ...artifact.request import CorrectionRequest
 from ...errors import ConfigError
 from ...factors.factors import GroupFactors
 from ...pipeline import correct as pipeline
+from ...pipeline.sequences import calibration_sequences
 from ...quantizers.libraries.dense import adopt_dense
 from ...quantizers.model import check_scales, prepare_model, quantized_modules
 from ...quantizers.registry import (
@@ -141,7 +142,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         name = model.config.name_or_path  # type: ignore[union-attr]
         with torch.device("cpu"):  # transformers creates tensors on the meta device at this point
             tokenizer = AutoTokenizer.from_pretrained(name)
-            self._calibration = pipeline.calibration_sequences(model, self._request(), tokenizer)
+            self._calibration = calibration_sequences(model, self._request(), tokenizer)
         self._use(with_calibration(self.quantization_config, self._calibration))
 
     def _correct_now(self, model: nn.Module) -> None:

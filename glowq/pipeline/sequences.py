@@ -1,0 +1,86 @@
+"""The token ids that a correction is made of: read, checked, and split into calibration and held-out sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..artifact.request import CorrectionRequest
+from ..data.text import read_texts
+from ..data.tokens import split, token_sequences
+from ..errors import CalibrationError, TokenizerMismatchError
+from ..selection.budget import RankRequest
+from ..solving.methods.base import Method
+
+__all__ = ["calibration_sequences", "check_token_count", "split_sequences"]
+
+_SELECTION_TOKENS = 512  # tokens on which each group is measured
+_SELECTED = 1 / 8  # largest share of the sequences that may be used for this measurement
+
+
+def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenizer: Any) -> Tensor:
+    """The token ids to calibrate on, int64, shape (n, length); see `CorrectionRequest`.
+
+    Raises:
+        CalibrationError: no text, no tokenizer, or fewer tokens than one sequence.
+        TokenizerMismatchError: an id is outside the model's vocabulary.
+    """
+    calibration, length = request.calibration, request.sequence_length
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if config is not None else None
+    vocab_size = getattr(text_config, "vocab_size", None)
+    limit = getattr(text_config, "max_position_embeddings", None) or length
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.is_floating_point() or calibration.numel() == 0:
+            raise CalibrationError(
+                f"calibration token ids must be whole numbers of shape (n, length), found {calibration.dtype} of shape "
+                f"{tuple(calibration.shape)}."
+            )
+        if vocab_size is not None and int(calibration.max()) >= vocab_size:
+            raise TokenizerMismatchError(
+                f"the calibration tokens hold id {int(calibration.max())}, the model knows 0 to {vocab_size - 1}; "
+                "use the model's own tokenizer."
+            )
+        return calibration
+    if calibration is None:
+        raise CalibrationError("no calibration text: pass calibration= a list of str, a file, or a datasets name.")
+    if tokenizer is None:
+        raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
+    return token_sequences(
+        read_texts(calibration),
+        tokenizer,
+        length=min(length, limit),
+        limit=request.calibration_tokens,
+        seed=request.seed,
+        vocab_size=vocab_size,
+    )
+
+
+def split_sequences(
+    sequences: Tensor, method: Method, request: RankRequest, int8: bool, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """Split the sequences into a part for calibration and a part for measurements of groups or int8 factors.
+
+    The second part is None if nothing has to be measured.
+    """
+    if not int8 and (method.allocation != "gain" or (len(sequences) < 2 and request.budget is None)):
+        return sequences, None
+    try:
+        return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
+    except CalibrationError as error:
+        if not int8:
+            raise
+        raise CalibrationError(
+            f"int8 factors are measured on text that the factors are not calibrated on: {error}"
+        ) from error
+
+
+def check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
+    needed = 2 * max(ranks.values())
+    if sequences.numel() < needed:
+        raise CalibrationError(
+            f"{sequences.numel()} calibration tokens are too few for rank {max(ranks.values())}: at least {needed} are "
+            "needed, and some ten thousand are better. Give longer text or a smaller rank."
+        )
