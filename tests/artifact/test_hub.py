@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from glowq.utils.output import EXPORT_MANIFEST
+from support.fresh_process import run_python
 from support.hub_folders import build
 from support.hub_server import HubServer, Repository
 
@@ -50,7 +49,6 @@ def hub(folder: Path) -> Iterator[HubServer]:
 
 def steps(name: str, folder: Path, home: Path, **settings: str) -> Any:
     """Run a function of `hub_client` in a separate process and return the object that it prints."""
-    command = [sys.executable, "-m", "support.hub_client", name, folder]
     fresh = {
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
@@ -60,9 +58,7 @@ def steps(name: str, folder: Path, home: Path, **settings: str) -> Any:
     }
     path = {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    done = subprocess.run(
-        command, env={**kept, **fresh, **path, **settings}, capture_output=True, text=True, timeout=300
-    )
+    done = run_python("-m", "support.hub_client", name, folder, env={**kept, **fresh, **path, **settings})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

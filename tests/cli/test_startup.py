@@ -74,29 +74,16 @@ def test_help_names_every_base_and_method() -> None:
     assert list(METHOD_NAMES) == method_names()
 
 
-@pytest.mark.parametrize(
-    "code",
-    ["import glowq; import transformers.quantizers.auto", "import transformers.quantizers.auto; import glowq"],
-    ids=["glowq first", "glowq last"],
-)
-def test_transformers_registry_knows_glowq(code: str) -> None:
-    check = """
+# Each order of the imports needs a new interpreter, which takes seconds. Both are asked all questions at once.
+REGISTRY = """
+import transformers.quantizers.auto
+at_once = sorted(sys.modules)
+{then}
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 known = [int("glowq" in mapping) for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)]
 """
-    assert after(code + check)["known"] == [1, 1]
-
-
-def test_registration_imports_little_that_transformers_does_not() -> None:
-    code = "import transformers.quantizers.auto"
-    added = set(after(f"import glowq; {code}")["modules"]) - set(after(code)["modules"])
-    assert {name for name in added if name.partition(".")[0] not in ("glowq", "glowq_kernels")} <= ADDED
-
-
-def test_imports_set_nothing_of_the_compiler_and_do_not_import_it() -> None:
-    """No module of glowq imports `torch._dynamo` at import time; torch and transformers may import it themselves."""
-    code = """
-import builtins
+WATCHED = """
+import builtins, sys
 asked, plain = [], builtins.__import__
 def watching(name, globals=None, *rest, **more):
     importer = (globals or {}).get("__name__", "")
@@ -104,10 +91,39 @@ def watching(name, globals=None, *rest, **more):
         asked.append(importer)
     return plain(name, globals, *rest, **more)
 builtins.__import__ = watching
+import glowq
+"""
+COMPILER = """
 import glowq.evaluation.timing, glowq.integrations.transformers.quantizer, glowq.runtime.attach
 import torch._dynamo.config
 flag = torch._dynamo.config.skip_nnmodule_hook_guards
 """
-    found = after(code)
-    assert found["asked"] == []
-    assert found["flag"] is True
+
+
+@pytest.fixture(scope="module")
+def glowq_first() -> dict[str, Any]:
+    return after(WATCHED + REGISTRY.format(then="") + COMPILER)
+
+
+@pytest.fixture(scope="module")
+def glowq_last() -> dict[str, Any]:
+    return after("import sys" + REGISTRY.format(then="import glowq"))
+
+
+@pytest.mark.parametrize("order", ["glowq first", "glowq last"])
+def test_transformers_registry_knows_glowq(order: str, request: pytest.FixtureRequest) -> None:
+    assert request.getfixturevalue(order.replace(" ", "_"))["known"] == [1, 1]
+
+
+def test_registration_imports_little_that_transformers_does_not(
+    glowq_first: dict[str, Any], glowq_last: dict[str, Any]
+) -> None:
+    added = set(glowq_first["at_once"]) - set(glowq_last["at_once"])
+    assert "glowq" in added
+    assert {name for name in added if name.partition(".")[0] not in ("glowq", "glowq_kernels")} <= ADDED
+
+
+def test_imports_set_nothing_of_the_compiler_and_do_not_import_it(glowq_first: dict[str, Any]) -> None:
+    """No module of glowq imports `torch._dynamo` at import time; torch and transformers may import it themselves."""
+    assert glowq_first["asked"] == []
+    assert glowq_first["flag"] is True

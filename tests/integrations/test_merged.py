@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from glowq.integrations.export.registry import export
 from glowq.quantizers.model import quantized_modules
 from support import bases
 from support.cli import call, result_of
+from support.fresh_process import run_python
 from support.tiny import correct, corrected, gap, load, logits, quantized, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -87,12 +86,13 @@ def test_the_rest_of_the_model_is_there(source: Path, saved: Path, tmp_path: Pat
 def test_it_loads_where_glowq_is_not_imported(saved: Path, tmp_path: Path) -> None:
     facts = export(str(saved / "correction"), "merged", tmp_path / "dense", dtype="float32")
     code = f"""
-import sys, torch
+import sys, torch, warnings
+warnings.simplefilter("error", UserWarning)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "dense")!r})
 assert not {{"glowq", "bitsandbytes"}} & set(sys.modules) and type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
 """
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, capture_output=True)
+    run_python("-c", code, check=True)
     model = load(saved / "correction")
     with glowq.disabled(model):
         effect = gap(load(tmp_path / "dense"), logits(model).float())

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from glowq.integrations.export.registry import export
 from glowq.quantizers.model import prepare_model
 from support import bases, writers
 from support.cli import call, result_of
+from support.fresh_process import run_python
 from support.tiny import IDS, correct, corrected, gap, load, logits, quantized, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -261,7 +259,7 @@ def test_a_base_that_only_the_full_form_holds(source: Path, tmp_path: Path) -> N
     lines = re.search(r"Save it: (.*?)\. Then", str(error.value))
     assert lines is not None
     code = f"import glowq; from transformers import LlamaForCausalLM; {lines[1]}"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, env=os.environ)
+    run_python("-c", code, cwd=tmp_path, check=True)
     export(str(tmp_path / "full"), "peft", tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert gap(load_as_in_readme(tmp_path / "adapter"), logits(load(tmp_path / "full"))) < 0.05
 

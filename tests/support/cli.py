@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -11,6 +10,7 @@ from unittest.mock import patch
 from typer.testing import CliRunner
 
 from glowq.cli.app import app
+from support.fresh_process import run_python
 from support.tiny import EXAMPLE
 
 MODEL = str(EXAMPLE)
@@ -32,9 +32,8 @@ def result_of(*arguments):
 
 def fresh(folder, *arguments):
     """Run a command in a new process."""
-    command = [sys.executable, "-m", "glowq", *map(str, arguments)]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=300)
+    return run_python("-m", "glowq", *arguments, cwd=folder, env=settings)
 
 
 def encoder(path, model):
