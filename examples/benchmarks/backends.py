@@ -46,6 +46,7 @@ def main() -> None:
     bases = {base.name: base for base in BASES if base.installed}
     default = [name for name in bases if "8" not in name]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL), help="folder of a full-precision decoder")
     parser.add_argument("--bases", nargs="+", default=default, choices=bases, metavar="BASE")
     parser.add_argument("--budgets", nargs="+", default=["1%", "2%", "262144"])
     parser.add_argument("--calibration-tokens", type=int, default=16384)
@@ -63,19 +64,19 @@ def main() -> None:
 
 def measure(bases: list[Base], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Correct and score every base at every budget. All figures use the same held-out sequences."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     texts = {"python-stdlib": arguments.calibration_tokens, "python-stdlib:held-out": arguments.tokens}
     calibration, held_out = (
         token_sequences(read_texts(name), tokenizer, length=LENGTH, limit=limit, seed=arguments.seed)
         for name, limit in texts.items()
     )
-    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    reference = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     rows = []
     for base in bases:
-        model = base.load(dtype=torch.bfloat16, folder=MODEL)
+        model = base.load(dtype=torch.bfloat16, folder=arguments.model)
         prepare_model(model)
         options = {"methods": METHODS, "budgets": arguments.budgets, "seed": arguments.seed}
-        found = compare_methods(model, reference=str(MODEL), calibration=calibration, **options)
+        found = compare_methods(model, reference=arguments.model, calibration=calibration, **options)
         scores = score_entries(reference, model, found.entries, held_out)
         for entry in found.entries:
             if entry.factors:
@@ -117,7 +118,7 @@ def against_published(scores: Mapping[str, Score], entry: Entry, seed: int) -> d
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Print the rows as a table."""
-    table = Table(title=f"stdlib-llama, {arguments.tokens} held-out tokens, seed {arguments.seed}")
+    table = Table(title=f"{Path(arguments.model).name}, {arguments.tokens} held-out tokens, seed {arguments.seed}")
     columns = ("base", "method", "bytes", "groups", "full", "quantized", "corrected", "recovered [95%]", "ratio [95%]")
     for column in (*columns, "KL minus published [95%], 1e-3 nats"):
         table.add_column(column, no_wrap=True, justify="right")

@@ -32,6 +32,7 @@ MARGIN = 500_000_000
 def main() -> None:
     """Measure one base in this process. Use a new process for each base, because peak memory counts per process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL), help="folder or Hub name of a full-precision decoder")
     parser.add_argument("--base", default="nf4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--calibration-tokens", type=int, default=32768)
@@ -57,18 +58,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Alternate calibration forwards and corrections of one model, and return the medians."""
     config = base_config(arguments.base)
     baseline = psutil.Process().memory_info().rss
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     sequences = token_sequences(
         read_texts("python-stdlib"), tokenizer, length=256, limit=arguments.calibration_tokens, seed=0
     )
-    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config)
     prepare_model(model)
     ratios, corrections, forwards = [], [], []
     for _ in range(arguments.repeats):
         forwards.append(forward_seconds(model, sequences))
         start = time.perf_counter()
         options = {"rank": arguments.rank, "distill": arguments.distill}
-        glowq.correct(model, reference=str(MODEL), calibration=sequences, **options)
+        glowq.correct(model, reference=arguments.model, calibration=sequences, **options)
         corrections.append(time.perf_counter() - start)
         ratios.append(corrections[-1] / forwards[-1])
         glowq.detach(model)
@@ -83,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio": sorted(ratios)[middle],
         "ratios": ratios,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline,
-        "allowed_bytes": stored + largest_block_bytes() + MARGIN,
+        "allowed_bytes": stored + largest_block_bytes(arguments.model) + MARGIN,
     }
 
 
@@ -96,9 +97,9 @@ def forward_seconds(model: Any, sequences: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def largest_block_bytes() -> int:
+def largest_block_bytes(name: str) -> int:
     """Return the bytes of the largest decoder layer of the full-precision model."""
-    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    reference = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     layers = reference.model.layers
     return max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
 
