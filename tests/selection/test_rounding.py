@@ -236,8 +236,12 @@ class TestExports:
         assert torch.equal(found, entry.right)
 
     @pytest.mark.slow
-    def test_onnx(self, saved: Path, tmp_path: Path) -> None:
-        facts = export(str(saved), "onnx", tmp_path / "onnx")
+    def test_onnx(self, tmp_path: Path) -> None:
+        source = tiny.tiny_llama(tmp_path / "llama", num_hidden_layers=1)
+        correction = tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")[1]
+        assert all(entry.int8 for entry in correction.factors)
+        correction.save_pretrained(tmp_path / "correction")
+        facts = export(str(tmp_path / "correction"), "onnx", tmp_path / "onnx")
         assert facts["check"]
 
 

@@ -60,9 +60,9 @@ def library_texts(folder: Path) -> None:
         (folder / f"{target}.txt").write_text("".join((library / name).read_text("utf-8") for name in names))
 
 
-def biased_llama(folder: Path) -> Path:
+def biased_llama(folder: Path, **config: Any) -> Path:
     """Save `tiny_llama` in float32, with a random bias in every linear layer of its blocks."""
-    model = load(tiny_llama(folder, attention_bias=True, mlp_bias=True, dtype=torch.float32))
+    model = load(tiny_llama(folder, attention_bias=True, mlp_bias=True, dtype=torch.float32, **config))
     with torch.no_grad(), seeded(0):
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
