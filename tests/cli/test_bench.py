@@ -323,10 +323,16 @@ class TestSettings:
     def test_every_model_and_shape_gets_a_graph(self, one_block: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """These are more graphs than torch.compile compiles for one function by default."""
         torch.compiler.reset()
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         models = variants(load(one_block).eval())
-        shapes = [Shape(batch, length) for batch in (1, 2) for length in (4, 6)]
+        shapes, graphs = [Shape(1, 4), Shape(2, 6)], []
+
+        def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
         rows = measure(models, shapes, 1, new_tokens=1, repeats=1, compiled=True)
+        assert len(graphs) > torch._dynamo.config.recompile_limit
         assert len(rows) == len(models) * len(shapes)
         torch.compiler.reset()
 

@@ -15,7 +15,6 @@ from glowq.runtime.attach import attached, detach
 from glowq.runtime.switching import disabled
 
 Factory = Callable[..., Any]
-BLOCKS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +25,18 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture
-def corrected(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> nn.Module:
-    model = tiny_llama(use_cache=False)
+def build(tiny_llama: Factory) -> Factory:
+    """A function that builds a random Llama of one block, because tracing takes half a second per block."""
+
+    def build(**changes: Any) -> nn.Module:
+        return tiny_llama(**{"use_cache": False, "num_hidden_layers": 1, **changes})
+
+    return build
+
+
+@pytest.fixture
+def corrected(build: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> nn.Module:
+    model = build()
     correct_randomly(model, tiny_ids)
     return model
 
@@ -52,7 +61,12 @@ def right_products(uses: Counter[tuple[int, ...]], rank: int = 3) -> int:
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_one_graph_with_one_right_product_a_group(corrected: nn.Module, tiny_ids: Tensor, gradients: bool) -> None:
+def test_one_graph_with_one_right_product_a_group(
+    build: Factory, tiny_ids: Tensor, correct_randomly: Factory, gradients: bool
+) -> None:
+    blocks = 2
+    corrected = build(num_hidden_layers=blocks)
+    correct_randomly(corrected, tiny_ids)
     backend = Counting()
     compiled = torch.compile(corrected, fullgraph=True, backend=backend)
     with torch.set_grad_enabled(gradients):
@@ -61,9 +75,9 @@ def test_one_graph_with_one_right_product_a_group(corrected: nn.Module, tiny_ids
             torch.testing.assert_close(compiled(tiny_ids).logits, expected)
     (uses,) = backend.graphs
     groups = len(attached(corrected))
-    assert groups == 4 * BLOCKS + 1
+    assert groups == 4 * blocks + 1
     assert right_products(uses) == groups
-    assert sum(count for shape, count in uses.items() if shape[-1] == 3) == 7 * BLOCKS + 1
+    assert sum(count for shape, count in uses.items() if shape[-1] == 3) == 7 * blocks + 1
     assert all(part._slot == part._traced == [None] for part in attached(corrected).values())
 
 
@@ -103,10 +117,10 @@ def test_disabling_and_detaching_are_seen(corrected: nn.Module, tiny_ids: Tensor
 
 
 def test_a_compiled_model_follows_when_a_correction_comes_and_goes(
-    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
+    build: Factory, tiny_ids: Tensor, correct_randomly: Factory
 ) -> None:
     """By default torch.compile does not check hooks again, and would run its old graph."""
-    model = tiny_llama(use_cache=False)
+    model = build()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         plain = compiled(tiny_ids).logits
@@ -119,10 +133,10 @@ def test_a_compiled_model_follows_when_a_correction_comes_and_goes(
 
 
 def test_graphs_made_before_the_first_correction_are_thrown_away(
-    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
+    build: Factory, tiny_ids: Tensor, correct_randomly: Factory
 ) -> None:
     """Before the first correction in a process is attached, torch.compile uses its default setting."""
-    model = tiny_llama(use_cache=False)
+    model = build()
     backend = Counting()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True), torch.no_grad():
@@ -133,7 +147,7 @@ def test_graphs_made_before_the_first_correction_are_thrown_away(
         torch.testing.assert_close(compiled(tiny_ids).logits, corrected)
         assert torch._dynamo.config.skip_nnmodule_hook_guards is False
         graphs = len(backend.graphs)
-        correct_randomly(tiny_llama(use_cache=False), tiny_ids)  # does not discard graphs again
+        correct_randomly(build(), tiny_ids)  # does not discard graphs again
         compiled(tiny_ids)
         assert len(backend.graphs) == graphs
 
@@ -146,10 +160,8 @@ def test_a_graph_of_float64_computes_in_it(trio: nn.Module) -> None:
         torch.testing.assert_close(compiled, trio(x), rtol=1e-14, atol=1e-14)
 
 
-def test_models_of_one_class_get_their_own_graphs(
-    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
-) -> None:
-    plain, corrected, other = (tiny_llama(use_cache=False) for _ in range(3))
+def test_models_of_one_class_get_their_own_graphs(build: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> None:
+    plain, corrected, other = (build() for _ in range(3))
     correct_randomly(corrected, tiny_ids)
     correct_randomly(other, tiny_ids, scale=0.1)
     with torch.no_grad():
@@ -224,8 +236,8 @@ def test_an_exported_model_needs_no_operator_of_glowq(corrected: nn.Module, leng
         torch.testing.assert_close(program.module()(ids), corrected(ids).logits)
 
 
-def test_generating_with_a_static_cache(tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> None:
-    model = tiny_llama(max_position_embeddings=128)
+def test_generating_with_a_static_cache(build: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> None:
+    model = build(use_cache=True, max_position_embeddings=128)
     correct_randomly(model, tiny_ids)
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(tiny_ids, **options, disable_compile=True)
@@ -247,10 +259,8 @@ def test_inductor_equals_eager(trio: nn.Module) -> None:
 
 
 @pytest.mark.slow
-def test_inductor_is_as_near_to_float64_as_eager(
-    tiny_llama: Factory, tiny_ids: Tensor, correct_randomly: Factory
-) -> None:
-    model = tiny_llama(use_cache=False, num_hidden_layers=1)
+def test_inductor_is_as_near_to_float64_as_eager(build: Factory, tiny_ids: Tensor, correct_randomly: Factory) -> None:
+    model = build()
     correct_randomly(model, tiny_ids)
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
     with torch.no_grad():
