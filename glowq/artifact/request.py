@@ -69,7 +69,7 @@ class CorrectionRequest:
         method = get_method(self.method)
         if self.budget is not None and method.allocation == "groups":
             raise ConfigError(
-                f"method {self.method!r} spends a budget on whole groups, which only `glowq compare` does; give a "
+                f"method {self.method!r} gives a budget to whole groups, which only `glowq compare` does; give a "
                 "rank, or method='glowq'."
             )
 

@@ -160,7 +160,7 @@ def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:
     if not any(bool((entry.gains > 0).any()) for entry in factors):
         raise NoGainError(
             "in the measurement, no rank of any group brings the model's answers nearer to the reference's, so that a "
-            "budget has nothing to spend on. The factors were calibrated on "
+            "budget has no use. The factors were calibrated on "
             f"{sequences.numel():,} tokens: calibrate on more, or on text that is more similar to the model's task; or "
             "leave the model uncorrected."
         )

@@ -148,17 +148,17 @@ def _uniform(method: Method, context: BudgetContext) -> tuple[list[Entry], Corre
 
 
 def _by_gain(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
-    most, cheapest = context.available[context.largest], min(context.rank_bytes(method))
+    most, smallest = context.available[context.largest], min(context.rank_bytes(method))
     try:
-        whole = context.solve(method, budget=most) if most >= cheapest else None
+        whole = context.solve(method, budget=most) if most >= smallest else None
     except NoGainError:
         return [_entry(method, context, budget, reason=_NO_GAIN) for budget in context.available], None
     if whole is not None and whole.factors:  # groups without gain get no bytes, so their bytes do not matter
-        cheapest = min(entry.factor_bytes // entry.rank for entry in whole.factors)
+        smallest = min(entry.factor_bytes // entry.rank for entry in whole.factors)
     entries = []
     for budget, found in context.available.items():
-        if whole is None or found < cheapest:
-            reason = f"one rank of the cheapest group takes {cheapest} bytes, more than the budget"
+        if whole is None or found < smallest:
+            reason = f"one rank of the smallest group takes {smallest} bytes, more than the budget"
             entries.append(_entry(method, context, budget, reason=reason))
         else:
             cut = whole if budget == context.largest or not whole.factors else whole.cut(budget=found)
@@ -176,13 +176,13 @@ def _whole_groups(method: Method, context: BudgetContext) -> tuple[list[Entry], 
         budget: fixed_rank_within(context.groups, found, context.itemsize)
         for budget, found in context.available.items()
     }
-    most, cheapest = context.available[context.largest], min(context.rank_bytes(method))
-    whole = context.solve(method, rank=ranks[context.largest]) if most >= cheapest else None
+    most, smallest = context.available[context.largest], min(context.rank_bytes(method))
+    whole = context.solve(method, rank=ranks[context.largest]) if most >= smallest else None
     ratios = {} if whole is None else context.error_ratios()
     entries = []
     for budget, rank in ranks.items():
         if whole is None:
-            reason = f"one rank of the cheapest group takes {cheapest} bytes, more than the budget"
+            reason = f"one rank of the smallest group takes {smallest} bytes, more than the budget"
             entries.append(_entry(method, context, budget, reason=reason))
             continue
         scored = [

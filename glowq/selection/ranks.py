@@ -57,8 +57,8 @@ def candidate_ranks(
     available = parse_budget(_TARGET_BUDGET if is_target else request.budget, base_bytes)
     costs = {group.name: _rank_values(group, shared) * itemsize for group in groups}
     if not is_target:
-        cheapest = min(costs[group.name] * min(step, largest_rank(group)) for group in groups)
-        _check_affordable(cheapest, available, request, base_bytes)
+        smallest = min(costs[group.name] * min(step, largest_rank(group)) for group in groups)
+        _check_large_enough(smallest, available, request, base_bytes)
     even = max(_LEAST_CANDIDATE, math.ceil(_SPREAD * available / sum(costs.values())))
     even = math.ceil(even / step) * step
     ranks = {}
@@ -104,7 +104,7 @@ def choose_ranks(
         available = parse_budget(request.budget, base_bytes)
         firsts = {step.name: step for step in reversed(steps)}.values()
         if firsts:
-            _check_affordable(min(step.bytes for step in firsts), available, request, base_bytes)
+            _check_large_enough(min(step.bytes for step in firsts), available, request, base_bytes)
         chosen = allocate(steps, available)
     return {step.name: step.rank for step in chosen}
 
@@ -134,12 +134,12 @@ def _reached(steps: Sequence[Step], budget: str | int, target: float, total: flo
     return chosen
 
 
-def _check_affordable(cheapest: int, available: int, request: RankRequest, base_bytes: int) -> None:
-    if available < cheapest:
+def _check_large_enough(smallest: int, available: int, request: RankRequest, base_bytes: int) -> None:
+    if available < smallest:
         what = "one rank" if request.rank_step == 1 else f"one step of {request.rank_step} ranks"
-        least = -(-cheapest * 10**4 // base_bytes) / 10**4  # rounded up, so that the share in the message is enough
+        least = -(-smallest * 10**4 // base_bytes) / 10**4  # rounded up, so that the share in the message is enough
         raise ConfigError(
-            f"budget {request.budget!r} is {available} bytes, but {what} of the cheapest group takes {cheapest} bytes "
+            f"budget {request.budget!r} is {available} bytes, but {what} of the smallest group takes {smallest} bytes "
             f"({least:.2%}); give at least that."
         )
 

@@ -86,7 +86,7 @@ def test_the_project_is_no_package() -> None:
 
 
 @pytest.mark.parametrize("name", twins.__all__)
-def test_a_twin_has_the_signature_of_its_function(name: str) -> None:
+def test_a_torch_version_has_the_signature_of_its_kernel(name: str) -> None:
     assert inspect.signature(getattr(twins, name)) == inspect.signature(getattr(glowq_kernels, name))
 
 

@@ -70,7 +70,7 @@ def correct(model: Any, source: Any, **options: Any) -> Any:
         ({"rank": 0}, errors.RankError, "between 1 and 128 for this model, found 0"),
         ({"rank": 129}, errors.RankError, "between 1 and 128 for this model, found 129"),
         ({"budget": "1 percent"}, errors.ConfigError, "neither a share"),
-        ({"budget": 10}, errors.ConfigError, "one rank of the cheapest group takes"),
+        ({"budget": 10}, errors.ConfigError, "one rank of the smallest group takes"),
         ({"rank": 4, "budget": "1%"}, errors.ConfigError, "either rank or budget"),
         ({"method": "best"}, errors.ConfigError, "method must be one of"),
     ],

@@ -37,7 +37,7 @@ WRONG = [
     ({"rank_step": 8}, "give a budget with them"),
     ({"budget": "1%", "max_rank": 0}, "max_rank must be a whole number of at least 1"),
     ({"method": "best"}, "method must be one of"),
-    ({"method": "glowq-s", "budget": "1%"}, "spends a budget on whole groups"),
+    ({"method": "glowq-s", "budget": "1%"}, "gives a budget to whole groups"),
     ({"calibration_tokens": "many"}, "calibration_tokens must be a whole number"),
     ({"sequence_length": 1}, "sequence_length must be a whole number of at least 2"),
     ({"distill": -1}, "distill must be a whole number"),
@@ -47,7 +47,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
-def test_what_is_wrong_is_refused_by_every_door_before_any_work(options: dict[str, Any], message: str) -> None:
+def test_what_is_wrong_is_refused_by_every_api_before_any_work(options: dict[str, Any], message: str) -> None:
     for create in (CorrectionRequest, lambda **given: glowq.GlowQConfig(base="nf4", **given)):
         with pytest.raises(ConfigError, match=message):
             create(**options)

@@ -208,7 +208,7 @@ class TestFiles:
         done = call(*command, "--methods", "glowq", "--budgets", "0.00001%,5%")
         assert done.exit_code == 0, done.stderr
         assert "by gain" in done.stdout
-        assert "Nothing chosen by glowq at 0.00001%: one rank of the cheapest group takes" in done.stdout
+        assert "Nothing chosen by glowq at 0.00001%: one rank of the smallest group takes" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ class TestWholeGroups:
             assert row["rank"] in (1, 2, 4, 8, 16, 32, 64)
             assert 0 < row["factor_bytes"] <= row["budget_bytes"]
 
-    def test_a_budget_that_pays_for_no_whole_group_says_so(self, folder: Path, command: list[Any]) -> None:
+    def test_a_budget_too_small_for_a_whole_group_says_so(self, folder: Path, command: list[Any]) -> None:
         few = ["--methods", "glowq-s", "--budgets", "0.1%,9%"]
         row = result_of(*command, *few)["rows"][0]
         assert (row["groups"], row["rank"], row["perplexity"]) == (0, None, None)

@@ -123,7 +123,7 @@ class TestRefused:
         assert f"has only {size} (" in self.refused(folder, whole, "--budget", "90%")
 
     def test_budget_below_one_rank(self, whole: Path, folder: Path) -> None:
-        assert "one rank of the cheapest group takes" in self.refused(folder, whole, "--budget", "1B")
+        assert "one rank of the smallest group takes" in self.refused(folder, whole, "--budget", "1B")
 
     def test_a_step_that_no_group_holds(self, whole: Path, folder: Path) -> None:
         message = self.refused(folder, whole, "--budget", "5%", "--rank-step", 16)

@@ -104,7 +104,7 @@ def test_what_the_readme_says_gives_the_corrected_models_bits(exported: Any, exp
 
 
 @pytest.mark.parametrize("loader", ["PeftModel", "load_adapter", "AutoModelForCausalLM"])
-def test_every_door_leads_to_the_corrected_model(loader: str, source: Path, exported: Any, expected: Tensor) -> None:
+def test_every_loader_gives_the_corrected_model(loader: str, source: Path, exported: Any, expected: Tensor) -> None:
     folder, nf4 = exported[0], glowq.GlowQConfig(base="nf4").base
     if loader == "AutoModelForCausalLM":
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4)

@@ -96,7 +96,7 @@ def test_decoders(kind: str, tiny_ids: Tensor) -> None:
     assert [group.name for group in find_groups(model, {"input_ids": tiny_ids})] == [g.name for g in trace.groups]
 
 
-def test_gpt2_keeps_its_weights_in_conv1d_and_offers_its_head_alone(tiny_ids: Tensor) -> None:
+def test_gpt2_keeps_its_weights_in_conv1d_so_that_only_its_head_is_linear(tiny_ids: Tensor) -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     (group,) = find_groups(AutoModelForCausalLM.from_config(config), {"input_ids": tiny_ids})
     assert group == Group("lm_head", ("lm_head",), 32, (64,), "lm_head")
@@ -124,7 +124,7 @@ def test_t5_cross_attention_is_split_by_block(tiny_ids: Tensor) -> None:
     assert covered_once(model, groups)
 
 
-def test_mixture_of_experts_offers_what_is_a_module(tiny_ids: Tensor) -> None:
+def test_of_a_mixture_of_experts_only_modules_are_found(tiny_ids: Tensor) -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     model = AutoModelForCausalLM.from_config(small("mixtral", **GQA, **experts))
     groups = find_groups(model, {"input_ids": tiny_ids})

@@ -181,12 +181,12 @@ def test_a_budget_is_kept_by_every_method(method: str, budget: Any, source: Path
 
 @pytest.mark.parametrize("method", [name for name in method_names() if get_method(name).allocation == "groups"])
 def test_whole_groups_are_only_compared(method: str, source: Path) -> None:
-    with pytest.raises(ConfigError, match=f"'{method}' spends a budget on whole groups, which only `glowq compare`"):
+    with pytest.raises(ConfigError, match=f"'{method}' gives a budget to whole groups, which only `glowq compare`"):
         corrected(source, "torchao-int2", rank=None, budget="25%", method=method)
 
 
 @pytest.mark.parametrize("factor_dtype", ["auto", "int8"])
-def test_where_every_group_harms_a_budget_buys_nothing(
+def test_where_every_group_harms_a_budget_restores_nothing(
     source: Path, monkeypatch: pytest.MonkeyPatch, factor_dtype: str
 ) -> None:
     def harmful(*arguments: Any) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def test_where_every_group_harms_a_budget_buys_nothing(
     assert attached(model) == {}
 
 
-def test_a_model_that_lost_nothing_has_nothing_to_spend_a_budget_on(source: Path) -> None:
+def test_a_model_that_lost_nothing_has_no_use_for_a_budget(source: Path) -> None:
     """The dense weights equal those of the reference model, so every factor is zero."""
     model = load(source)
     with pytest.raises(NoGainError, match="a budget has nothing to spend on"):

@@ -59,7 +59,7 @@ def names(entry: Entry) -> list[str]:
     ("available", "rank"),
     [(10**6, 64), (14000, 64), (13999, 32), (8880, 32), (8879, 16), (4800, 16), (600, 2), (599, 1), (1, 1)],
 )
-def test_the_rank_is_halved_until_the_budget_pays_for_half_of_all_groups(available: int, rank: int) -> None:
+def test_the_rank_is_halved_until_half_of_all_groups_fit_the_budget(available: int, rank: int) -> None:
     # All groups take 28000 bytes at 64 ranks, 17760 at 32, 9600 at 16, 1200 at 2.
     assert fixed_rank_within(GROUPS, available, 2) == rank
 
@@ -109,10 +109,10 @@ def test_a_group_that_allows_less_has_what_it_allows() -> None:
     [
         (620, "rank 2 of the group of the highest score takes 640 bytes, more than the budget", [2]),
         (130, "rank 1 of the group of the highest score takes 320 bytes, more than the budget", [1]),
-        (119, "one rank of the cheapest group takes 120 bytes, more than the budget", []),
+        (119, "one rank of the smallest group takes 120 bytes, more than the budget", []),
     ],
 )
-def test_a_budget_that_buys_nothing_says_why(budget: int, reason: str, solves: list[int]) -> None:
+def test_a_budget_too_small_for_any_rank_says_why(budget: int, reason: str, solves: list[int]) -> None:
     (entry,), solved_ranks = allocate("glowq-s", budget)
     assert (entry.factors, entry.rank, entry.reason) == ((), None, reason)
     assert solved_ranks == solves

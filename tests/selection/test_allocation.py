@@ -62,7 +62,7 @@ class TestChoice:
             refused_or_nothing(group_gains, request)
             return
         if all(cost > available for cost, _ in gaining):
-            with pytest.raises(ConfigError, match="of the cheapest group takes"):
+            with pytest.raises(ConfigError, match="of the smallest group takes"):
                 choose_ranks(group_gains, request, 1000, 0.0)
             return
         ranks = choose_ranks(group_gains, request, 1000, 0.0)
@@ -84,7 +84,7 @@ class TestChoice:
 
     @few
     @given(case=cases(equal=True), chosen=st.integers(1, 12))
-    def test_at_one_price_no_other_choice_gains_more(
+    def test_at_equal_rank_bytes_no_other_choice_gains_more(
         self, case: tuple[list[GroupGains], int, int | None], chosen: int
     ) -> None:
         group_gains, step, cap = case
@@ -115,7 +115,7 @@ class TestChoice:
 
     @few
     @given(case=cases(equal=True), percent=st.integers(1, 99))
-    def test_at_one_price_no_other_choice_reaches_it_with_less(
+    def test_at_equal_rank_bytes_no_other_choice_reaches_it_with_less(
         self, case: tuple[list[GroupGains], int, int | None], percent: int
     ) -> None:
         group_gains, step, cap = case
@@ -129,7 +129,7 @@ class TestChoice:
 
     @few
     @given(case=cases(), percent=st.integers(1, 99))
-    def test_the_bytes_that_a_target_took_buy_the_same_ranks(
+    def test_the_bytes_of_a_target_give_the_same_ranks(
         self, case: tuple[list[GroupGains], int, int | None], percent: int
     ) -> None:
         group_gains, step, cap = case

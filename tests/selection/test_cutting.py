@@ -129,7 +129,7 @@ class TestTheWholeIsKnown:
             glowq.Correction.from_pretrained(tmp_path / "small", budget="recover 80%")
 
 
-class TestDoors:
+class TestInterfaces:
     """`load_correction` and `GlowQConfig(correction=...)` cut a correction, and refuse what `glowq select` refuses."""
 
     def load(self, api: str, source: Path, rank_8: Path, **cut: Any) -> Any:
@@ -154,8 +154,8 @@ class TestDoors:
         ("cut", "message"),
         [
             ({"budget": "90%"}, r"budget '90%' is \d+ bytes, but .* has only \d+ \(\d+\.\d+%\); give less, or correct"),
-            ({"budget": "1B"}, "1 bytes, but one rank of the cheapest group takes"),
-            ({"budget": 600, "rank_step": 8}, "600 bytes, but one step of 8 ranks of the cheapest group takes 4096"),
+            ({"budget": "1B"}, "1 bytes, but one rank of the smallest group takes"),
+            ({"budget": 600, "rank_step": 8}, "600 bytes, but one step of 8 ranks of the smallest group takes 4096"),
             ({"budget": "9%", "rank_step": 16}, r"no group holds the 16 ranks .* \(the largest has 8\)"),
             ({"budget": "recover 99.9%"}, "is out of reach: these factors recover at most a predicted"),
             ({"budget": "much"}, "is neither a share"),

@@ -135,7 +135,7 @@ class TestCandidates:
         cap=st.one_of(st.none(), st.integers(20, 40)),
         shared=st.booleans(),
     )
-    def test_every_rank_can_be_had_and_a_budget_that_buys_one_has_candidates(
+    def test_every_rank_is_possible_and_a_budget_for_one_rank_has_candidates(
         self, shapes: list[tuple[int, int]], budget: Any, step: int, cap: int | None, shared: bool
     ) -> None:
         groups = groups_of(shapes)
@@ -143,7 +143,7 @@ class TestCandidates:
         rank_bytes = {f"g{i}": 2 * sum(shape) for i, shape in enumerate(shapes)}
         request = RankRequest(budget=budget, rank_step=step, max_rank=cap)
         if budget != "recover 50%" and budget < min(rank_bytes[name] * min(step, most[name]) for name in most):
-            with pytest.raises(ConfigError, match="of the cheapest group takes"):
+            with pytest.raises(ConfigError, match="of the smallest group takes"):
                 candidate_ranks(groups, request, 10**4, 2, shared=shared)
             return
         ranks = candidate_ranks(groups, request, 10**4, 2, shared=shared)
@@ -190,7 +190,7 @@ class TestRefused:
 
     def test_before_anything_is_solved(self) -> None:
         groups, request = groups_of([(30, 30), (15, 20)]), RankRequest(budget="5.5%", rank_step=8)
-        with pytest.raises(ConfigError, match=r"one step of 8 ranks of the cheapest group takes 560 bytes \(5\.60%\)"):
+        with pytest.raises(ConfigError, match=r"one step of 8 ranks of the smallest group takes 560 bytes \(5\.60%\)"):
             candidate_ranks(groups, request, 10_000, 2, shared=True)
 
 

@@ -43,7 +43,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCorrecting:
-    def test_a_budget_buys_ranks_at_a_byte_a_value(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+    def test_a_budget_counts_one_byte_per_value(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
         correction = corrected[1]
         assert 0.3 < correction.overhead <= 0.4
         assert all(entry.int8 for entry in correction.factors)
