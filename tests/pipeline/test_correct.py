@@ -195,7 +195,7 @@ def test_where_every_group_harms_a_budget_restores_nothing(
 
     monkeypatch.setattr("glowq.pipeline.correct.measure_groups", harmful)
     model = quantized(source, "nf4")
-    with pytest.raises(NoGainError, match=r"a budget has nothing to spend on\. .* calibrate on more"):
+    with pytest.raises(NoGainError, match=r"a budget has no use\. .* calibrate on more"):
         correct(model, source, rank=None, budget="9%", factor_dtype=factor_dtype)
     assert attached(model) == {}
 
@@ -203,7 +203,7 @@ def test_where_every_group_harms_a_budget_restores_nothing(
 def test_a_model_that_lost_nothing_has_no_use_for_a_budget(source: Path) -> None:
     """The dense weights equal those of the reference model, so every factor is zero."""
     model = load(source)
-    with pytest.raises(NoGainError, match="a budget has nothing to spend on"):
+    with pytest.raises(NoGainError, match="a budget has no use"):
         correct(model, source, rank=None, budget="9%", dense=True)
     assert attached(model) == {}
 
