@@ -107,7 +107,11 @@ def test_the_tasks_manager_knows_the_exporter() -> None:
 
 def run(code: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **variables}, check=True
+        [sys.executable, "-P", "-c", code],  # -P: the working directory may hold another glowq
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        check=True,
     )
     return done.stdout
 
@@ -120,7 +124,24 @@ def test_optimum_cli_starts_without_glowq() -> None:
     assert found.split("\n")[:2] == ["2", "[]"]
 
 
+DECLARE = """
+import argparse, sys
+from optimum.commands.register.register_glowq import GlowQExportCommand
+parser = argparse.ArgumentParser()
+GlowQExportCommand.parse_args(parser)
+"""
+
+
+def test_the_options_are_declared_without_torch() -> None:
+    code = (
+        "print([name for name in ('torch', 'transformers') if name in sys.modules], '--rank' in parser.format_help())"
+    )
+    assert run(DECLARE + code) == "[] True\n"
+
+
 def test_a_broken_install_leaves_optimum_cli_alone(tmp_path: Path) -> None:
     (tmp_path / "glowq").mkdir()
     (tmp_path / "glowq" / "__init__.py").write_text("raise RuntimeError('broken')")
     assert run(COMMANDS, PYTHONPATH=str(tmp_path)) == "2\n"
+    code = "try: parser.parse_known_args(['-m', 'model'])\nexcept RuntimeError as error: print(error)"
+    assert run(DECLARE + code, PYTHONPATH=str(tmp_path)) == "broken\n"

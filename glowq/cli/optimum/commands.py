@@ -1,7 +1,7 @@
 """glowq's commands in optimum-cli: `optimum-cli export glowq` and `optimum-cli glowq`.
 
 In an installed glowq, this file is `optimum/commands/register/register_glowq.py`. optimum-cli imports it at every
-start, so it imports glowq only when one of glowq's commands is run.
+start, so it imports of glowq only what declares options: no torch and no transformers.
 """
 
 from __future__ import annotations
@@ -22,33 +22,18 @@ class GlowQExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        """Declare the options. Options that are not given are not passed on: the defaults of `glowq correct` apply."""
+        """Declare the options of `glowq correct`."""
+        try:
+            from glowq.cli.optimum.arguments import add_arguments
+        except Exception as error:  # a broken glowq must not stop the other commands of optimum-cli, which get here too
+            broken = error
 
-        def option(*names: str, **settings: Any) -> None:
-            parser.add_argument(*names, default=argparse.SUPPRESS, **settings)
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                raise broken
 
-        parser.add_argument("-m", "--model", required=True, help="Folder or Hub name of a model.")
-        parser.add_argument("--calibration", required=True, help="Text: a file, a folder, or a datasets name.")
-        option("--task", help="text-generation or feature-extraction; by default from the model's config.json.")
-        option("--base", help="Quantizer, for example nf4 or torchao-int4; left out for a model that is quantized.")
-        option("--reference", help="Full-precision model; by default MODEL, if MODEL is not quantized.")
-        option("--rank", type=int, help="Rank of every group; 32 if no budget is given.")
-        option("--budget", help="Bytes for the factors: 1.5%%, 200MB, or 'recover 80%%'.")
-        option("--rank-step", type=int, help="A budget gives ranks in multiples of this.")
-        option("--max-rank", type=int, help="Largest rank that a budget gives a group.")
-        option("--method", help="Solver method; see `glowq correct --help`.")
-        option("--format", choices=["correction", "full"], help="The factors only, or the whole corrected model.")
-        option("--calibration-tokens", type=int, help="Tokens to use; an eighth is held out.")
-        option("--sequence-length", type=int, help="Tokens per sequence.")
-        option("--distill", type=int, help="Steps of gradient descent on the chosen factors.")
-        option("--factor-dtype", choices=["auto", "int8"], help="int8: one byte per value, so twice the ranks.")
-        option("--seed", type=int, help="Seed of everything drawn at random.")
-        option("--gguf-file", help="GGUF file in MODEL, with --base dense.")
-        option("--resume", action="store_true", help="Keep finished blocks in OUTPUT.resume.")
-        parser.add_argument(
-            "--json", action="store_true", help="Print one JSON object on stdout, everything else on stderr."
-        )
-        parser.add_argument("output", help="Folder to write; must be new, empty, or an old result.")
+            parser.parse_known_args = refuse  # type: ignore[method-assign]
+            return
+        add_arguments(parser)
 
     def run(self) -> None:
         """Correct and save a model like `glowq correct`, with the same exit status."""
