@@ -40,6 +40,7 @@ from ..selection.budget import RankRequest
 from ..selection.ranks import candidate_ranks, uniform_ranks
 from ..solving.methods.base import get_method
 from ..solving.moments import OutputMoment
+from ..solving.shrinkage import effective_tokens, shrunk
 from .block_solver import BlockSolver, stops_of
 from .block_store import Resume
 from .sequences import calibration_sequences, check_token_count, split_sequences
@@ -210,6 +211,8 @@ def _output_moments(
 ) -> dict[str, OutputMoment]:
     """Second moment of the loss gradient at each group's outputs: of the model, or of the reference if that fails.
 
+    The moments are shrunk as far as the number of tokens, and of distinct tokens, asks for.
+
     If neither model has a gradient, the result is empty, and one warning is shown.
     """
     chosen = sequences[: max(1, _GRADIENT_TOKENS // sequences.shape[1])]
@@ -217,9 +220,13 @@ def _output_moments(
     refusals = []
     for candidate in (model, reference):
         try:
-            return output_moments(candidate, trace.groups, inputs, seed=seed)
+            moments = output_moments(candidate, trace.groups, inputs, seed=seed)
         except SensitivityError as error:
             refusals.append(error)
+            continue
+        for name, moment in moments.items():
+            moments[name] = shrunk(moment, effective_tokens(chosen))
+        return moments
     warnings.warn(
         f"{refusals[0]} Errors are counted in output units instead of in loss, so a budget is allocated less well.",
         NoGradientWarning,
