@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def card_files(
     )
     files = {CARD: str(card.content).encode()}
     if drawn:
-        files[PICTURE] = _picture(curve, unit, title)
+        files[PICTURE] = _picture(tuple(curve), unit, title)
     return files
 
 
@@ -202,7 +203,9 @@ def _rows(curve: Sequence[CurvePoint]) -> list[dict[str, str]]:
     ]
 
 
-def _picture(curve: Sequence[CurvePoint], unit: str, title: str) -> bytes:
+@lru_cache(maxsize=8)
+def _picture(curve: tuple[CurvePoint, ...], unit: str, title: str) -> bytes:
+    """The plot as a PNG. It is kept, because saving a correction and pushing it take the same one."""
     file = io.BytesIO()
     draw_budgets(file, curve, unit, title)
     return file.getvalue()

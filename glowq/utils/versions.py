@@ -24,7 +24,10 @@ def warn_untested(package: str, tested: str, otherwise: str) -> None:
         return
     from packaging.specifiers import SpecifierSet
 
-    distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
+    try:
+        distribution = importlib.metadata.distribution(package).name
+    except importlib.metadata.PackageNotFoundError:  # it has another name; to search all takes a third of a second
+        distribution = importlib.metadata.packages_distributions().get(package, [package])[0]
     installed = importlib.metadata.version(distribution)
     if not SpecifierSet(tested).contains(installed, prereleases=True):
         warnings.warn(
