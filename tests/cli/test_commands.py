@@ -19,6 +19,7 @@ from glowq.data.tokens import token_sequences
 from glowq.pipeline.block_store import Resume
 from glowq.quantizers.model import prepare_model
 from glowq.runtime.attach import attached
+from support.bases import small_model
 from support.cli import call, encoder, fresh, result_of
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "stdlib-llama")
@@ -99,7 +100,7 @@ class TestCorrect:
     def test_an_interval_from_eight_held_out_sequences_on(self, notes, folder):
         sizes = ["--rank", "2", "--calibration-tokens", "2048", "--sequence-length", "32"]
         options = ["--base", "nf4", "--calibration", notes, "--output", folder / "interval", *sizes]
-        held_out = result_of("correct", MODEL, *options)["held_out"]
+        held_out = result_of("correct", small_model(), *options)["held_out"]
         assert held_out["recovered_ci95"][0] < held_out["recovered"] < held_out["recovered_ci95"][1]
 
     def test_same_command_gives_the_same_bytes(self, correction, folder, monkeypatch):
@@ -108,6 +109,7 @@ class TestCorrect:
         assert call(*command, "--json").exit_code == 0
         for name in ("glowq.safetensors", "config.json", "README.md"):
             assert (folder / "again" / name).read_bytes() == (correction / name).read_bytes()
+        command[1] = small_model()
         done = call(*command)
         assert done.exit_code == 0, done.stderr
         assert "held-out tokens" in done.stdout

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 # Neither glowq, nor what imports huggingface_hub, which reads its settings from the environment when it is imported,
 # nor what starts threads, which a fork does not copy.
-PRELOADED = ["torch", "torch._inductor.compile_fx", "torchao", "scipy.optimize"]
+PRELOADED = ["torch", "torch._inductor.compile_fx", "scipy.optimize"]
 
 _LOCK = threading.Lock()
 
