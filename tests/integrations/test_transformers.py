@@ -214,7 +214,7 @@ def test_nothing_is_corrected_twice(saved: Any, source: Path) -> None:
 @pytest.mark.parametrize("base", ["fp4", "nf4-double", "int8"])
 def test_a_correction_of_another_base_is_refused(saved: Any, base: str, source: Path) -> None:
     model = quantized(source, base)
-    with pytest.raises(FingerprintError, match="was made for quantized weights sha256:"):
+    with pytest.raises(FingerprintError, match="was made for quantized weights weights-sha256:"):
         glowq.load_correction(model, saved[2] / "correction")
     assert attached(model) == {}
 
