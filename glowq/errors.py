@@ -21,6 +21,7 @@ __all__ = [
     "NewerFormatWarning",
     "NoGainError",
     "NoGradientWarning",
+    "NoImprovementError",
     "NonFiniteError",
     "OutputError",
     "PickleRefusedError",
@@ -94,6 +95,10 @@ class CalibrationError(GlowQError, ValueError):
 
 class NoGainError(ConfigError):
     """A budget cannot be used: no group was measured to bring the model's outputs closer to those of the reference."""
+
+
+class NoImprovementError(GlowQError, ValueError):
+    """A correction does not bring a model's answers nearer to the reference's on text that it was not made of."""
 
 
 class SensitivityError(GlowQError, RuntimeError):

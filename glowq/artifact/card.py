@@ -14,6 +14,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..errors import GlowQError
 from ..evaluation.figures import has_gap, shown, shown_share, undone
+from ..evaluation.improvement import interval_ends, is_better
 from ..evaluation.plots import can_plot, draw_budgets
 from ..factors.units import GainUnit
 from ..quantizers.registry import method_of
@@ -80,6 +81,7 @@ def card_files(
         overhead=f"{factor_bytes / base_bytes:.2%}" if base_bytes else "an unknown share",
         calibration_tokens=_count(provenance.calibration_tokens),
         held_out=_held_out(provenance.held_out),
+        improvement=_improvement(provenance.improvement),
         selected=provenance.selected,
         distilled=provenance.distilled_steps,
         int8=provenance.factor_dtype == "int8",
@@ -159,6 +161,14 @@ def _templates() -> Path:
 
 def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "no"
+
+
+def _improvement(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    low, high = interval_ends(found)
+    means = {name: f"{found[name]:.4g}" for name in ("quantized", "corrected")}
+    return {"tokens": _count(found["tokens"]), **means, "low": low, "high": high, "better": is_better(found)}
 
 
 def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:

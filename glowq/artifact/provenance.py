@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..factors.units import GainUnit
 from ..utils.checks import check_amount, check_int
 
-__all__ = ["Benefit", "HeldOut", "Provenance", "RoundingCost", "Selected"]
+__all__ = ["Benefit", "HeldOut", "Improvement", "Provenance", "RoundingCost", "Selected"]
 
 
 class HeldOut(TypedDict, total=False):
@@ -50,6 +50,15 @@ class Benefit(TypedDict, total=False):
     high: float
 
 
+class Improvement(TypedDict, total=False):
+    """Mean divergence from the reference without and with the correction; see `glowq.evaluation.improvement`."""
+
+    tokens: int
+    quantized: float
+    corrected: float
+    benefit: Benefit
+
+
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """How a correction was made. A field is None if it is unknown or does not apply.
@@ -65,6 +74,7 @@ class Provenance:
         distilled_steps: steps of gradient descent on the chosen factors.
         factor_dtype: "int8" if the factors were rounded to it.
         int8: measured loss of accuracy by rounding to int8.
+        improvement: measured divergence without and with the correction, on text that it was not calibrated on.
         held_out: figures on held-out text.
         selected: the larger correction that this one was cut from.
         command: the exact command lines, one per line.
@@ -84,6 +94,7 @@ class Provenance:
     distilled_steps: int | None = None
     factor_dtype: str | None = None
     int8: RoundingCost | None = None
+    improvement: Improvement | None = None
     held_out: HeldOut | None = None
     selected: Selected | None = None
     command: str | None = None
@@ -94,7 +105,7 @@ class Provenance:
             check_int(f"provenance.{name}", getattr(self, name), 0, optional=True)
         for name in ("glowq", "factor_dtype", "command", "adapter_base"):
             self._check_kind(name, str, "a text")
-        for name in ("not_restored", "int8", "held_out", "selected"):
+        for name in ("not_restored", "int8", "improvement", "held_out", "selected"):
             self._check_kind(name, Mapping, "a JSON object")
         if self.total is not None:
             check_amount("provenance.total", self.total)

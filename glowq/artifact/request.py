@@ -37,6 +37,7 @@ class CorrectionRequest:
         factor_dtype: "auto" for the model's own dtype, or "int8" for half the bytes, so that a budget gives twice the
             ranks. The loss of accuracy by rounding is measured on text that the factors were not calibrated on.
         seed: seed for the choice of sequences and for the solver.
+        force: keep a correction that is measured to be no better than none, on text that it was not calibrated on.
 
     Raises:
         ConfigError: a field holds a value that cannot be used, or two fields exclude each other.
@@ -53,6 +54,7 @@ class CorrectionRequest:
     distill: int = 0
     factor_dtype: str = "auto"
     seed: int = 0
+    force: bool = False
 
     def __post_init__(self) -> None:
         from ..factors.int8 import check_factor_dtype
@@ -65,6 +67,8 @@ class CorrectionRequest:
         check_int("sequence_length", self.sequence_length, 2)
         check_int("distill", self.distill, 0)
         check_int("seed", self.seed, 0)
+        if not isinstance(self.force, bool):
+            raise ConfigError(f"force must be True or False, found {self.force!r}.")
         check_factor_dtype(self.factor_dtype)
         method = get_method(self.method)
         if self.budget is not None and method.allocation == "groups":

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..data.tokens import batches
 from ..evaluation.divergence import answer, divergences
-from ..evaluation.intervals import Interval, mean_interval
+from ..evaluation.intervals import Interval, mean_interval, text_parts
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
 from ..models.forward import evaluating, replaced_forward, to_model
@@ -30,7 +30,6 @@ from ..utils.logging import progress
 __all__ = ["Measured", "calibrated", "measure_groups"]
 
 _BATCH_TOKENS = 512
-_PART = 32  # consecutive tokens that give one value of an interval: the benefits of neighbouring tokens are correlated
 _LEAST_CHANGE = 4e-3  # nats; a smaller change cannot be distinguished from the rounding of half precision
 _MAX_AMPLIFICATION = 32.0  # largest factor by which a correction is amplified
 
@@ -132,9 +131,8 @@ class _Samples:
         if self.amplified:
             larger = math.fsum(found for found, _ in self.amplified) - change
             change = max(0.0, larger / math.fsum(power - 1 for _, power in self.amplified)) * len(self.amplified)
-        parts = max(1, self.benefits[0].shape[1] // _PART)
-        benefits = torch.cat([part.mean(1) for part in torch.cat(self.benefits).double().tensor_split(parts, dim=1)])
-        return Measured(change / len(self.changes), mean_interval(benefits), unit)
+        benefit = mean_interval(text_parts(torch.cat(self.benefits)))
+        return Measured(change / len(self.changes), benefit, unit)
 
 
 def _measure(

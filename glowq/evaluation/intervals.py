@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "bootstrap", "mean_interval"]
+__all__ = ["Interval", "bootstrap", "mean_interval", "text_parts"]
 
+_PART = 32  # tokens; the values of neighbouring tokens are correlated, those of such parts are nearly independent
 _NORMAL = 1.959964  # 97.5% quantile of the normal distribution
 
 
@@ -43,6 +44,19 @@ def bootstrap(
     draws = statistic(columns[rows].mean(1))
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
     return Interval(float(statistic(columns.mean(0))), low, high)
+
+
+def text_parts(values: Tensor) -> Tensor:
+    """Return the mean of each part of about 32 consecutive tokens, to be treated as independent values.
+
+    Args:
+        values: one value per token, shape (n, length), or per sequence, shape (n, 1), any float dtype.
+
+    Returns:
+        float64 tensor of shape (n * max(1, length // 32),).
+    """
+    count = max(1, values.shape[1] // _PART)
+    return torch.cat([part.mean(1) for part in values.double().tensor_split(count, dim=1)])
 
 
 def mean_interval(values: Tensor) -> Interval:

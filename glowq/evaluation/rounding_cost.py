@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..data.tokens import batches
 from ..errors import RoundingError
 from ..factors.factors import GroupFactors
-from ..models.forward import evaluating, to_model
-from ..runtime.attach import applied
 from ..selection.rounding import NEGLIGIBLE
-from .divergence import answer, divergences
+from .improvement import measured_divergences
 
 __all__ = ["rounding_cost"]
-
-_BATCH_TOKENS = 1024
 
 
 def rounding_cost(
@@ -50,7 +43,8 @@ def rounding_cost(
             `same_bytes`, by more than a hundredth of what `same_ranks` removes.
     """
     several = {"quantized": (), "int8": found, "same_ranks": same_ranks, "same_bytes": same_bytes}
-    figures: dict[str, Any] = dict(_divergences(model, reference, several, sequences))
+    found_divergences = measured_divergences(model, reference, several, sequences)
+    figures: dict[str, Any] = {name: float(values.mean()) for name, values in found_divergences.items()}
     margin = NEGLIGIBLE * max(0.0, figures["quantized"] - figures["same_ranks"])
     if figures["int8"] > min(figures["quantized"], figures["same_bytes"] + margin):
         raise RoundingError(
@@ -60,22 +54,3 @@ def rounding_cost(
             "factors."
         )
     return {"tokens": sequences.numel(), **figures}
-
-
-@torch.no_grad()
-def _divergences(
-    model: nn.Module, reference: nn.Module, several: Mapping[str, Sequence[GroupFactors]], sequences: Tensor
-) -> dict[str, float]:
-    sums = dict.fromkeys(several, 0.0)
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(evaluating(reference))
-        for batch in batches(sequences, max(1, _BATCH_TOKENS // sequences.shape[1])):
-            wanted = answer(reference(**to_model(batch, reference)))
-            inputs = to_model(batch, model)
-            for name, factors in several.items():
-                with applied(model, factors):
-                    given = answer(model(**inputs))
-                found = divergences([part.to(given[0].device) for part in wanted], given)
-                sums[name] += float(found.double().mean()) * len(batch["input_ids"])
-    return {name: found / len(sequences) for name, found in sums.items()}

@@ -100,7 +100,7 @@ def compare_methods(
     def solve(method: Method, **size: Any) -> Correction:
         key = (*_solve_of(method), *size.items())
         if key not in done:
-            options: dict[str, Any] = {"method": method.name, "seed": seed, "dense": dense}
+            options: dict[str, Any] = {"method": method.name, "seed": seed, "dense": dense, "force": True}
             done[key] = correct(model, reference=reference, calibration=calibration, **options, **size)
             detach(model)
         return done[key]

@@ -22,9 +22,11 @@ from ..errors import (
     ConfigError,
     NoGainError,
     NoGradientWarning,
+    NoImprovementError,
     SensitivityError,
     UnsupportedModuleError,
 )
+from ..evaluation.improvement import improvement, is_worse, not_better
 from ..evaluation.rounding_cost import rounding_cost
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
@@ -81,7 +83,7 @@ def correct(
             does not record it, and the correction must name it.
         request: the settings of the correction. They can also be given one by one as `options`.
         **options: fields of `CorrectionRequest`: rank, budget, rank_step, max_rank, method, calibration,
-            calibration_tokens, sequence_length, distill, factor_dtype, seed.
+            calibration_tokens, sequence_length, distill, factor_dtype, seed, force.
 
     Returns:
         The correction, which is attached to `model`. Its factors have the model's dtype and are on the CPU.
@@ -97,6 +99,7 @@ def correct(
         ConfigError: an option is unknown or wrong; the budget is too small for any rank; or the budget is a target
             ("recover 80%") that the solved ranks cannot reach. For a target, as many ranks are solved as for a budget
             of 10%.
+        NoImprovementError: on text that was held out, the correction makes the model's answers worse beyond chance.
         RoundingError: int8 factors would lose more accuracy than the saved bytes can give back.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
@@ -150,6 +153,11 @@ def correct(
             if int8:
                 assert held is not None
                 correction = _rounded(model, source.model, whole, correction, held)
+            if held is not None:
+                found = improvement(model, source.model, correction.factors, held)
+                correction.config.record(improvement=found)
+                if is_worse(found) and not request.force:
+                    raise NoImprovementError(f"the correction makes the model worse: {not_better(found)}")
     finally:
         detach(model)
     for entry in correction.factors:

@@ -61,11 +61,12 @@ def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenize
 def split_sequences(
     sequences: Tensor, method: Method, request: RankRequest, int8: bool, seed: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Split the sequences into a part for calibration and a part for measurements of groups or int8 factors.
+    """Split the sequences into a part for calibration, and a part on which groups and the correction are measured.
 
-    The second part is None if nothing has to be measured.
+    The second part is None if there is only one sequence and nothing has to be measured.
     """
-    if not int8 and (method.allocation != "gain" or (len(sequences) < 2 and request.budget is None)):
+    needed = int8 or (request.budget is not None and method.allocation == "gain")
+    if len(sequences) < 2 and not needed:
         return sequences, None
     try:
         return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)

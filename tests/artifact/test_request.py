@@ -27,11 +27,13 @@ ASKED: dict[str, Any] = {
     "distill": 60,
     "factor_dtype": "int8",
     "seed": 3,
+    "force": True,
 }
 WRONG = [
     ({"rank": "8"}, "rank must be a whole number"),
     ({"rank": 8.0}, "rank must be a whole number"),
     ({"rank": True}, "rank must be a whole number"),
+    ({"force": "yes"}, "force must be True or False"),
     ({"rank": 4, "budget": "1%"}, "either rank or budget"),
     ({"budget": "much"}, "neither a share"),
     ({"rank_step": 8}, "give a budget with them"),

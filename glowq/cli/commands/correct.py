@@ -64,6 +64,9 @@ def correct(
         int, typer.Option(min=0, metavar="STEPS", help="Steps of gradient descent on the chosen factors, e.g. 60.")
     ] = 0,
     factor_dtype: FactorDtypeOption = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep a correction that held-out text shows to be no better than none.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -96,6 +99,7 @@ def correct(
                 distill=distill,
                 factor_dtype=factor_dtype,
                 seed=seed,
+                force=force,
             ),
             base=base,
             reference=reference,
@@ -133,6 +137,7 @@ def _table(result: dict[str, Any]) -> Any:
         "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
         "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
         **_predicted(result),
+        **_measured(result),
         **_rounding(result["int8"]),
         "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
         "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
@@ -146,6 +151,14 @@ def _predicted(result: dict[str, Any]) -> dict[str, str]:
         return {}
     unit = "KL divergence" if result["gains"] == "nats" else "distance of states"
     return {"predicted": f"{result['predicted']:.1%} of what quantization changed in the answers ({unit}) is undone"}
+
+
+def _measured(result: dict[str, Any]) -> dict[str, str]:
+    found = result["improvement"]
+    if found is None or not found["quantized"] > 0:
+        return {}
+    share = 1 - found["corrected"] / found["quantized"]
+    return {"measured": f"{share:.1%} of that is undone on {found['tokens']:,} tokens that no factor was calibrated on"}
 
 
 def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from ...artifact.correction import Correction
 from ...artifact.request import CorrectionRequest
-from ...errors import OutputError
+from ...errors import NoImprovementError, OutputError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
+from ...evaluation.improvement import is_better, not_better
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ...quantizers.registry import base_config, with_calibration
 from ...utils.names import split_revision
@@ -58,10 +59,12 @@ def correct_checkpoint(
         "output", "groups" (number of groups), "ranks" (group name -> rank), "factor_bytes", "base_bytes", "overhead"
         (`factor_bytes` as a share of `base_bytes`), "predicted" (share of the predicted loss that the factors remove,
         or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype", "int8" (measured cost of rounding,
-        see `glowq.evaluation.rounding_cost`; None if the factors are not rounded), "held_out" (perplexities; None if
-        the model does not predict the next token) and "seed".
+        see `glowq.evaluation.rounding_cost`; None if the factors are not rounded), "improvement" (measured divergences
+        without and with the correction, see `glowq.evaluation.improvement`; None if no sequence could be held out),
+        "held_out" (perplexities; None if the model does not predict the next token) and "seed".
 
     Raises:
+        NoImprovementError: the correction is not better than none beyond chance, on text that it was not made of.
         GlowQError: see `glowq.correct`, `glowq.models.loading` and `glowq.utils.output.write_directory`.
     """
     target = Path(output).resolve()
@@ -89,6 +92,8 @@ def correct_checkpoint(
         revision=split_revision(model)[1],
         request=replace(request, calibration=train),
     )
+    if not request.force:
+        _check_better(correction)
     held_out = None if score is None else held_out_figures(score, corrected, held, request.seed)
     for stored in (correction.config, corrected.config.quantization_config):
         stored.record(command=command, held_out=held_out)
@@ -107,9 +112,17 @@ def correct_checkpoint(
         "calibration_tokens": train.numel(),
         "factor_dtype": request.factor_dtype,
         "int8": correction.config.provenance.int8,
+        "improvement": correction.config.provenance.improvement,
         "held_out": held_out,
         "seed": request.seed,
     }
+
+
+def _check_better(correction: Correction) -> None:
+    """Refuse a correction that is not better than none beyond chance. `correct` has refused what is worse."""
+    found = correction.config.provenance.improvement
+    if found is not None and not is_better(found):
+        raise NoImprovementError(f"the correction is not better than none: {not_better(found)}")
 
 
 def _check_kept(folder: Path) -> None:

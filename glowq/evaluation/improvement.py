@@ -1,0 +1,104 @@
+"""How much nearer a correction brings a model's answers to the reference's, measured on text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.tokens import batches
+from ..factors.factors import GroupFactors
+from ..models.forward import evaluating, to_model
+from ..runtime.attach import applied
+from .divergence import answer, divergences
+from .figures import finite
+from .intervals import mean_interval, text_parts
+
+__all__ = ["improvement", "interval_ends", "is_better", "is_worse", "measured_divergences", "not_better"]
+
+_BATCH_TOKENS = 1024
+
+
+def improvement(
+    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+) -> dict[str, Any]:
+    """Measure the divergence from the reference without and with a correction, on the same text.
+
+    Args:
+        model: quantized, without a correction; left so.
+        reference: the full-precision model.
+        factors: the correction.
+        sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
+
+    Returns:
+        "tokens"; the mean divergences of the "quantized" and the "corrected" model (nats per token; for an encoder the
+        squared distance of its states per sequence); and "benefit", their paired difference with its 95% interval:
+        "value", "low" and "high", above 0 if the correction is better. The ends are None on too little text.
+    """
+    found = measured_divergences(model, reference, {"quantized": (), "corrected": factors}, sequences)
+    benefit = asdict(mean_interval(text_parts(found["quantized"] - found["corrected"])))
+    means = {name: float(values.mean()) for name, values in found.items()}
+    return {"tokens": sequences.numel(), **means, "benefit": {name: finite(value) for name, value in benefit.items()}}
+
+
+def is_better(found: Mapping[str, Any]) -> bool:
+    """Whether an `improvement` is one beyond chance; on too little text for an interval, whether it is one at all."""
+    benefit = found["benefit"]
+    return bool(benefit["value"] > 0 and (benefit["low"] is None or benefit["low"] > 0))
+
+
+def is_worse(found: Mapping[str, Any]) -> bool:
+    """Whether an `improvement` is negative beyond chance."""
+    high = found["benefit"]["high"]
+    return high is not None and bool(high < 0)
+
+
+def interval_ends(found: Mapping[str, Any]) -> tuple[str, str]:
+    """The ends of the interval of an `improvement` as text."""
+    low, high = (found["benefit"][end] for end in ("low", "high"))
+    return ("unknown", "unknown") if low is None else (f"{low:.2g}", f"{high:.2g}")
+
+
+def not_better(found: Mapping[str, Any]) -> str:
+    """Words for an error about an `improvement` that is none: its figures, and what to do."""
+    low, high = interval_ends(found)
+    return (
+        f"on {found['tokens']:,} tokens that it was not calibrated on, the divergence from the reference is "
+        f"{found['corrected']:.4g} with it and {found['quantized']:.4g} without (95% interval of the difference: "
+        f"{low} to {high}). Nothing is kept. Calibrate on more text, or on text that is more similar to the "
+        "model's task; or keep it all the same with force=True (--force)."
+    )
+
+
+@torch.no_grad()
+def measured_divergences(
+    model: nn.Module, reference: nn.Module, several: Mapping[str, Sequence[GroupFactors]], sequences: Tensor
+) -> dict[str, Tensor]:
+    """The divergence of a model from the reference with each of several corrections.
+
+    Args:
+        model: quantized, without a correction; left so.
+        reference: the full-precision model.
+        several: name -> factors that are attached together.
+        sequences: token ids, shape (n, length), int64.
+
+    Returns:
+        Name -> divergence of every token, shape (n, length), or of every sequence, shape (n, 1); float64 on the CPU.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in several}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(evaluating(reference))
+        for batch in batches(sequences, max(1, _BATCH_TOKENS // sequences.shape[1])):
+            wanted = answer(reference(**to_model(batch, reference)))
+            inputs = to_model(batch, model)
+            for name, factors in several.items():
+                with applied(model, factors):
+                    given = answer(model(**inputs))
+                found = divergences([part.to(given[0].device) for part in wanted], given)
+                parts[name].append(found.double().cpu().reshape(len(batch["input_ids"]), -1))
+    return {name: torch.cat(found) for name, found in parts.items()}
