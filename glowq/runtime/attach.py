@@ -120,13 +120,14 @@ def _factors_of(container: SharedCorrection, dtype: torch.dtype) -> GroupFactors
 
 def hold_as_floats(model: nn.Module) -> None:
     """Replace attached int8 factors by float factors of the same values, for programs that support only floats."""
-    switches = {name: container.enabled for name, container in attached(model).items()}
-    if not any(container.int8 for container in attached(model).values()):
+    before = attached(model)
+    if not any(container.int8 for container in before.values()):
         return
     factors = attached_factors(model)
     detach(model)
     for entry in factors:
-        attach(model, replace(entry, int8=False)).enabled = switches[entry.group.name]
+        old = before[entry.group.name]
+        attach(model, replace(entry, int8=False)).switch(old.switched_on, old.pauses)
 
 
 @contextmanager

@@ -85,7 +85,9 @@ class SharedCorrection(nn.Module):
         super().__init__()
         self.group = group
         self.rank = right.shape[0] if rank is None else rank
-        self.enabled = True
+        self.enabled = True  # whether a forward adds the correction: `switched_on`, and no `pauses`
+        self.switched_on = True  # set by `glowq.set_enabled`
+        self.pauses = 0  # open contexts of `glowq.disabled`
         self.right = _Factor(right, scale)
         self.lefts = nn.ModuleList(
             _Factor(left, None if scale is None else scale.new_full((len(left),), LEFT_UNIT))
@@ -99,6 +101,11 @@ class SharedCorrection(nn.Module):
         self._traced: list[_Slot | None] = [None]
         self._handles: list[_Handle] = []
         self._stack()
+
+    def switch(self, on: bool, pauses: int) -> None:
+        """Set whether the group is on, and how many contexts of `glowq.disabled` are open."""
+        self.switched_on, self.pauses = on, pauses
+        self.enabled = on and pauses == 0
 
     @property
     def int8(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -14,10 +15,15 @@ from .container import SharedCorrection
 
 __all__ = ["disabled", "set_enabled"]
 
+_LOCK = threading.Lock()  # a forward reads one attribute, `enabled`; this protects the counters behind it
+
 
 @contextmanager
 def disabled(model: nn.Module, groups: Iterable[str] | None = None) -> Iterator[nn.Module]:
     """Inside this context `model` runs without its correction, or without the correction of some groups.
+
+    This holds for every thread that runs the model. Contexts may overlap, in one thread or in several: a group is off
+    as long as one context that names it is open, and afterwards it is again what `set_enabled` made it.
 
     Args:
         model: a model with a correction.
@@ -27,14 +33,11 @@ def disabled(model: nn.Module, groups: Iterable[str] | None = None) -> Iterator[
         ConfigError: the model carries no correction of one of these groups.
     """
     containers = _chosen(model, groups)
-    before = [container.enabled for container in containers]
-    for container in containers:
-        container.enabled = False
+    _update(containers, pauses=1)
     try:
         yield model
     finally:
-        for container, enabled in zip(containers, before, strict=True):
-            container.enabled = enabled
+        _update(containers, pauses=-1)
 
 
 def set_enabled(model: nn.Module, enabled: bool, groups: Iterable[str] | None = None) -> None:
@@ -42,7 +45,7 @@ def set_enabled(model: nn.Module, enabled: bool, groups: Iterable[str] | None = 
 
     A group that is off computes nothing and keeps its factors: `save_pretrained` stores them, and a saved model is
     loaded with every group on. `dequantize` merges only the groups that are on. A compiled model is compiled once more
-    for each new set of groups that are on.
+    for each new set of groups that are on. Inside of `disabled`, a group stays off until that context ends.
 
     Args:
         model: a model with a correction.
@@ -52,8 +55,14 @@ def set_enabled(model: nn.Module, enabled: bool, groups: Iterable[str] | None = 
     Raises:
         ConfigError: the model carries no correction of one of these groups; then no group is switched.
     """
-    for container in _chosen(model, groups):
-        container.enabled = enabled
+    _update(_chosen(model, groups), enabled)
+
+
+def _update(containers: Iterable[SharedCorrection], switched: bool | None = None, pauses: int = 0) -> None:
+    with _LOCK:
+        for container in containers:
+            on = container.switched_on if switched is None else switched
+            container.switch(on, container.pauses + pauses)
 
 
 def _chosen(model: nn.Module, groups: Iterable[str] | None) -> list[SharedCorrection]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,38 @@ def test_contexts_nest_and_leave_what_was_set(corrected: Any, only: Any, tiny_id
     with pytest.raises(KeyError), glowq.disabled(model, [first, second]):
         raise KeyError
     assert torch.equal(logits_of(model, tiny_ids), logits_of(only({second, *others}), tiny_ids))
+
+
+def test_overlapping_contexts_leave_what_was_set(corrected: Any, tiny_ids: Tensor) -> None:
+    """The first context to begin is the first to end, as happens with two threads."""
+    model, factors = corrected
+    on, name = logits_of(model, tiny_ids), factors[0].group.name
+    first, second = glowq.disabled(model), glowq.disabled(model, [name])
+    first.__enter__()
+    off = logits_of(model, tiny_ids)
+    second.__enter__()
+    glowq.set_enabled(model, True)  # has an effect after the contexts
+    assert torch.equal(logits_of(model, tiny_ids), off)
+    first.__exit__(None, None, None)
+    one_off = logits_of(model, tiny_ids)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits_of(model, tiny_ids), on)
+    glowq.set_enabled(model, False, [name])
+    assert torch.equal(logits_of(model, tiny_ids), one_off)
+
+
+def test_contexts_of_many_threads_leave_what_was_set(corrected: Any, tiny_ids: Tensor) -> None:
+    model, _ = corrected
+    on = logits_of(model, tiny_ids)
+
+    def switch(times: int) -> None:
+        for _ in range(times):
+            with glowq.disabled(model):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(switch, [200] * 8))
+    assert torch.equal(logits_of(model, tiny_ids), on)
 
 
 def test_a_group_that_is_off_computes_nothing(corrected: Any, tiny_ids: Tensor) -> None:
