@@ -26,7 +26,7 @@ from ..selection.rounding import check_rounding, stored_as
 from ..utils.output import write_directory
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
-from .factor_files import describe_groups, factor_tensors
+from .factor_files import checksums, describe_groups, factor_tensors
 from .provenance import Selected
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
 
@@ -205,7 +205,8 @@ class Correction:
 
         def write(folder: Path) -> None:
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            (folder / FACTORS_FILE).write_bytes(save(self.tensors(), metadata={"format": "pt"}))
+            tensors = self.tensors()
+            (folder / FACTORS_FILE).write_bytes(save(tensors, metadata={"format": "pt", **checksums(tensors)}))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if self.generation_config is not None:

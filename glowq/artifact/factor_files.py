@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ..selection.allocation import GroupGains
 __all__ = [
     "FACTOR_KEYS",
     "StoredFactors",
+    "checksums",
     "describe_groups",
     "factor_tensors",
     "open_factors",
@@ -33,6 +36,7 @@ __all__ = [
 FACTOR_KEYS = r"\.(left|right|right_scale)$"
 """Regular expression for the end of the name of each of a correction's tensors."""
 
+_CHECKSUMS = "glowq_sha256"  # key in the metadata of a safetensors file: JSON, factor name -> SHA-256 in hexadecimal
 _ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}  # bytes per value, for each dtype of a factor
 _UNPACKED = torch.bfloat16  # dtype of int8 factors in memory until they are attached; it holds their values exactly
 
@@ -50,6 +54,19 @@ def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
         tensors[f"{entry.group.name}.right"] = right
         tensors.update({f"{member}.left": left for member, left in lefts.items()})
     return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What the metadata of a safetensors file says about its factors, so that a damaged or exchanged one is found.
+
+    Args:
+        tensors: what `factor_tensors` returned.
+    """
+    return {_CHECKSUMS: json.dumps({name: _digest(tensor) for name, tensor in tensors.items()}, sort_keys=True)}
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]]:
@@ -87,11 +104,13 @@ class StoredFactors:
         group_gains: one entry per group, with one gain per stored rank.
         totals: group name -> error without a correction.
         tensors: factor name -> the open file that holds it, and the file's path.
+        checksums: factor name -> SHA-256 of its values; empty for files of glowq 0.1, which are not checked.
     """
 
     group_gains: list[GroupGains]
     totals: Mapping[str, float]
     tensors: Mapping[str, tuple[Any, Path]]
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def factor_bytes(self) -> int:
@@ -107,7 +126,8 @@ class StoredFactors:
 
         Raises:
             NonFiniteError: a factor that was read holds NaN or Inf.
-            CorrectionError: a scale of int8 factors is not a power of two.
+            CorrectionError: a factor that was read as a whole is not what was saved, or a scale of int8 factors is not a
+                power of two.
         """
         factors = []
         for item in self.group_gains:
@@ -136,10 +156,18 @@ class StoredFactors:
                 "writes: the file is damaged. Download or correct again."
             )
 
+    def _check_digest(self, name: str, tensor: Tensor, file: Path) -> None:
+        if self.checksums and self.checksums.get(name) != _digest(tensor):
+            raise CorrectionError(
+                f"factor {name!r} in {file} is not what was saved: its checksum differs. The file is damaged or was "
+                "changed. Download or correct again."
+            )
+
     def _take(self, name: str, part: tuple[slice, ...]) -> Tensor:
         opened, file = self.tensors[name]
         if part == (slice(None),) * len(part):
             tensor: Tensor = opened.get_tensor(name)
+            self._check_digest(name, tensor, file)
         else:
             # Copy the slice: it is a view of the memory-mapped file, and would keep the file mapped.
             tensor = opened.get_slice(name)[part].clone(memory_format=torch.contiguous_format)
@@ -160,7 +188,7 @@ def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
         CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
     """
     with ExitStack() as stack:
-        tensors = _open(files, stack)
+        tensors, found = _open(files, stack)
         unmatched = dict(tensors)
         group_gains = [_checked_gains(stored_group(name, stored), stored, unmatched) for name, stored in groups.items()]
         extra = sorted(unmatched)
@@ -169,7 +197,9 @@ def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
                 f"extra factor {extra[0]!r} ({len(extra)} in all) that no group of config.json names; the file and "
                 "its config.json do not belong together. Download or correct again."
             )
-        yield StoredFactors(group_gains, {name: float(stored["total"]) for name, stored in groups.items()}, tensors)
+        yield StoredFactors(
+            group_gains, {name: float(stored["total"]) for name, stored in groups.items()}, tensors, found
+        )
 
 
 def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
@@ -183,8 +213,10 @@ def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
         return stored.read()
 
 
-def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]]:
+def _open(files: Sequence[Path], stack: ExitStack) -> tuple[dict[str, tuple[Any, Path]], dict[str, str]]:
+    """Open files; return factor name -> open file and its path, and factor name -> checksum."""
     tensors: dict[str, tuple[Any, Path]] = {}
+    found: dict[str, str] = {}
     for file in files:
         if not file.is_file():
             raise CorrectionError(f"{file} is missing; download the correction again.")
@@ -196,7 +228,19 @@ def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]
             ) from error
         names = opened.keys()
         tensors.update({name: (opened, file) for name in names if re.search(FACTOR_KEYS, name)})
-    return tensors
+        found.update(_stored_checksums(opened, file))
+    return tensors, found
+
+
+def _stored_checksums(opened: Any, file: Path) -> dict[str, str]:
+    text = (opened.metadata() or {}).get(_CHECKSUMS, "{}")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CorrectionError(f"{file} holds checksums that cannot be read; download or correct again.")
+    return found
 
 
 def _checked_gains(group: Group, stored: Mapping[str, Any], unmatched: dict[str, tuple[Any, Path]]) -> GroupGains:
