@@ -24,7 +24,10 @@ FORMAT_VERSION = 1
 """Major version of the format of config.json. A newer one is refused."""
 
 FORMAT_MINOR = 1
-"""Minor version of the format. Fields of a newer minor version are ignored with a warning. Version 1 added "minor"."""
+"""Minor version of the format. Fields of a newer minor version are ignored with a warning.
+
+Version 1 added "minor", and "sha256" to a group.
+"""
 
 FORMATS = ("correction", "full")
 _STORED = ("format", "base_model", "groups", "base_bytes", "provenance")

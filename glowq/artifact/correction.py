@@ -26,7 +26,7 @@ from ..selection.rounding import check_rounding, stored_as
 from ..utils.output import write_directory
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
-from .factor_files import checksums, describe_groups, factor_tensors
+from .factor_files import describe_groups, factor_tensors, with_checksums
 from .provenance import Selected
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
 
@@ -201,12 +201,12 @@ class Correction:
             )
         target = Path(save_directory)
         config = {**self.model_config, "transformers_weights": FACTORS_FILE}
-        config["quantization_config"] = self.config.to_dict()
+        tensors, stored = self.tensors(), self.config.to_dict()
+        config["quantization_config"] = {**stored, "groups": with_checksums(stored["groups"], tensors)}
 
         def write(folder: Path) -> None:
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            tensors = self.tensors()
-            (folder / FACTORS_FILE).write_bytes(save(tensors, metadata={"format": "pt", **checksums(tensors)}))
+            (folder / FACTORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if self.generation_config is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,18 +24,17 @@ from ..selection.allocation import GroupGains
 __all__ = [
     "FACTOR_KEYS",
     "StoredFactors",
-    "checksums",
     "describe_groups",
     "factor_tensors",
     "open_factors",
     "read_factors",
     "stored_group",
+    "with_checksums",
 ]
 
 FACTOR_KEYS = r"\.(left|right|right_scale)$"
 """Regular expression for the end of the name of each of a correction's tensors."""
 
-_CHECKSUMS = "glowq_sha256"  # key in the metadata of a safetensors file: JSON, factor name -> SHA-256 in hexadecimal
 _ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}  # bytes per value, for each dtype of a factor
 _UNPACKED = torch.bfloat16  # dtype of int8 factors in memory until they are attached; it holds their values exactly
 
@@ -56,13 +54,19 @@ def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
     return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
 
 
-def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What the metadata of a safetensors file says about its factors, so that a damaged or exchanged one is found.
+def with_checksums(groups: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The groups as config.json stores them, with the SHA-256 of each factor, so that another one is refused.
 
     Args:
+        groups: what `describe_groups` returned.
         tensors: what `factor_tensors` returned.
     """
-    return {_CHECKSUMS: json.dumps({name: _digest(tensor) for name, tensor in tensors.items()}, sort_keys=True)}
+    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, group in groups.items():
+        names = [f"{name}.right", f"{name}.right_scale", *(f"{member}.left" for member in group["members"])]
+        found[name] = {**group, "sha256": {part: digests[part] for part in names if part in digests}}
+    return found
 
 
 def _digest(tensor: Tensor) -> str:
@@ -126,7 +130,7 @@ class StoredFactors:
 
         Raises:
             NonFiniteError: a factor that was read holds NaN or Inf.
-            CorrectionError: a factor that was read as a whole is not what was saved, or a scale of int8 factors is not a
+            CorrectionError: a factor that was read as a whole is not what was saved, or a scale of int8 factors is no
                 power of two.
         """
         factors = []
@@ -165,14 +169,16 @@ class StoredFactors:
 
     def _take(self, name: str, part: tuple[slice, ...]) -> Tensor:
         opened, file = self.tensors[name]
-        if part == (slice(None),) * len(part):
+        whole = part == (slice(None),) * len(part)
+        if whole:
             tensor: Tensor = opened.get_tensor(name)
-            self._check_digest(name, tensor, file)
         else:
             # Copy the slice: it is a view of the memory-mapped file, and would keep the file mapped.
             tensor = opened.get_slice(name)[part].clone(memory_format=torch.contiguous_format)
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"factor {name!r} in {file} holds NaN or Inf; download or correct again.")
+        if whole:
+            self._check_digest(name, tensor, file)
         return tensor
 
 
@@ -188,7 +194,7 @@ def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
         CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
     """
     with ExitStack() as stack:
-        tensors, found = _open(files, stack)
+        tensors = _open(files, stack)
         unmatched = dict(tensors)
         group_gains = [_checked_gains(stored_group(name, stored), stored, unmatched) for name, stored in groups.items()]
         extra = sorted(unmatched)
@@ -197,9 +203,9 @@ def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
                 f"extra factor {extra[0]!r} ({len(extra)} in all) that no group of config.json names; the file and "
                 "its config.json do not belong together. Download or correct again."
             )
-        yield StoredFactors(
-            group_gains, {name: float(stored["total"]) for name, stored in groups.items()}, tensors, found
-        )
+        totals = {name: float(stored["total"]) for name, stored in groups.items()}
+        digests = {name: digest for stored in groups.values() for name, digest in stored.get("sha256", {}).items()}
+        yield StoredFactors(group_gains, totals, tensors, digests)
 
 
 def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
@@ -213,10 +219,8 @@ def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
         return stored.read()
 
 
-def _open(files: Sequence[Path], stack: ExitStack) -> tuple[dict[str, tuple[Any, Path]], dict[str, str]]:
-    """Open files; return factor name -> open file and its path, and factor name -> checksum."""
+def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]]:
     tensors: dict[str, tuple[Any, Path]] = {}
-    found: dict[str, str] = {}
     for file in files:
         if not file.is_file():
             raise CorrectionError(f"{file} is missing; download the correction again.")
@@ -228,19 +232,7 @@ def _open(files: Sequence[Path], stack: ExitStack) -> tuple[dict[str, tuple[Any,
             ) from error
         names = opened.keys()
         tensors.update({name: (opened, file) for name in names if re.search(FACTOR_KEYS, name)})
-        found.update(_stored_checksums(opened, file))
-    return tensors, found
-
-
-def _stored_checksums(opened: Any, file: Path) -> dict[str, str]:
-    text = (opened.metadata() or {}).get(_CHECKSUMS, "{}")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise CorrectionError(f"{file} holds checksums that cannot be read; download or correct again.")
-    return found
+    return tensors
 
 
 def _checked_gains(group: Group, stored: Mapping[str, Any], unmatched: dict[str, tuple[Any, Path]]) -> GroupGains:

@@ -10,7 +10,7 @@ from ..utils.checks import check_amount, check_int
 
 __all__ = ["GROUP_FIELDS", "check_base_model", "check_group"]
 
-GROUP_FIELDS = frozenset({"members", "in_features", "out_features", "block", "rank", "gains", "total"})
+GROUP_FIELDS = frozenset({"members", "in_features", "out_features", "block", "rank", "gains", "total", "sha256"})
 
 
 def check_group(name: str, group: Mapping[str, Any]) -> None:
@@ -19,8 +19,8 @@ def check_group(name: str, group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the message names the group and the field.
     """
-    if set(group) != GROUP_FIELDS:
-        odd = sorted(set(group) ^ GROUP_FIELDS)[0]
+    if set(group) - {"sha256"} != GROUP_FIELDS - {"sha256"}:
+        odd = sorted((set(group) ^ GROUP_FIELDS) - {"sha256"})[0]
         raise ConfigError(f"group {name!r} in config.json: field {odd!r} is missing or unknown.")
     members, widths, gains = group["members"], group["out_features"], group["gains"]
     if not _strings(members) or not isinstance(widths, Sequence) or len(widths) != len(members) or not members:
@@ -33,6 +33,9 @@ def check_group(name: str, group: Mapping[str, Any]) -> None:
     for gain in gains:
         check_amount(f"a gain of group {name!r}", gain)
     check_amount(f"total of group {name!r}", group["total"])
+    digests = group.get("sha256", {})  # glowq 0.1 wrote none
+    if not isinstance(digests, Mapping) or not _strings(list(digests.values())):
+        raise ConfigError(f"sha256 of group {name!r} in config.json must hold one text for each factor.")
 
 
 def check_base_model(base_model: Mapping[str, Any] | None) -> None:

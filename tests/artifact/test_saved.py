@@ -106,9 +106,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
         def keys(self) -> list[str]:
             return self.file.keys()
 
-        def metadata(self) -> Any:
-            return self.file.metadata()
-
         def get_slice(self, name: str) -> Slice:
             return Slice(self.file.get_slice(name), name)
 

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from ...artifact.base_files import base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
 from ...artifact.config import GlowQConfig, base_settings
 from ...artifact.correction import Correction
-from ...artifact.factor_files import FACTOR_KEYS, checksums, factor_tensors, read_factors
+from ...artifact.factor_files import FACTOR_KEYS, factor_tensors, read_factors, with_checksums
 from ...artifact.fingerprint import verify_fingerprint
 from ...artifact.request import CorrectionRequest
 from ...errors import ConfigError
@@ -173,11 +173,11 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         # its plain base.
         config: Any = model.config
         config.quantization_config = self.glowq_config if factors else self.quantization_config
+        if factors:
+            self.glowq_config.groups = with_checksums(self.glowq_config.groups or {}, factors)
         with set_aside(model):
             state, metadata = self.base.get_state_dict_and_metadata(model)
             state = model.state_dict() if state is None else state
-        if factors:
-            metadata = {**metadata, **checksums(factors)}
         return {**self._with_original(model, state), **factors}, metadata
 
     def _with_original(self, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
