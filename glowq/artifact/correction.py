@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -24,6 +23,7 @@ from ..selection.budget import RankRequest
 from ..selection.ranks import check_measured, choose_ranks
 from ..selection.rounding import check_rounding, stored_as
 from ..utils.output import write_directory
+from ..utils.scratch import temporary_folder
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
 from .factor_files import describe_groups, factor_tensors, with_checksums
@@ -185,12 +185,24 @@ class Correction:
         model; the base is found by its name.
 
         Args:
-            save_directory: created if missing; an empty folder or an earlier correction of the same kind is accepted.
+            save_directory: created if missing. An empty folder is accepted, and an earlier result that holds only what
+                glowq wrote, unchanged (glowq_manifest.json lists it); that result is replaced.
             push_to_hub: also upload the folder.
             **kwargs: arguments of `push_to_hub`; `repo_id` defaults to the folder's name.
 
         Raises:
             OutputError: the directory holds other files, cannot be written, or the disk is full.
+            ConfigError: the base was quantized in memory and is stored nowhere.
+        """
+        target = Path(save_directory)
+        write_directory(target, self.write_files)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+
+    def write_files(self, folder: Path) -> None:
+        """Write the files of the small form into an empty folder; `save_pretrained` can also replace an earlier result.
+
+        Raises:
             ConfigError: the base was quantized in memory and is stored nowhere.
         """
         if not self.base_is_stored:
@@ -199,24 +211,17 @@ class Correction:
                 "nowhere that a correction could name. Save the model in one piece (model.save_pretrained, or `glowq "
                 "correct --format full`), or save the quantized model first and correct what you saved."
             )
-        target = Path(save_directory)
         config = {**self.model_config, "transformers_weights": FACTORS_FILE}
         tensors, stored = self.tensors(), self.config.to_dict()
         config["quantization_config"] = {**stored, "groups": with_checksums(stored["groups"], tensors)}
-
-        def write(folder: Path) -> None:
-            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            (folder / FACTORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            if self.generation_config is not None:
-                # generation_config.save_pretrained refuses the settings of many published models.
-                (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
-            self.write_card(folder)
-
-        write_directory(target, write)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / FACTORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        if self.generation_config is not None:
+            # generation_config.save_pretrained refuses the settings of many published models.
+            (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
+        self.write_card(folder)
 
     def push_to_hub(
         self,
@@ -244,10 +249,10 @@ class Correction:
         """
         from .hub.push import push
 
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "correction")
+        with temporary_folder("push") as folder:
+            self.write_files(folder)
             pushed = push(
-                Path(folder) / "correction",
+                folder,
                 repo_id,
                 base_model=base_model,
                 base_revision=base_revision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..errors import NonFiniteError, ReferenceMismatchError, UnsupportedModuleEr
 from ..utils.files import checkpoint_files, read_json
 from ..utils.hub import local_snapshot
 from ..utils.logging import quiet
+from ..utils.scratch import temporary_folder
 
 __all__ = ["REVISION_TOLERANCE", "Reference"]
 
@@ -49,11 +50,12 @@ class Reference:
         self.model_class = model_class
         self.hub_kwargs = hub_kwargs
         self._model: nn.Module | None = source if isinstance(source, nn.Module) else None
+        self._folder: Path | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Reference:
         if self._model is None:
-            folder = local_snapshot(self.source, **self.hub_kwargs)
+            folder = self._folder = local_snapshot(self.source, **self.hub_kwargs)
             checkpoint_files(folder)
             if read_json(folder / "config.json").get("quantization_config") is not None:
                 raise UnsupportedModuleError(
@@ -72,6 +74,22 @@ class Reference:
         if self._model is None:
             raise RuntimeError("a Reference is used inside its `with` block")
         return self._model
+
+    def identity(self) -> str:
+        """What tells these weights from others: an interrupted run continues only with the same reference.
+
+        For files it is their names, sizes and times of change; for a model in memory, a digest of its weights.
+        """
+        if self._folder is not None:
+            files = [Path(file) for file in checkpoint_files(self._folder)]
+            found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            return f"{self.source}: {found}"
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+            if not value.is_meta:
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Check the names and shapes of the modules, to find a wrong reference before any weight is read.
@@ -158,7 +176,7 @@ class Reference:
         return module
 
     def _load(self, folder: Path) -> nn.Module:
-        offload = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="glowq-reference-"))
+        offload = self._exit.enter_context(temporary_folder("reference"))
         with _quiet():
             model: nn.Module = self.model_class.from_pretrained(  # type: ignore[attr-defined]
                 folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True

@@ -1,80 +1,220 @@
-"""`Resume`: stores the finished blocks of a correction on disk, so that an interrupted run can continue."""
+"""Finished blocks of a correction on disk, so that an interrupted run can continue where it stopped.
+
+Each block is one safetensors file. Its metadata holds the key of the run that solved it, and a digest of the key and
+the tensors. So a block of another run, or a damaged one, is never taken for a finished one: it is solved again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .._version import __version__
 from ..artifact.config import GlowQConfig
 from ..artifact.factor_files import describe_groups, factor_tensors, read_factors
+from ..errors import OutputError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
-from ..utils.files import read_json
+from ..utils.output import is_full
+from ..utils.scratch import NEW, scratch_folder, try_lock, unlock
 
-__all__ = ["Resume"]
+__all__ = ["BlockFolder", "Resume", "check_blocks", "open_blocks", "remove_blocks", "run_key"]
+
+_BLOCK = re.compile(r"[0-9a-f]{16}\.safetensors")
+_LOCK = "glowq.lock"
+_DESCRIPTION, _DIGEST = "glowq_block", "sha256"  # keys of a file's metadata
+
+_logger = logging.getLogger(__name__)
+
+
+class BlockFolder:
+    """A folder of finished blocks, which one run holds at a time; see `open_blocks`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, block: str, key: str) -> list[GroupFactors] | None:
+        """The factors of a block that the run `key` finished; None if there are none, or if the file is damaged."""
+        file = self._file(block)
+        if not file.is_file():
+            return None
+        try:
+            stored, factors = _read(file)
+        except Exception as error:  # whatever is wrong with the file, the block can be solved again
+            _logger.warning("%s is damaged (%s): block %r is solved again.", file, " ".join(str(error).split()), block)
+            return None
+        return factors if (stored["key"], stored["block"]) == (key, block) else None
+
+    def write(self, block: str, key: str, factors: Sequence[GroupFactors]) -> None:
+        """Store a finished block, completely or not at all.
+
+        Raises:
+            OutputError: the disk is full, or the file cannot be written.
+        """
+        tensors = factor_tensors(factors)
+        about = json.dumps({"block": block, "key": key, "groups": describe_groups(factors)})
+        content = save(tensors, metadata={_DESCRIPTION: about, _DIGEST: _digest(about, tensors)})
+        file = self._file(block)
+        try:
+            with scratch_folder(self.path) as scratch:
+                (scratch / NEW / file.name).write_bytes(content)
+                (scratch / NEW / file.name).replace(file)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write a finished block to {self.path}: {_reason(error)}. The earlier blocks are kept: run the "
+                "same command again when this is mended."
+            ) from error
+
+    def remove(self) -> None:
+        """Remove every undamaged block of glowq, of whatever run. Other files stay."""
+        for file in sorted(self.path.iterdir()):
+            if _BLOCK.fullmatch(file.name) and file.is_file() and not file.is_symlink():
+                with suppress(Exception):  # not a block of glowq
+                    _read(file)
+                    file.unlink()
+
+    def _file(self, block: str) -> Path:
+        return self.path / f"{hashlib.sha256(block.encode()).hexdigest()[:16]}.safetensors"
 
 
 class Resume:
-    """A folder with two files per finished block. Blocks that were solved with other settings are ignored.
+    """The blocks of one run in a folder.
 
     Args:
-        folder: folder of the files; None stores nothing.
-        key: digest of everything that the factors depend on.
+        folder: where blocks are stored; None stores nothing.
+        key: what `run_key` returned.
     """
 
-    def __init__(self, folder: Path | None, key: str) -> None:
+    def __init__(self, folder: BlockFolder | None, key: str) -> None:
         self.folder = folder
         self.key = key
 
-    @classmethod
-    def open(
-        cls,
-        folder: str | os.PathLike[str] | None,
-        config: GlowQConfig,
-        reference: Any,
-        ranks: Mapping[str, int],
-        sequences: Tensor,
-    ) -> Resume:
-        """Open the store of one run.
-
-        Runs with the same base, reference, ranks, method, seed and calibration tokens have the same key, and can
-        continue each other.
-        """
-        if folder is None:
-            return cls(None, "")
-        name = getattr(reference, "name_or_path", reference)
-        settings = json.dumps([config.to_dict(), name, dict(ranks)], sort_keys=True, default=str)
-        digest = hashlib.sha256(settings.encode() + sequences.cpu().contiguous().numpy().tobytes())
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path, digest.hexdigest())
-
     def load(self, block: str, groups: Sequence[Group]) -> list[GroupFactors] | None:
         """The factors of a finished block, or None if the block must be solved."""
-        if self.folder is None or not self._index(block).is_file():
+        found = None if self.folder is None else self.folder.read(block, self.key)
+        members = {member for group in groups for member in group.members}
+        if found is not None and {member for entry in found for member in entry.group.members} != members:
             return None
-        index: dict[str, Any] = read_json(self._index(block))
-        if index.get("key") != self.key:
-            return None
-        return read_factors([self._index(block).with_suffix(".safetensors")], index["groups"])
+        return found
 
     def save(self, block: str, factors: Sequence[GroupFactors]) -> None:
-        """Store a finished block. The index is written last, so that an incomplete block is never loaded."""
-        if self.folder is None:
-            return
-        index = self._index(block)
-        index.with_suffix(".safetensors").write_bytes(save(factor_tensors(factors)))
-        scratch = index.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"key": self.key, "groups": describe_groups(factors)}))
-        scratch.replace(index)
+        """Store a finished block."""
+        if self.folder is not None:
+            self.folder.write(block, self.key, factors)
 
-    def _index(self, block: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{hashlib.sha256(block.encode()).hexdigest()[:16]}.json"
+
+@contextmanager
+def open_blocks(path: str | os.PathLike[str]) -> Iterator[BlockFolder]:
+    """Create a folder of blocks if it is missing, and hold it. At the end it stays, unless it holds no block.
+
+    Raises:
+        OutputError: another run holds the folder, it holds something other than blocks, or it cannot be written.
+    """
+    folder = Path(path).resolve()
+    with _held(folder) as is_free:
+        if not is_free:
+            raise OutputError(
+                f"another run keeps its finished blocks in {folder}; wait until it ends, or choose another OUT."
+            )
+        for entry in sorted(folder.iterdir()):
+            if entry.name != _LOCK and not _BLOCK.fullmatch(entry.name):
+                raise OutputError(
+                    f"{folder} holds {entry.name!r}, which is no finished block of this version of glowq; move it, "
+                    "remove the folder yourself if you do not need it, or choose another OUT."
+                )
+        yield BlockFolder(folder)
+
+
+def check_blocks(path: Path) -> None:
+    """Check, before the model is loaded, that `open_blocks` will accept the folder.
+
+    Raises:
+        OutputError: see `open_blocks`.
+    """
+    with open_blocks(path):
+        pass
+
+
+def remove_blocks(path: Path) -> None:
+    """Remove the undamaged blocks of a folder, and the folder if it then is empty; nothing if another run holds it."""
+    with _held(path) as is_free:
+        if is_free:
+            BlockFolder(path).remove()
+
+
+def run_key(
+    config: GlowQConfig, reference: str, ranks: Mapping[str, int], dtype: torch.dtype, sequences: Tensor
+) -> str:
+    """A digest of everything that the factors of a run depend on. Runs with the same key can continue each other.
+
+    Args:
+        config: base, method and seed.
+        reference: what `Reference.identity` returned.
+        ranks: group name -> rank to solve.
+        dtype: dtype of the factors.
+        sequences: token ids that the blocks are calibrated on, int64, shape (n, length).
+    """
+    settings = [__version__, config.to_dict(), reference, dict(ranks), str(dtype), list(sequences.shape)]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(sequences.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder, created if it is missing; False if another run holds it. An empty folder is removed at the end."""
+    try:
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = try_lock(folder / _LOCK)
+                break
+            except FileNotFoundError:  # a run that ended has just removed the folder
+                continue
+    except OSError as error:
+        raise OutputError(f"cannot write finished blocks to {folder}: {_reason(error)}.") from error
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            unlock(lock)
+            with suppress(OSError):  # it holds blocks
+                folder.rmdir()
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[GroupFactors]]:
+    """The description and the factors of a block. Raises an error of any kind if the file is not as it was written."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    if _DESCRIPTION not in metadata:
+        raise ValueError("it is no block of this version of glowq")
+    about = metadata[_DESCRIPTION]
+    stored: dict[str, Any] = json.loads(about)
+    factors = read_factors([file], stored["groups"])
+    if _digest(about, factor_tensors(factors)) != metadata.get(_DIGEST):
+        raise ValueError("its digest is another one")
+    return stored, factors
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _reason(error: OSError) -> str:
+    return "the disk is full" if is_full(error) else str(error)

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -44,7 +45,7 @@ from ..solving.methods.base import get_method
 from ..solving.moments import OutputMoment
 from ..solving.shrinkage import effective_tokens, shrunk
 from .block_solver import BlockSolver, stops_of
-from .block_store import Resume
+from .block_store import Resume, open_blocks, run_key
 from .sequences import calibration_sequences, check_token_count, split_sequences
 
 __all__ = ["correct"]
@@ -76,7 +77,8 @@ def correct(
         reference: the full-precision model that it was made from: a folder, a Hub name ("org/model" or
             "org/model@revision"), or a model in memory.
         tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
-        resume: folder for finished blocks, so that an interrupted run continues where it stopped.
+        resume: folder for finished blocks, so that an interrupted run continues where it stopped. It is created if
+            missing, and must hold nothing else. One run at a time uses it.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
             dequantized on load, or fake-quantized ones. Every linear layer except the head is corrected.
         revision: branch, tag or commit that `model` was loaded from, if it was not the Hub's main branch. transformers
@@ -100,6 +102,7 @@ def correct(
             ("recover 80%") that the solved ranks cannot reach. For a target, as many ranks are solved as for a budget
             of 10%.
         NoImprovementError: on text that was held out, the correction makes the model's answers worse beyond chance.
+        OutputError: another run uses the folder `resume`, it holds something else, or it cannot be written.
         RoundingError: int8 factors would lose more accuracy than the saved bytes can give back.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
@@ -127,10 +130,14 @@ def correct(
     check_token_count(train, ranks)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision)
     try:
-        with Reference(reference, type(model), device=getattr(model, "device", None)) as source:
+        with (
+            nullcontext() if resume is None else open_blocks(resume) as blocks,
+            Reference(reference, type(model), device=getattr(model, "device", None)) as source,
+        ):
             source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
             source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
-            store = Resume.open(resume, config, reference, ranks, sequences)
+            key = "" if blocks is None else run_key(config, source.identity(), ranks, dtype_of_factors(model), train)
+            store = Resume(blocks, key)
             outputs = _output_moments(model, source.model, trace, train, seed) if solver.two_sided else {}
             config.record(gains=GainUnit.SECOND_ORDER if outputs else GainUnit.SQUARED_OUTPUT)
             run = BlockSolver(model, source, backends, solver, ranks, seed, store, outputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,7 +10,8 @@ from pathlib import Path
 from ...errors import ModelNotFoundError, PickleRefusedError
 from ...selection.allocation import GroupGains
 from ...utils.files import PICKLES, checkpoint_files, read_json, safe_join
-from ...utils.output import EXPORT_MANIFEST, is_result_file
+from ...utils.manifest import MANIFEST
+from ...utils.output import EXPORT_MANIFEST
 from ..config import GlowQConfig
 from ..factor_files import open_factors
 from ..saved import FACTORS_FILE
@@ -19,6 +20,22 @@ __all__ = ["SavedResult", "read_result", "stored_gains"]
 
 _TERMS = ("LICENSE*", "NOTICE*")  # glowq does not write these, but the base's license may require them
 _ADAPTER = "adapter_config.json"  # written by an export to PEFT
+_RESULT_FILES = (
+    "config.json",
+    "generation_config.json",
+    FACTORS_FILE,
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+    "budgets.png",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -72,14 +89,14 @@ def read_result(folder: Path) -> SavedResult:
         return _read_export(folder, set(found))
     config = GlowQConfig.from_dict(stored or {})
     stored_gains(folder, config)  # raises an error if a factor file is damaged
-    files = {name: path for name, path in found.items() if is_result_file(name) or _are_terms(name)}
+    files = {name: path for name, path in found.items() if _is_named(name, _RESULT_FILES + _TERMS)}
     base = config.base_model or {}
-    left_out = sorted(set(found) - set(files))
+    left_out = sorted(set(found) - {*files, MANIFEST})  # config.json and the card can change
     return SavedResult(folder, config.format, files, left_out, config, (str(base["name"]), base["revision"]))
 
 
-def _are_terms(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in _TERMS)
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)  # a * of fnmatch also matches a /
 
 
 def _read_export(folder: Path, found: set[str]) -> SavedResult:
@@ -95,7 +112,7 @@ def _read_export(folder: Path, found: set[str]) -> SavedResult:
         folder,
         "export",
         files,
-        sorted(found - set(files)),
+        sorted(found - {*files, MANIFEST}),
         None,
         (str(name), adapter.get("revision")) if name else None,
     )

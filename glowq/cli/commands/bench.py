@@ -60,7 +60,7 @@ def bench(
 
         if output is not None:
             check_plots()
-            check_output(Path(output).resolve(), kind=Kind.TIMING)
+            check_output(Path(output), kind=Kind.TIMING)
         if threads is not None:
             torch.set_num_threads(threads)
         config = load_config(model)
@@ -76,7 +76,7 @@ def bench(
         about = {"model": model, **machine(loaded), **options, "int8": int8}
         result = {**about, "rows": rows, "command": command_line(output, "DIR")}
         if output is not None:
-            _write(Path(output).resolve(), result)
+            _write(Path(output), result)
         show({**result, "output": output}, lambda: table(_title(result), _HEADINGS, _cells(result), ["model"]))
 
 
@@ -102,7 +102,7 @@ def _write(target: Path, result: dict[str, Any]) -> None:
         kinds = [kind for kind in ("first_token", "decode") if kind in corrected[0]]
         draw_timing(folder / "bench.png", corrected, kinds, _title(result))
 
-    write_directory(target, write, kind=Kind.TIMING)
+    write_directory(target, write, kind=Kind.TIMING, checked=True)
 
 
 def _title(result: dict[str, Any]) -> str:

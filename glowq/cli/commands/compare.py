@@ -136,7 +136,7 @@ def compare(
             result["tasks"] = _tasks(full, quantized, comparison.entries, tokenizer, wanted, seed)
         if output is not None:
             command = command_line(output, "DIR")
-            write_comparison(Path(output).resolve(), {**result, "command": command}, comparison.benefit)
+            write_comparison(Path(output), {**result, "command": command}, comparison.benefit)
         show({**result, "output": output}, lambda: tables(result))
 
 
@@ -158,7 +158,7 @@ def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None,
         check_tasks(tasks)
     if output is not None:
         check_plots()
-        check_output(Path(output).resolve(), kind=Kind.COMPARISON)
+        check_output(Path(output), kind=Kind.COMPARISON)
 
 
 def _sequences(config: Any, tokenizer: Any, text: str, tokens: int, sequence_length: int, seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,14 +42,14 @@ def import_(
     """
     with session(json) as show:
         from ...integrations.peft.importer import import_adapter
-        from ...utils.output import check_output
+        from ...utils.output import check_output, output_path, write_directory
 
-        target = Path(output).resolve()
+        target = output_path(output)
         check_output(target)
         config = load_config(base_model)
         model = load_model(base_model, config, _quantization(base_model, config, base))
         correction = import_adapter(adapter, model, tokenizer=_tokenizer(base_model), dense=base == "dense")
-        correction.save_pretrained(target)
+        write_directory(target, correction.write_files, checked=True)
         result = {
             "output": output,
             "adapter": adapter,

@@ -43,9 +43,9 @@ def select(
     with session(json) as show:
         from ...artifact.correction import Correction
         from ...artifact.saved import open_saved
-        from ...utils.output import check_output
+        from ...utils.output import check_output, output_path, write_directory
 
-        target = Path(output).resolve()
+        target = output_path(output)
         if target == Path(correction).resolve():
             raise OutputError(f"{target} is the correction itself, which would be lost; choose another folder.")
         check_output(target)
@@ -61,7 +61,7 @@ def select(
         of_whole = {"of_factor_bytes": whole.factors.factor_bytes, "of_held_out": None}
         selected = {**of_whole, **(provenance.selected or {}), "budget": budget}
         cut.config.record(selected=selected, command="\n".join(filter(None, (provenance.command, command))))
-        cut.save_pretrained(target)
+        write_directory(target, cut.write_files, checked=True)
         if note is not None:
             print(f"glowq: note: {note}", file=sys.stderr)
         result = {

@@ -21,6 +21,11 @@ def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | No
 
     If an error occurs, nothing is written.
 
+    Args:
+        target: folder that `check_output` accepted before the comparison.
+        result: see `glowq compare --json`.
+        benefit: what the heat map shows; None for no heat map.
+
     Raises:
         OutputError: see `write_directory`.
     """
@@ -40,7 +45,7 @@ def write_comparison(target: Path, result: dict[str, Any], benefit: Benefit | No
         if benefit is not None:
             draw_benefit(folder / "heatmap.png", benefit)
 
-    write_directory(target, write, kind=Kind.COMPARISON)
+    write_directory(target, write, kind=Kind.COMPARISON, checked=True)
 
 
 def markdown(result: dict[str, Any]) -> str:

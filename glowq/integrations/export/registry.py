@@ -69,7 +69,7 @@ def export(source: str, to: str, output: str | Path, **options: Any) -> dict[str
         manifest = {"glowq": __version__, "to": to, "options": options, **facts}
         (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
-    write_directory(target, fill, kind=Kind.EXPORT)
+    write_directory(target, fill, kind=Kind.EXPORT, checked=True)
     return {"to": to, "output": str(output), "bytes": sum(facts["files"].values()), **facts}
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...artifact.correction import Correction
 from ...artifact.request import CorrectionRequest
-from ...errors import NoImprovementError, OutputError
+from ...errors import NoImprovementError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
 from ...evaluation.improvement import is_better, not_better
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
+from ...pipeline.block_store import check_blocks, remove_blocks
 from ...quantizers.registry import base_config, with_calibration
 from ...utils.names import split_revision
-from ...utils.output import check_output, write_directory
+from ...utils.output import check_output, output_path, write_directory
 from .quantizer import correct
 
 __all__ = ["correct_checkpoint"]
@@ -51,8 +51,8 @@ def correct_checkpoint(
             checkpoint). None takes "correction" if the base can be loaded by its name, otherwise "full".
         gguf_file: GGUF file in the folder `model`, for base "dense".
         auto_class: transformers class to load the model with; None takes the class that its config names.
-        resume: store finished blocks in `<output>.resume` until the result is saved, and reuse the blocks that are
-            already there.
+        resume: store finished blocks in `<output>.resume` until the result is saved, and reuse the blocks of a run with
+            the same settings that are already there. One run at a time uses the folder.
         command: the exact command line, for the model card.
 
     Returns:
@@ -67,11 +67,11 @@ def correct_checkpoint(
         NoImprovementError: the correction is not better than none beyond chance, on text that it was not made of.
         GlowQError: see `glowq.correct`, `glowq.models.loading` and `glowq.utils.output.write_directory`.
     """
-    target = Path(output).resolve()
+    target = output_path(output)
     kept = target.with_name(f"{target.name}.resume")
     check_output(target)
     if resume:
-        _check_kept(kept)
+        check_blocks(kept)
     quantization = None if base in ("none", "dense") else base_config(base)
     config = load_config(model, gguf_file)
     source = reference_name(model, config, base, reference)
@@ -99,7 +99,7 @@ def correct_checkpoint(
         stored.record(command=command, held_out=held_out)
     _save(correction, corrected, target, format or ("correction" if correction.base_is_stored else "full"))
     if resume:
-        shutil.rmtree(kept)
+        remove_blocks(kept)
     return {
         "output": os.fspath(output),
         "groups": len(correction.ranks),
@@ -125,15 +125,6 @@ def _check_better(correction: Correction) -> None:
         raise NoImprovementError(f"the correction is not better than none: {not_better(found)}")
 
 
-def _check_kept(folder: Path) -> None:
-    """Refuse a folder that holds anything but finished blocks, because it is deleted at the end."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.suffix not in (".json", ".safetensors", ".tmp"):
-            raise OutputError(
-                f"{folder} holds {entry.name!r}, which is no finished block; move it, or choose another OUT."
-            )
-
-
 def _save(correction: Correction, model: Any, target: Path, format: str) -> None:
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -142,6 +133,4 @@ def _save(correction: Correction, model: Any, target: Path, format: str) -> None
 
     if format == "full":
         correction.config = correction.config.with_format("full")
-        write_directory(target, write)
-    else:
-        correction.save_pretrained(target)
+    write_directory(target, write if format == "full" else correction.write_files, checked=True)
