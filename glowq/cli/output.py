@@ -40,11 +40,30 @@ def session(as_json: bool) -> Iterator[Show]:
     except GlowQError as error:
         print(f"glowq: error: {one_line(error)}", file=sys.stderr)
         raise typer.Exit(1) from error
-    for result, render in results:
-        if as_json:
-            print(json.dumps(result, indent=2, allow_nan=False))
-        else:
-            _print_rich(render())
+    except Exception as error:
+        _refuse_full(error, getattr(error, "filename", None) or "a file that the command needs")
+        raise
+    try:
+        for result, render in results:
+            if as_json:
+                print(json.dumps(result, indent=2, allow_nan=False))
+            else:
+                _print_rich(render())
+        sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is sys.__stdout__:  # otherwise Python tries to write the rest again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _refuse_full(error, "the result to the standard output")
+        raise
+
+
+def _refuse_full(error: Exception, what: object) -> None:
+    """End the command with one line if `error` says that the disk is full; `what` could not be written."""
+    from ..utils.output import is_full
+
+    if is_full(error):
+        print(f"glowq: error: cannot write {what}: the disk is full.", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 @contextmanager

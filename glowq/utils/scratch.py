@@ -130,29 +130,31 @@ def _create(target: Path) -> tuple[Path, BaseFileLock]:
 def _discard(folder: Path, target: Path) -> None:
     """Remove what a temporary folder holds, or put it back."""
     new, earlier = folder / NEW, folder / EARLIER
-    if earlier.exists() and not os.path.lexists(target):
-        try:
+    try:
+        if earlier.exists() and not os.path.lexists(target):
             earlier.rename(target)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {target}, and what was there could not be put back ({error}): the earlier result is "
-                f"whole in {earlier}; move it back to {target}."
-            ) from error
-    if new.exists() and not os.path.lexists(new / MANIFEST):
-        shutil.rmtree(new)  # not complete: the manifest is written last
-    for part in (new, earlier):
-        if part.exists():
-            remove_files(part, contents_of(part).own)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {target}, and what was there could not be put back ({error}): the earlier result is whole "
+            f"in {earlier}; move it back to {target}."
+        ) from error
+    finally:
+        if new.exists() and not os.path.lexists(new / MANIFEST):
+            shutil.rmtree(new)  # not complete: the manifest is written last
+        elif new.exists():
+            remove_files(new, contents_of(new).own)
+    if earlier.exists():  # and `target` is the new result
+        remove_files(earlier, contents_of(earlier).own)
 
 
 def _remove(folder: Path, lock: BaseFileLock) -> None:
-    """Remove an empty temporary folder with its lock. Otherwise release the lock, and say that something is left."""
+    """Remove an empty temporary folder with its lock. Otherwise release the lock, and say what is left."""
     try:
         left = [entry for entry in folder.iterdir() if entry.name != _LOCK]
     except OSError:
         left = []
     if left:
-        _logger.warning("%s holds files that glowq did not write: they are kept. Move what you need.", left[0])
+        _logger.warning("%s stays: it holds what glowq may not remove. Move what you need from there.", left[0])
         lock.release()
         return
     unlock(lock)
