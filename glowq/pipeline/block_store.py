@@ -150,8 +150,12 @@ def check_blocks(path: Path) -> None:
 def remove_blocks(path: Path) -> None:
     """Remove the undamaged blocks of a folder, and the folder if it then is empty; nothing if another run holds it."""
     with _held(path) as is_free:
-        if is_free:
-            BlockFolder(path).remove()
+        if not is_free:
+            return
+        BlockFolder(path).remove()
+        left = [entry.name for entry in path.iterdir() if entry.name != _LOCK]
+        if left:
+            _logger.warning("%s stays: it holds %r, which is no undamaged block of glowq.", path, left[0])
 
 
 def run_key(

@@ -20,6 +20,7 @@ from glowq.evaluation.timing import Shape, measure, variants
 from glowq.factors.rounding import rounded
 from glowq.quantizers.model import prepare_model
 from glowq.runtime.attach import attach, attached, attached_factors, detach
+from glowq.utils.manifest import MANIFEST
 from support.cli import call, encoder, result_of
 from support.tiny import IDS, correct, corrected, load, logits, quantized, seeded, tiny_llama
 
@@ -106,7 +107,7 @@ class TestResult:
 class TestFiles:
     def test_what_the_folder_holds(self, timed: tuple[dict[str, Any], Path]) -> None:
         result, output = timed
-        assert sorted(entry.name for entry in output.iterdir()) == ["bench.json", "bench.png", "table.md"]
+        assert sorted(entry.name for entry in output.iterdir()) == ["bench.json", "bench.png", MANIFEST, "table.md"]
         stored = json.loads((output / "bench.json").read_text())
         assert stored == {name: value for name, value in result.items() if name != "output"}
         assert (output / "bench.png").read_bytes().startswith(PNG)

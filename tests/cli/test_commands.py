@@ -153,7 +153,7 @@ class TestCorrect:
 
         first, saved[:] = set(saved), []
         blocks[0].write_bytes(blocks[0].read_bytes()[:-100])
-        monkeypatch.setattr(Resume, "save", lambda self, block, factors: saved.append(block))
+        monkeypatch.setattr(Resume, "save", lambda *found: keep(*found) or saved.append(found[1]))
         assert call(*command).exit_code == 0
         assert len(saved) == 6
         assert len(first.intersection(saved)) == 1  # the damaged one

@@ -12,6 +12,7 @@ import pytest
 
 import glowq
 from glowq.cli.reports.comparison_files import markdown, write_comparison
+from glowq.utils.manifest import MANIFEST
 from glowq.utils.output import check_output
 from support import writers
 from support.bases import small_model
@@ -187,13 +188,14 @@ class TestFiles:
         for name in ("first", "second", "first"):
             assert call(*command, *few, "--output", folder / name).exit_code == 0
             contents.append({file.name: file.read_bytes() for file in (folder / name).iterdir()})
-        assert set(contents[0]) == {"compare.json", "table.md", "bytes.png", "heatmap.png"}
+        assert set(contents[0]) == {MANIFEST, "compare.json", "table.md", "bytes.png", "heatmap.png"}
         assert contents[0] == contents[1] == contents[2]
 
     def test_no_heat_map_without_a_method_that_measures_benefit(self, folder: Path, command: list[Any]) -> None:
         few = ["--methods", "svd", "--budgets", "6%"]
         assert result_of(*command, *few, "--output", folder / "svd")["benefit"] is None
-        assert sorted(file.name for file in (folder / "svd").iterdir()) == ["bytes.png", "compare.json", "table.md"]
+        found = sorted(file.name for file in (folder / "svd").iterdir())
+        assert found == ["bytes.png", "compare.json", MANIFEST, "table.md"]
 
     def test_a_folder_with_other_files_is_left_alone(self, folder: Path, command: list[Any]) -> None:
         done = call(*command, "--output", folder / "model")
@@ -201,7 +203,7 @@ class TestFiles:
         assert "is not empty" in done.stderr
 
     def test_a_comparison_is_not_replaced_by_a_correction(self, compared: tuple[dict[str, Any], Path]) -> None:
-        with pytest.raises(glowq.GlowQError, match=r"is not empty and holds 'bytes\.png'"):
+        with pytest.raises(glowq.GlowQError, match=r"a result of another kind \(comparison, not model\)"):
             check_output(compared[1])
 
     def test_for_people(self, command: list[Any]) -> None:

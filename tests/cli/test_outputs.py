@@ -1,4 +1,4 @@
-"""A full disk ends every command that writes with one line and status 1, and leaves nothing behind."""
+"""Every command that writes a folder: it removes nobody's files, and a full disk ends it with one line and status 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from glowq.cli.output import session
-from glowq.pipeline.block_store import remove_blocks
+from glowq.pipeline.block_store import open_blocks, remove_blocks
 from support.cli import call
 from support.tiny import corrected, library_texts, tiny_llama
 
@@ -58,13 +58,45 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_one_line_and_nothing_is_left(name: str, folder: Path, disk: Path) -> None:
+def run(name: str, folder: Path, out: Path) -> Any:
     names = {word.upper(): folder / word for word in ("model", "corrected", "adapter")}
-    names |= {"TRAIN": folder / "train.txt", "TEST": folder / "test.txt", "OUT": disk / "out"}
+    names |= {"TRAIN": folder / "train.txt", "TEST": folder / "test.txt", "OUT": out}
     words: list[Any] = [names.get(word, word) for word in COMMANDS[name].split()]
-    sizes = SIZES if words[0] in ("correct", "compare") else []
-    done = call(*words, *sizes, "--json")
+    return call(*words, *(SIZES if words[0] in ("correct", "compare") else []), "--json")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_only_what_a_command_wrote_is_replaced(name: str, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(name, folder, out)
+    assert done.exit_code == 0, done.stderr
+    card = out / ("README.md" if (out / "README.md").exists() else "table.md")
+    text = card.read_text()
+    for file in (card, out / "tokenizer_my_backup.txt", out / "model_finetuned_by_me.safetensors"):
+        file.write_text("mine")
+        done = run(name, folder, out)
+        assert done.exit_code == 1
+        assert re.search(rf"glowq: error: \S+ is not empty and holds '{file.name}', which [^\n]*\n", done.stderr)
+        assert file.read_text() == "mine"
+        card.write_text(text)
+        if file != card:
+            file.unlink()
+    assert run(name, folder, out).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_run_does_not_touch_the_blocks_of_the_first(folder: Path, tmp_path: Path) -> None:
+    with open_blocks(tmp_path / "out.resume"):
+        done = run("correct --resume", folder, tmp_path / "out")
+        assert done.exit_code == 1
+        assert re.fullmatch(r"glowq: error: another run keeps its finished blocks in [^\n]*\n", done.stderr)
+    assert run("correct --resume", folder, tmp_path / "out").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk(name: str, folder: Path, disk: Path) -> None:
+    done = run(name, folder, disk / "out")
     assert done.exit_code == 1, done.exception
     assert done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("glowq: error")]
@@ -82,8 +114,7 @@ def test_a_full_disk_for_temporary_files(
     monkeypatch.setattr(tempfile, "tempdir", str(disk))
     (disk / "everything").write_bytes(bytes(2**14))
     out = tmp_path_factory.mktemp("elsewhere") / "out"
-    names = {"MODEL": folder / "model", "CORRECTED": folder / "corrected", "TRAIN": folder / "train.txt", "OUT": out}
-    done = call(*(names.get(word, word) for word in COMMANDS[name].split()), *(SIZES if name == "correct" else []))
+    done = run(name, folder, out)
     if done.exit_code:  # nothing may have been needed
         assert re.search(r"glowq: error: cannot write .*: the disk is full\.", done.stderr)
         assert not [*out.parent.iterdir()]
