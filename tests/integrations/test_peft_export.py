@@ -20,6 +20,8 @@ import glowq
 from glowq.errors import ConfigError, ExportError, FingerprintError
 from glowq.integrations.export.registry import export
 from glowq.quantizers.model import prepare_model
+from glowq.utils.manifest import MANIFEST
+from glowq.utils.output import EXPORT_MANIFEST
 from support import bases, writers
 from support.cli import call, result_of
 from support.fresh_process import run_python
@@ -136,7 +138,7 @@ def test_the_files_hold_the_factors_and_nothing_else(saved: Path, source: Path, 
     assert settings["base_model_name_or_path"] == facts["base_model"] == str(source)
     assert facts["shared_bytes"] == correction.factor_bytes < facts["adapter_bytes"]
     assert (facts["least_rank"], facts["largest_rank"], facts["modules"]) == (1, 6, len(wanted) // 2)
-    assert {path.name for path in folder.iterdir()} == {*facts["files"], "glowq_export.json"}
+    assert {path.name for path in folder.iterdir()} == {*facts["files"], EXPORT_MANIFEST, MANIFEST}
 
 
 def test_both_forms_and_every_run_give_the_same_files(saved: Path, exported: Any, tmp_path: Path) -> None:
