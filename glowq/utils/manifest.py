@@ -43,7 +43,9 @@ def write_manifest(folder: Path, kind: str) -> None:
         kind: kind of the result; only a result of the same kind may replace it.
     """
     files = {name: _sha256(folder / name) for name, found in stamps(folder).items() if found is not None}
-    (folder / MANIFEST).write_text(_text(kind, files), encoding="utf-8")
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(_text(kind, files), encoding="utf-8")
+    part.replace(folder / MANIFEST)  # a folder that has a manifest is complete, also if this process is killed here
 
 
 def contents_of(folder: Path) -> Contents:

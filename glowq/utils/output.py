@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import GlowQError, OutputError
 from .manifest import Stamp, contents_of, remove_files, stamps, write_manifest
-from .scratch import EARLIER, NEW, scratch_folder, sweep
+from .scratch import EARLIER, NEW, held, scratch_folder, sweep
 
 __all__ = ["EXPORT_MANIFEST", "Kind", "check_output", "is_full", "output_path", "write_directory"]
 
@@ -65,16 +65,15 @@ def write_directory(
         with scratch_folder(target) as scratch:
             write(scratch / NEW)
             write_manifest(scratch / NEW, kind.value)
-            _move_into_place(scratch, target, kind)
+            with held(target):
+                _move_into_place(scratch, target, kind)
         missing = []
     except GlowQError:
         raise
     except Exception as error:
-        full = is_full(error)
-        if not full and not isinstance(error, OSError):
+        if not is_full(error) and not isinstance(error, OSError):
             raise
-        reason = "the disk is full" if full else str(error)
-        raise OutputError(f"cannot write {target}: {reason}. Nothing was left behind.") from error
+        raise OutputError(f"cannot write {target}: {_reason(error)}. Nothing was left behind.") from error
     finally:
         for folder in missing:
             with suppress(OSError):
@@ -91,19 +90,31 @@ def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
     """
     target = output_path(target)
     sweep(target.parent)
-    if os.path.lexists(target):
-        _own_files(target, kind)
     parent = target.parent
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{parent} is not writable; choose another folder.")
+    if not os.path.lexists(target):
+        return
+    try:
+        with held(target):
+            if os.path.lexists(target):
+                _own_files(target, kind)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {_reason(error)}.") from error
 
 
 def is_full(error: BaseException) -> bool:
     """Whether the disk is full; safetensors and tokenizers (both Rust) report this only in their message."""
     full = "No space left on device", "Disk quota exceeded"
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in full)
+
+
+def _reason(error: BaseException) -> str:
+    return "the disk is full" if is_full(error) else str(error)
 
 
 def output_path(target: str | os.PathLike[str]) -> Path:

@@ -21,7 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ..errors import OutputError
 from .manifest import MANIFEST, contents_of, remove_files
 
-__all__ = ["EARLIER", "NEW", "scratch_folder", "sweep", "temporary_folder", "try_lock", "unlock"]
+__all__ = ["EARLIER", "NEW", "held", "scratch_folder", "sweep", "temporary_folder", "try_lock", "unlock"]
 
 NEW = "new"
 """Name of the folder that is being filled, within a temporary folder."""
@@ -31,6 +31,8 @@ EARLIER = "earlier"
 _LOCK = "lock"
 _SUFFIX = ".glowq"
 _NAME = re.compile(r"\.(?P<target>.+)\.[a-z0-9_]{8}" + re.escape(_SUFFIX), re.DOTALL)  # as mkdtemp draws it
+
+_MOVING = ".moving" + _SUFFIX  # after the name of a folder: file of the lock of `held`
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +54,21 @@ def unlock(lock: BaseFileLock) -> None:
     with suppress(OSError):
         os.unlink(lock.lock_file)
     lock.release()
+
+
+@contextmanager
+def held(target: Path) -> Iterator[None]:
+    """Wait until no other process moves or checks the folder `target`, and let none do so inside this context.
+
+    Raises:
+        OSError: the file of the lock cannot be created next to `target`.
+    """
+    lock = FileLock(target.with_name(f".{target.name}{_MOVING}"), thread_local=False)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        unlock(lock)
 
 
 @contextmanager
@@ -86,20 +103,34 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
 def sweep(parent: Path) -> None:
     """Remove the temporary folders that ended processes left in `parent`, and put back what they had moved away."""
     try:
-        names = [entry.name for entry in os.scandir(parent) if _NAME.fullmatch(entry.name)]
+        names = [entry.name for entry in os.scandir(parent) if entry.name.endswith(_SUFFIX)]
     except OSError:
         return  # there is no such folder, or it cannot be read
     for name in names:
         match = _NAME.fullmatch(name)
-        assert match is not None
         try:
-            _sweep_one(parent / name, parent / match["target"])
+            if match is not None:
+                _sweep_one(parent / name, parent / match["target"])
+            elif name.startswith(".") and name.endswith(_MOVING):
+                _sweep_lock(parent / name)
         except (OSError, OutputError) as error:  # another run removes it, or it is not ours to remove
             _logger.debug("%s stays: %s", parent / name, error)
 
 
+def _sweep_lock(file: Path) -> None:
+    if file.is_symlink() or not file.is_file() or not _is_mine(file) or file.stat().st_size:
+        return  # the file of a lock is empty
+    lock = try_lock(file)
+    if lock is not None:
+        unlock(lock)
+
+
+def _is_mine(path: Path) -> bool:
+    return not hasattr(os, "geteuid") or path.lstat().st_uid == os.geteuid()
+
+
 def _sweep_one(folder: Path, target: Path) -> None:
-    if folder.is_symlink() or (hasattr(os, "geteuid") and folder.lstat().st_uid != os.geteuid()):
+    if folder.is_symlink() or not _is_mine(folder):
         return
     if not (folder / _LOCK).is_file():
         folder.rmdir()  # a process was killed before it locked the folder; one that lives creates another

@@ -323,8 +323,10 @@ def _killed(target: Path, moment: str, in_one_step: bool) -> None:
         write("new")(folder)
         if moment == "writing":
             kill()
+        if moment == "listing":
+            Path.write_text = lambda self, text, **_: kill(write_text(self, text[:10]))  # type: ignore[method-assign]
 
-    exchange, remove, rename = output._exchange, output.remove_files, Path.rename
+    exchange, remove, rename, write_text = output._exchange, output.remove_files, Path.rename, Path.write_text
     if not in_one_step:
         output._exchange = lambda first, second: False
     elif moment == "between":
@@ -338,8 +340,24 @@ def _killed(target: Path, moment: str, in_one_step: bool) -> None:
     write_directory(target, fill, kind=Kind.TIMING)
 
 
+def _write_often(target: Path, word: str) -> None:
+    for _ in range(10):
+        write_directory(target, write(word), kind=Kind.TIMING)
+
+
+def test_two_writers_replace_each_other(target: Path, step: str) -> None:
+    writers = [get_context("fork").Process(target=_write_often, args=(target, word)) for word in ("one", "two")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert any(is_whole(target, word) for word in ("one", "two"))
+    assert [*target.parent.iterdir()] == [target]
+
+
 @pytest.mark.parametrize("in_one_step", [True, False])
-@pytest.mark.parametrize("moment", ["writing", "moving", "between", "removing"])
+@pytest.mark.parametrize("moment", ["writing", "listing", "moving", "between", "removing"])
 def test_a_killed_run_loses_nothing_and_leaves_nothing_after_the_next(
     target: Path, moment: str, in_one_step: bool
 ) -> None:
@@ -348,8 +366,8 @@ def test_a_killed_run_loses_nothing_and_leaves_nothing_after_the_next(
     process.join()
     assert process.exitcode == -signal.SIGKILL
     if in_one_step or moment != "between":
-        assert is_whole(target, "old" if moment in ("writing", "moving") else "new")
-    assert len([*target.parent.iterdir()]) == (1 if moment == "between" and not in_one_step else 2)
+        assert is_whole(target, "old" if moment in ("writing", "listing", "moving") else "new")
+    assert [*target.parent.iterdir()] != [target]
     check_output(target.with_name("another"))  # the next run may write to another folder
     assert is_whole(target, "new" if moment == "removing" or (moment == "between" and in_one_step) else "old")
     assert [*target.parent.iterdir()] == [target]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from glowq.utils.scratch import scratch_folder, sweep, temporary_folder
+from glowq.utils.scratch import held, scratch_folder, sweep, temporary_folder
 
 
 def _hold(target: Path, say: object) -> None:
@@ -64,6 +64,15 @@ def test_only_folders_of_this_kind_are_looked_at(tmp_path: Path) -> None:
     sweep(tmp_path)
     assert {path for path in tmp_path.rglob("*") if path.name != "lock"} == before
     assert (tmp_path / "elsewhere" / "lock").exists()
+
+
+def test_a_lock_that_a_killed_run_left_goes(tmp_path: Path) -> None:
+    (tmp_path / ".out.moving.glowq").touch()
+    (tmp_path / ".diary.moving.glowq").write_text("mine")
+    with held(tmp_path / "another"):
+        sweep(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {".another.moving.glowq", ".diary.moving.glowq"}
+    assert {path.name for path in tmp_path.iterdir()} == {".diary.moving.glowq"}
 
 
 def test_a_folder_that_was_never_locked_goes(tmp_path: Path) -> None:
