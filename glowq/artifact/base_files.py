@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ConfigError, CorrectionError, GlowQError, PickleRefusedError, UnsafePathError
+from ..models.model_config import read_model_config
 from ..quantizers.registry import method_of
-from ..utils.files import checkpoint_files, read_json, refuse_pickles
+from ..utils.files import check_regular, checkpoint_files, refuse_pickles
 from ..utils.hub import local_snapshot
 from .config import GlowQConfig
 from .factor_files import FACTOR_KEYS
@@ -42,7 +43,8 @@ def base_folder(config: GlowQConfig) -> Path:
 
 
 def _holds_dense_weights(folder: Path) -> bool:
-    if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("quantization_config"):
+    config = folder / "config.json"
+    if check_regular(config) is None or read_model_config(config).get("quantization_config"):
         return False
     return any(folder.glob("*.safetensors"))
 

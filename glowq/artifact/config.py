@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ConfigError, NewerFormatWarning, UnknownBaseError, VersionError
-from ..utils.checks import check_int, json_object
+from ..errors import ConfigError, CorrectionError, NewerFormatWarning, UnknownBaseError, VersionError, one_line
+from ..utils.checks import check_int, check_text, json_fault, json_object, shown
 from .provenance import Provenance
 from .request import CorrectionRequest
 from .stored_fields import GROUP_FIELDS, check_base_model, check_group
@@ -32,6 +32,8 @@ Version 1 added "minor", and "sha256" to a group.
 FORMATS = ("correction", "full")
 _STORED = ("format", "base_model", "groups", "base_bytes", "provenance")
 _OF_A_CUT = ("budget", "rank_step", "max_rank")
+_LONGEST = 40  # letters of an unknown field's name that are compared with the known names
+_MOST_SHOWN = 8  # names of unknown fields in one warning
 
 
 class GlowQConfig(QuantizationConfigMixin):
@@ -84,9 +86,13 @@ class GlowQConfig(QuantizationConfigMixin):
         known = ["base", *CorrectionRequest.names(), "correction", "version", "minor", *_STORED]
         options = _known_fields("a glowq configuration", options, known, minor)
         if format not in FORMATS:
-            raise ConfigError(f"format must be one of {', '.join(FORMATS)}, found {format!r}.")
+            raise ConfigError(f"format must be one of {', '.join(FORMATS)}, found {shown(format)}.")
+        for name, value in (("base", base), ("base_model", base_model), ("groups", groups), ("provenance", provenance)):
+            fault = json_fault(value)
+            if fault is not None:
+                raise ConfigError(f"{name} in config.json {fault}; refused.")
         # A stored base may need a library that is not installed. It stays a dict until a model is loaded.
-        self.base = dict(base) if groups is not None and isinstance(base, Mapping) else base_settings(base)
+        self.base = _stored_base(base) if groups is not None else base_settings(base)
         self.format = format
         self.correction = correction
         self.base_bytes = base_bytes
@@ -118,6 +124,8 @@ class GlowQConfig(QuantizationConfigMixin):
             raise ConfigError(f"{asked[0]} asks for a correction, and this configuration stores one that was made.")
         self.method, self.seed = options.get("method", "glowq"), options.get("seed", 0)
         check_int("seed", self.seed, 0)
+        check_text("method", self.method)
+        check_int("base_bytes in config.json", self.base_bytes, 0, optional=True)
         check_base_model(self.base_model)
 
     @property
@@ -194,6 +202,25 @@ class GlowQConfig(QuantizationConfigMixin):
         config = cls(**{**config_dict, **kwargs})
         return (config, {}) if return_unused_kwargs else config
 
+    @classmethod
+    def of_file(cls, where: str, stored: Mapping[str, Any]) -> GlowQConfig:
+        """The finished correction that a config.json describes.
+
+        Args:
+            where: the folder or Hub name, for the message.
+            stored: its `quantization_config`.
+
+        Raises:
+            CorrectionError: it describes no finished correction.
+            ConfigError: a field is unknown or damaged.
+            VersionError: the fields were written by a newer format.
+        """
+        if stored.get("groups") is None:
+            raise CorrectionError(
+                f"{where}: its config.json names glowq and holds no groups of a correction; download or correct again."
+            )
+        return cls(**stored)
+
 
 def _check_version(version: Any, minor: Any) -> None:
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -211,15 +238,16 @@ def _known_fields(where: str, found: Mapping[str, Any], known: Iterable[str], mi
     If `minor` is newer than this glowq, other fields are left out with a warning. Otherwise they are an error.
     """
     known = list(known)
-    unknown = sorted(set(found) - set(known))
+    unknown = sorted(map(str, set(found) - set(known)))
     if unknown and minor <= FORMAT_MINOR:
-        near = get_close_matches(unknown[0], known, n=1)
+        near = get_close_matches(unknown[0][:_LONGEST], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known fields: {', '.join(known)}."
-        raise ConfigError(f"unknown field {unknown[0]!r} in {where}.{hint}")
+        raise ConfigError(f"unknown field {shown(unknown[0])} in {where}.{hint}")
     if unknown:
         warnings.warn(
-            f"{where} holds {', '.join(map(repr, unknown))}, which format {FORMAT_VERSION}.{minor} has. The installed "
-            f"glowq reads format {FORMAT_VERSION}.{FORMAT_MINOR} and ignores this. Upgrade: pip install -U glowq",
+            f"{where} holds {', '.join(map(shown, unknown[:_MOST_SHOWN]))}, which format {FORMAT_VERSION}.{minor} has. "
+            f"The installed glowq reads format {FORMAT_VERSION}.{FORMAT_MINOR} and ignores this. "
+            "Upgrade: pip install -U glowq",
             NewerFormatWarning,
             stacklevel=4,
         )
@@ -269,6 +297,7 @@ def base_settings(base: Any) -> Any:
 
     Raises:
         UnknownBaseError: no such name or method, or its library is not installed.
+        ConfigError: a field of the dict holds a value that no quantizer has there, or `base` is something else.
     """
     if isinstance(base, str):
         from ..quantizers.registry import base_config
@@ -277,7 +306,9 @@ def base_settings(base: Any) -> Any:
     if isinstance(base, Mapping):
         from ..quantizers.libraries.dense import DenseConfig
         from ..quantizers.registry import backend_of, check_installed, method_of
+        from ..quantizers.settings import check_settings
 
+        check_settings("base", base)
         if method_of(base) == "dense":  # a method that transformers does not have
             return DenseConfig()
         backend = backend_of(base)
@@ -287,6 +318,19 @@ def base_settings(base: Any) -> Any:
 
         try:
             return AutoQuantizationConfig.from_dict(dict(base))
-        except (ValueError, TypeError) as error:
-            raise UnknownBaseError(f"base is no quantization config that transformers can read: {error}") from error
+        except Exception as error:  # the libraries' classes raise whatever they meet in a wrong field
+            raise UnknownBaseError(
+                f"base is no quantization config that transformers can read: {type(error).__name__}: {one_line(error)}"
+            ) from error
+    if base is not None and not hasattr(base, "to_dict"):
+        raise ConfigError(f"base must be a name, a quantization config or its JSON object, found {shown(base)}.")
     return base
+
+
+def _stored_base(base: Any) -> Any:
+    if not isinstance(base, Mapping):
+        return base_settings(base)
+    from ..quantizers.settings import check_settings
+
+    check_settings("base in config.json", base)
+    return dict(base)

@@ -20,6 +20,7 @@ from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..factors.int8 import SCALE_BYTES, Packed, pack, unpack
 from ..selection.allocation import GroupGains
+from ..utils.files import check_regular
 
 __all__ = [
     "FACTOR_KEYS",
@@ -192,6 +193,7 @@ def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
 
     Raises:
         CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
+        ReadError: a file is no regular file.
     """
     with ExitStack() as stack:
         tensors = _open(files, stack)
@@ -222,7 +224,7 @@ def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
 def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]]:
     tensors: dict[str, tuple[Any, Path]] = {}
     for file in files:
-        if not file.is_file():
+        if check_regular(file) is None:
             raise CorrectionError(f"{file} is missing; download the correction again.")
         try:
             opened = stack.enter_context(safe_open(file, framework="pt"))

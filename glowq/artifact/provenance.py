@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from ..errors import ConfigError
 from ..factors.units import GainUnit
-from ..utils.checks import check_amount, check_int
+from ..utils.checks import check_amount, check_int, check_text, is_number, shown
 
 __all__ = ["Benefit", "HeldOut", "Improvement", "Provenance", "RoundingCost", "Selected"]
 
@@ -59,6 +59,10 @@ class Improvement(TypedDict, total=False):
     benefit: Benefit
 
 
+_COUNTS = frozenset({"tokens", "of_factor_bytes"})
+_FIGURES = frozenset(key for kind in (HeldOut, RoundingCost, Selected, Benefit, Improvement) for key in kind.__annotations__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """How a correction was made. A field is None if it is unknown or does not apply.
@@ -104,9 +108,13 @@ class Provenance:
         for name in ("calibration_tokens", "sequence_length", "measured_tokens", "distilled_steps"):
             check_int(f"provenance.{name}", getattr(self, name), 0, optional=True)
         for name in ("glowq", "factor_dtype", "command", "adapter_base"):
-            self._check_kind(name, str, "a text")
-        for name in ("not_restored", "int8", "improvement", "held_out", "selected"):
-            self._check_kind(name, Mapping, "a JSON object")
+            check_text(f"provenance.{name}", getattr(self, name), optional=True)
+        for name in ("int8", "improvement", "held_out", "selected"):
+            if getattr(self, name) is not None:
+                _check_figures(f"provenance.{name}", getattr(self, name))
+        if self.not_restored is not None:
+            for group, benefit in _items("provenance.not_restored", self.not_restored):
+                _check_figures(f"provenance.not_restored of group {group!r}", benefit)
         if self.total is not None:
             check_amount("provenance.total", self.total)
         if self.gains is not None:
@@ -114,11 +122,6 @@ class Provenance:
                 units = ", ".join(repr(unit.value) for unit in GainUnit)
                 raise ConfigError(f"provenance.gains in config.json must be one of {units}, found {self.gains!r}.")
             object.__setattr__(self, "gains", GainUnit(self.gains))  # a file holds it as text
-
-    def _check_kind(self, name: str, kind: type, what: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not isinstance(value, kind):
-            raise ConfigError(f"provenance.{name} in config.json must be {what}, found {type(value).__name__}.")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -129,3 +132,42 @@ class Provenance:
         """The fields that config.json stores: all that are not None."""
         known = {name: getattr(self, name) for name in self.names() if getattr(self, name) is not None}
         return {name: value.value if isinstance(value, GainUnit) else value for name, value in known.items()}
+
+
+def _items(name: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} in config.json must be a JSON object, found {type(value).__name__}.")
+    return list(value.items())
+
+
+def _check_figures(name: str, figures: Any) -> None:
+    """Refuse figures of `HeldOut`, `RoundingCost`, `Selected`, `Improvement` or `Benefit` that are not of their types.
+
+    A field that this version does not know is accepted if it is a plain value, because another minor version of the
+    format may write it.
+
+    Raises:
+        ConfigError: the message names the field.
+    """
+    for key, value in _items(name, figures):
+        field = f"{name}.{key}"
+        if key in _COUNTS:
+            check_int(field, value, 0, optional=name.endswith("selected"))
+        elif key in ("of_held_out", "benefit"):
+            if value is not None:
+                _check_figures(field, value)
+        elif key == "recovered_ci95":
+            pair = [None, None] if value is None else value
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_figure, pair)):
+                raise ConfigError(f"{field} in config.json must be two numbers, found {shown(value)}.")
+        elif key == "budget":
+            if not (value is None or is_number(value)):
+                check_text(field, value)
+        elif key in _FIGURES and not _is_figure(value):
+            raise ConfigError(f"{field} in config.json must be a number, found {shown(value)}.")
+        elif not (_is_figure(value) or isinstance(value, str | bool)):
+            raise ConfigError(f"{field} in config.json must be a number or a text, found {shown(value)}.")
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or is_number(value)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelNotFoundError
+from ..models.model_config import read_model_config
 from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest, parse_budget, parse_target
 from ..selection.ranks import check_measured, choose_ranks
 from ..selection.rounding import stored_as
-from ..utils.files import read_json, refuse_pickles
+from ..utils.files import refuse_pickles
 from ..utils.hub import local_snapshot
 from .config import GlowQConfig
 from .factor_files import StoredFactors, open_factors
@@ -91,11 +92,11 @@ def open_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> Iterator[Save
     """
     folder = local_snapshot(path, **hub_kwargs)
     refuse_pickles(folder)
-    model_config = read_json(folder / "config.json")
+    model_config = read_model_config(folder / "config.json")
     stored = model_config.pop("quantization_config", None)
     if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
         raise ModelNotFoundError(f"{path}: its config.json names no glowq correction.")
-    config = GlowQConfig.from_dict(stored)
+    config = GlowQConfig.of_file(os.fspath(path), stored)
     if config.format != "correction":
         raise ModelNotFoundError(
             f"{path} is a self-contained glowq model, not a correction: load it with from_pretrained."

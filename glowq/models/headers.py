@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CorrectionError, ModelNotFoundError
 from ..quantizers.base import StoredModule
-from ..utils.files import checkpoint_files, read_json, refuse_pickles
+from ..utils.files import checkpoint_files, refuse_irregular, refuse_pickles
 from ..utils.hub import local_snapshot
+from .model_config import read_model_config
 
 if TYPE_CHECKING:
     from huggingface_hub.utils._safetensors import SafetensorsFileMetadata
@@ -83,7 +84,8 @@ def read_headers(name: str) -> Headers:
     gguf = _gguf_files(entry.name for entry in path.iterdir())
     if gguf:
         return Headers({}, gguf=gguf)
-    config = read_json(path / "config.json")
+    refuse_irregular(path)
+    config = read_model_config(path / "config.json")
     if (path / _HQQ_PICKLE).is_file():
         return Headers(config, hqq=True)
     refuse_pickles(path)
@@ -102,7 +104,7 @@ def _read_hub(name: str) -> Headers:
         gguf = _gguf_files(files)
         if gguf:
             return Headers({}, gguf=gguf)
-        config = read_json(Path(hf_hub_download(name, "config.json")))
+        config = read_model_config(Path(hf_hub_download(name, "config.json")))
         if _HQQ_PICKLE in files:
             return Headers(config, hqq=True)
         found = [api.parse_safetensors_file_metadata(name, file) for file in files if file.endswith(".safetensors")]

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, GlowQError, ModelNotFoundError, ReadError, one_line
-from ..utils.files import refuse_pickles
+from ..errors import ConfigError, CorrectionError, GlowQError, ModelNotFoundError, ReadError, one_line
+from ..utils.files import refuse_irregular, refuse_pickles
 from ..utils.names import split_revision
+from .model_config import read_model_config
 
 __all__ = [
     "load_config",
@@ -33,12 +34,19 @@ def loading(name: str) -> Iterator[None]:
     Raises:
         ModelNotFoundError: the model does not exist.
         ReadError: a file of it cannot be read.
+        CorrectionError: a safetensors file of it is corrupt or truncated.
         ConfigError: a library refuses its configuration or its files.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
     except GlowQError:
         raise
+    except SafetensorError as error:
+        raise CorrectionError(
+            f"a safetensors file of {name!r} is corrupt or truncated ({one_line(error)}); download or save it again."
+        ) from error
     except OSError as error:
         # Errors of transformers and huggingface_hub have none. Any other number than ENOENT is of an existing file.
         if error.errno not in (None, errno.ENOENT):
@@ -61,15 +69,46 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
 
     if Path(name).is_dir():
         refuse_pickles(Path(name))
+        refuse_irregular(Path(name))
     if gguf_file is None:
         _refuse_unnamed_gguf(Path(name))
     try:
-        with loading(name):
+        with loading(name), _parsing(name, "config.json"):
+            if gguf_file is None:
+                _check_config(name)
             return AutoConfig.from_pretrained(**_named(name), trust_remote_code=False, **_gguf(gguf_file))
     except ModelNotFoundError as error:
         if Path(name).is_dir():
             raise
         raise ModelNotFoundError(f"no folder {name!r}, and no such model was found on the Hub; {error}") from error
+
+
+def _check_config(name: str) -> None:
+    """Refuse a config.json that would harm transformers, before transformers reads it."""
+    from transformers.utils.hub import cached_file
+
+    named = _named(name)
+    file = cached_file(named.pop("pretrained_model_name_or_path"), "config.json", **named)
+    if file is not None:
+        read_model_config(Path(file))
+
+
+@contextmanager
+def _parsing(name: str, file: str) -> Iterator[None]:
+    """Turn whatever a library raises about the content of a file into an error of glowq.
+
+    Raises:
+        ConfigError: the library raised something that is neither an error of glowq nor about a missing file.
+    """
+    try:
+        yield
+    except (GlowQError, OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # a parser that meets a value of another type raises anything
+        raise ConfigError(
+            f"the {file} of {name!r} is damaged, or no installed library reads it ({type(error).__name__}: "
+            f"{one_line(error)}); download or save it again."
+        ) from error
 
 
 def _named(name: str) -> dict[str, str]:
@@ -129,12 +168,23 @@ def load_model(
 
 
 def model_class(config: Any) -> Any:
-    """Return the class that `architectures` of config.json names, or else the auto class for the model type."""
+    """Return the class that `architectures` of config.json names, or else the auto class for the model type.
+
+    Raises:
+        ConfigError: the class is for another model type.
+    """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    if found is not None:
+    name = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    # Any other attribute of transformers, such as a function, is none of a model's business.
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is not None:
+        if not isinstance(config, found.config_class):
+            raise ConfigError(
+                f"config.json names the architecture {name}, which is for {found.config_class.__name__}, and the model "
+                f"type {config.model_type!r}: they contradict each other."
+            )
         return found
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
@@ -159,13 +209,16 @@ def load_tokenizer(*names: str | None) -> Any:
 
     Raises:
         ModelNotFoundError: none of them has one.
+        ConfigError: its files are damaged.
     """
     from transformers import AutoTokenizer
 
     given = [name for name in names if name]
     for name in given:
         if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
-            with loading(name):
+            if Path(name).is_dir():
+                refuse_irregular(Path(name))
+            with loading(name), _parsing(name, "tokenizer.json"):
                 return AutoTokenizer.from_pretrained(**_named(name), trust_remote_code=False)
     raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
 

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import copy
+import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
 
-__all__ = ["check_amount", "check_int", "json_object"]
+__all__ = ["check_amount", "check_int", "check_text", "is_number", "json_fault", "json_object", "shown"]
+
+_DEEPEST = 64  # levels of nested objects and lists; the config.json of real models has fewer than ten
+_LARGEST = 2**63  # whole numbers below it fit into the tensors and counters that they end in
+
+
+def shown(value: Any) -> str:
+    """The `repr` of a value for an error message, cut to a line if it is longer."""
+    try:
+        return reprlib.repr(value)
+    except (ValueError, RecursionError):  # Python refuses to write a whole number of more than 4,300 digits
+        return f"a {type(value).__name__} too long to print"
+
+
+def json_fault(value: Any) -> str | None:
+    """Why a value parsed from JSON cannot be used, as the end of a sentence; None if it can.
+
+    Values that are nested too deeply end in a RecursionError as soon as they are copied, and lone surrogates cannot be
+    printed or written to a file.
+    """
+    left = [(value, 0)]
+    while left:
+        item, depth = left.pop()
+        if isinstance(item, str):
+            if not item.isascii() and any("\ud800" <= letter <= "\udfff" for letter in item):
+                return f"holds the text {shown(item)}, which has a lone surrogate"
+        elif isinstance(item, (Mapping, list, tuple)):
+            if depth == _DEEPEST:
+                return f"is nested more than {_DEEPEST} levels deep"
+            inner = [*item.keys(), *item.values()] if isinstance(item, Mapping) else item
+            left += [(each, depth + 1) for each in inner]
+    return None
 
 
 def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> None:
@@ -19,8 +52,8 @@ def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> N
     """
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, found {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, found {shown(value)}.")
 
 
 def check_amount(name: str, value: Any) -> None:
@@ -29,8 +62,27 @@ def check_amount(name: str, value: Any) -> None:
     Raises:
         ConfigError: the message names the field.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ConfigError(f"{name} in config.json must be a number of at least 0, found {value!r}.")
+    if not is_number(value) or value < 0:
+        raise ConfigError(f"{name} in config.json must be a number of at least 0, found {shown(value)}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a whole number of at most 64 bits or a finite float; True and False are no numbers."""
+    if isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < _LARGEST
+
+
+def check_text(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise an error unless `value`, a field of config.json, is a text without NUL; None is valid if `optional`.
+
+    Raises:
+        ConfigError: the message names the field.
+    """
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or "\0" in value:
+        raise ConfigError(f"{name} in config.json must be a text, found {shown(value)}.")
 
 
 def json_object(name: str, value: Any) -> dict[str, Any]:

@@ -3,43 +3,119 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import CorrectionError, ModelNotFoundError, PickleRefusedError, UnsafePathError
+from ..errors import CorrectionError, ModelNotFoundError, PickleRefusedError, ReadError, UnsafePathError
+from .checks import json_fault
 
-__all__ = ["PICKLES", "checkpoint_files", "read_json", "refuse_only_pickles", "refuse_pickles", "safe_join"]
+__all__ = [
+    "PICKLES",
+    "check_regular",
+    "checkpoint_files",
+    "read_json",
+    "refuse_irregular",
+    "refuse_only_pickles",
+    "refuse_pickles",
+    "safe_join",
+]
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_READ = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja")  # files that a library may open by itself
+_LARGEST_JSON = 8 * 2**20  # bytes. The largest real ones, of models with many experts, take about two million
+_LARGEST_INDEX = 32 * 2**20  # the index of a model with 150,000 tensors takes 14 million
+_MOST_DIGITS = 40  # of a whole number; tokenizers write 10^30 for "no limit"
+_MOST_CONTAINERS = 10**6  # an empty list takes 3 bytes in a file, and 64 in memory
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def check_regular(path: Path) -> int | None:
+    """The size of a regular file in bytes; None if nothing is there.
+
+    Opening a named pipe waits for ever, and a device may never end, so that no other kind of file is opened.
+
+    Raises:
+        ReadError: it is no regular file, or the links to it are a loop, or it cannot be reached.
+    """
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ReadError(f"{str(path)!r} cannot be read: {reason}.") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a named pipe, a socket or a device"
+        raise ReadError(f"{path} is {kind}; expected a regular file. Download or save the model again.")
+    return found.st_size
+
+
+def refuse_irregular(folder: Path) -> None:
+    """Raise an error if a file that a library would open in a folder is no regular file.
+
+    Raises:
+        ReadError: see `check_regular`.
+    """
+    for entry in sorted(folder.iterdir()):
+        if entry.name.endswith(_READ):
+            check_regular(entry)
+
+
+def read_json(path: Path, *, largest: int = _LARGEST_JSON) -> dict[str, Any]:
     """Read a file that holds a JSON object.
+
+    NaN and Infinity are accepted, because the config.json of some models holds them. glowq checks its own numbers.
+
+    Args:
+        path: the file.
+        largest: refuse a file of more bytes.
 
     Raises:
         ModelNotFoundError: the file does not exist.
-        CorrectionError: the file does not hold a JSON object.
+        ReadError: it is no regular file, or cannot be read.
+        CorrectionError: the file does not hold a JSON object, or one that is too large or nested too deeply, or with
+            numbers or characters that cannot be used.
     """
+    size = check_regular(path)
+    if size is None:
+        raise ModelNotFoundError(f"{path} does not exist; expected the folder of a saved model.")
+    if size > largest:
+        raise CorrectionError(f"{path} has {size:,} bytes, and no such file of a model has more than {largest:,}.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"{path} does not exist; expected the folder of a saved model.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > _MOST_CONTAINERS:
+            raise CorrectionError(f"{path} holds more than {_MOST_CONTAINERS:,} lists and objects; refused.")
+        value = json.loads(text, parse_int=_whole)
+    except OSError as error:
+        raise ReadError(f"{path} cannot be read: {error.strerror}.") from error
+    except RecursionError:
+        raise CorrectionError(f"{path} is nested too deeply; refused.") from None
+    except ValueError as error:
         raise CorrectionError(f"{path} is not valid JSON ({error}); download it again.") from error
     if not isinstance(value, dict):
         raise CorrectionError(f"{path} holds {type(value).__name__}, expected a JSON object.")
+    fault = json_fault(value)
+    if fault is not None:
+        raise CorrectionError(f"{path} {fault}; refused.")
     return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
 
 
 def safe_join(folder: Path, name: str) -> Path:
     """Return `folder/name`, or raise an error if `name` points outside of `folder`.
 
     Raises:
-        UnsafePathError: `name` is an absolute path, or contains ".." or ":".
+        UnsafePathError: `name` is an absolute path, or contains "..", ":" or NUL.
     """
     pure = PurePosixPath(name.replace("\\", "/"))
-    if pure.is_absolute() or ".." in pure.parts or ":" in name:
+    if pure.is_absolute() or ".." in pure.parts or ":" in name or "\0" in name:
         raise UnsafePathError(f"{name!r} in {folder} points outside its repository; refused.")
     return folder / pure
 
@@ -79,13 +155,36 @@ def checkpoint_files(folder: Path) -> list[str]:
         ModelNotFoundError: there are no safetensors weights, or a shard is missing.
         PickleRefusedError: the weights are stored only as pickles.
         UnsafePathError: the index names a file outside the folder.
+        CorrectionError: the index is damaged.
+        ReadError: a shard or the index is no regular file.
     """
     refuse_pickles(folder)
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if check_regular(index) is not None:
+        names = _named_shards(index)
+    elif not (folder / names[0]).exists():
+        _refuse_variant(folder)
     files = [safe_join(folder, name) for name in names]
     for file in files:
-        if not file.is_file():
+        if check_regular(file) is None:
             raise ModelNotFoundError(f"{file} is missing: the checkpoint in {folder} is incomplete.")
     return [str(file) for file in files]
+
+
+def _named_shards(index: Path) -> list[str]:
+    shards = read_json(index, largest=_LARGEST_INDEX).get("weight_map", {})
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CorrectionError(f"the weight_map of {index} must name a file for every tensor; download it again.")
+    return sorted(set(names))
+
+
+def _refuse_variant(folder: Path) -> None:
+    """Raise an error if the weights of a folder are complete, but stored under a variant's name."""
+    variants = sorted(entry.name for entry in folder.glob("model.*.safetensors*") if entry.name.count(".") >= 2)
+    variants = [name for name in variants if name.endswith((".safetensors", ".safetensors.index.json"))]
+    if variants:
+        raise ModelNotFoundError(
+            f"the weights in {folder} are stored as a variant ({variants[0]}), and glowq reads model.safetensors. Load "
+            "them with variant=..., and save the model again without it."
+        )

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import ConfigError, GlowQError, HubError, ModelNotFoundError, OutputError, ReadError
-from .files import refuse_only_pickles
+from .files import refuse_irregular, refuse_only_pickles
 from .names import split_revision
 
 __all__ = ["asking_hub", "local_snapshot"]
@@ -43,8 +43,10 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
         HubError: the repository is gated, the token is not valid, or the Hub cannot be reached.
         PickleRefusedError: the repository stores its weights only as pickles, which are not downloaded.
         OutputError: the disk is full.
+        ReadError: a file of the folder is no regular file.
     """
     if os.path.isdir(name):
+        refuse_irregular(Path(name))
         return Path(name)
     name, revision = split_revision(name)
     if revision is not None:

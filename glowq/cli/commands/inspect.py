@@ -183,7 +183,7 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
     from ...selection.allocation import GroupGains
     from ...selection.curve import budget_curve
 
-    config = GlowQConfig.from_dict({**stored, "base": None})  # without the base, whose library may not be installed
+    config = GlowQConfig.of_file(model, stored)
     groups = [_group(model, name, group, headers) for name, group in (config.groups or {}).items()]
     factor_bytes = sum(group["bytes"] for group in groups)
     group_gains = [

@@ -26,8 +26,9 @@ from ...artifact.correction import Correction
 from ...artifact.factor_files import FACTOR_KEYS, factor_tensors, read_factors, with_checksums
 from ...artifact.fingerprint import verify_fingerprint
 from ...artifact.request import CorrectionRequest
-from ...errors import ConfigError
+from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
+from ...models.model_config import read_model_config
 from ...pipeline import correct as pipeline
 from ...pipeline.sequences import calibration_sequences
 from ...quantizers.libraries.dense import adopt_dense
@@ -42,7 +43,6 @@ from ...quantizers.registry import (
 )
 from ...runtime.attach import attach, attached, attached_factors, factor_dtype, set_aside
 from ...runtime.fast_kernels import refuse_rewritten
-from ...utils.files import read_json
 from .delegation import DelegatingHfQuantizer, LibraryHfQuantizer, Refusal
 from .merge import merge_into_dense
 
@@ -63,6 +63,11 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
     def __init__(self, quantization_config: GlowQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         config = quantization_config
+        if self.pre_quantized and not config.is_stored:
+            raise CorrectionError(
+                "the config.json of this model names glowq and holds no groups of a correction; download or correct "
+                "again. A request for a correction is given to from_pretrained, and is never taken from a file."
+            )
         if config.base is None and config.is_stored:
             raise ConfigError(
                 "no config.json says how this correction's base is quantized, so transformers cannot load it. Load the "
@@ -79,7 +84,8 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         self.glowq_config = config
         if config.is_stored and config.format == "correction":
             self._base_folder = base_folder(config)
-            self.pre_quantized = read_json(self._base_folder / "config.json").get("quantization_config") is not None
+            base_config = read_model_config(self._base_folder / "config.json")
+            self.pre_quantized = base_config.get("quantization_config") is not None
         self._calibration = calibration
         self._use(base_settings(config.base))
         if not self.pre_quantized and calibration is None and is_calibrated(self.quantization_config):
