@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ConfigError, CorrectionError, GlowQError, PickleRefusedError, UnsafePathError
+from ..errors import ConfigError, CorrectionError, FingerprintError, GlowQError, PickleRefusedError, UnsafePathError
 from ..models.model_config import read_model_config
 from ..quantizers.registry import method_of
 from ..utils.files import check_regular, checkpoint_files, refuse_pickles
@@ -20,7 +22,18 @@ from .config import GlowQConfig
 from .factor_files import FACTOR_KEYS
 from .saved import FACTORS_FILE
 
-__all__ = ["base_folder", "base_shards", "model_shards", "original_tensors", "refuse_unsafe"]
+__all__ = ["base_folder", "base_shards", "check_same_model", "model_shards", "original_tensors", "refuse_unsafe"]
+
+_SIZES = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 def base_folder(config: GlowQConfig) -> Path:
@@ -54,10 +67,52 @@ def base_shards(folder: Path) -> list[str]:
 
     Raises:
         ConfigError: the folder holds a correction, not a base model.
+        CorrectionError: a shard is corrupt or truncated.
     """
     if (folder / FACTORS_FILE).is_file():
         raise ConfigError(f"the base {folder} is itself a correction; name the quantized or full-precision model.")
-    return checkpoint_files(folder)
+    shards = checkpoint_files(folder)
+    for shard in shards:
+        check_readable(shard)
+    return shards
+
+
+def check_readable(shard: str) -> None:
+    """Refuse a safetensors file whose header does not fit the file. Its values are not read.
+
+    Raises:
+        CorrectionError: the file is corrupt or truncated.
+    """
+    try:
+        with safe_open(shard, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CorrectionError(f"{shard} is corrupt or truncated ({error}); download or save it again.") from error
+
+
+def check_same_model(folder: Path, config: Any) -> None:
+    """Refuse a base folder that holds a model of other sizes than the one that the correction was made for.
+
+    The fingerprint could not be compared: transformers cannot load such weights at all.
+
+    Args:
+        folder: the base's folder.
+        config: the transformers config that the correction is stored with.
+
+    Raises:
+        FingerprintError: the message names the first size that differs.
+    """
+    stored = read_model_config(folder / "config.json")
+    inner = stored.get("text_config")
+    if stored.get("model_type") != config.model_type and isinstance(inner, dict):
+        stored = inner  # a text model that was taken out of a larger one
+    for name in _SIZES:
+        expected, found = getattr(config, name, None), stored.get(name)
+        if found is not None and expected is not None and found != expected:
+            raise FingerprintError(
+                f"the base {folder} is another model now: {name} is {found!r} in its config.json, and {expected!r} in "
+                "that of the correction. Restore the base that it was made for, or correct the new one."
+            )
 
 
 def model_shards(model: Any, revision: str | None) -> list[str]:
@@ -119,8 +174,8 @@ def refuse_unsafe(files: Sequence[str], source: Any, config: GlowQConfig) -> Non
 
     Raises:
         PickleRefusedError: a shard is not a safetensors file, or its folder holds weights only as pickles.
-        UnsafePathError: a shard lies outside the folder `source`; or a correction from the Hub names a local folder as
-            its base.
+        UnsafePathError: a shard lies outside the folder `source`; or a correction from the Hub or from its cache names
+            a local folder as its base.
     """
     for file in files:
         refuse_pickles(Path(file).parent)
@@ -131,8 +186,24 @@ def refuse_unsafe(files: Sequence[str], source: Any, config: GlowQConfig) -> Non
         outside = [file for file in files if os.path.commonpath([root, os.path.abspath(file)]) != root]
         if outside:
             raise UnsafePathError(f"{source} names {outside[0]!r}, which lies outside its folder; refused.")
-    elif config.format == "correction" and os.path.isabs((config.base_model or {})["name"]):
-        raise UnsafePathError(
-            f"{source} names the local folder {(config.base_model or {})['name']!r} as its base; refused. Its author "
-            "should push the base first."
-        )
+    if config.format == "correction" and _is_of_hub(source):
+        _refuse_local(source, str((config.base_model or {})["name"]))
+
+
+def _is_of_hub(source: Any) -> bool:
+    """Whether files come from the Hub: by a repository's name, or from its folder in the cache."""
+    path = Path(source).resolve()
+    in_cache = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+    return in_cache or not os.path.isdir(source)
+
+
+def _refuse_local(source: Any, name: str) -> None:
+    """Refuse a base that is a local folder, because a stranger must not choose what is read from this machine."""
+    try:
+        validate_repo_id(name)
+        advice = "If it means the Hub's repository of that name, load it from another working directory."
+        refused = os.path.lexists(name)
+    except HFValidationError:
+        advice, refused = "Its author should push the base first.", True
+    if refused:
+        raise UnsafePathError(f"{source} names the local folder {name!r} as its base; refused. {advice}")

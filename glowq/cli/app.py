@@ -19,7 +19,7 @@ from .commands.run import run
 from .commands.select import select
 from .commands.verify import verify
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -61,10 +61,5 @@ def _options(
 ) -> None:
     """Give quantized language models their accuracy back with group-shared low-rank correction.
 
-    Exit status: 0 done, 1 failed, 2 wrong usage.
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C.
     """
-
-
-def main() -> None:
-    """Entry point of the `glowq` command."""
-    app(prog_name="glowq")

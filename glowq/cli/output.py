@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
@@ -15,7 +16,16 @@ import typer
 from ..errors import GlowQError, one_line
 from ..utils.logging import quiet
 
-__all__ = ["command_line", "grid", "markdown_table", "peak_rss_bytes", "session", "table"]
+__all__ = [
+    "command_line",
+    "grid",
+    "markdown_table",
+    "note",
+    "peak_rss_bytes",
+    "session",
+    "table",
+    "visible",
+]
 
 Show = Callable[[dict[str, Any], Callable[[], Any]], None]
 
@@ -24,7 +34,9 @@ _WIDTH = 160  # width of tables that are not printed to a terminal
 
 @contextmanager
 def session(as_json: bool) -> Iterator[Show]:
-    """Run a command. Only its result is printed to stdout; a `GlowQError` ends it with one line and status 1.
+    """Run a command. Only its result is printed to stdout.
+
+    A `GlowQError` ends it with one line and status 1. `glowq.cli.entry` ends it after Ctrl-C.
 
     Args:
         as_json: print the result as JSON, not as tables.
@@ -38,7 +50,7 @@ def session(as_json: bool) -> Iterator[Show]:
             _quiet_progress_bars()
             yield lambda result, render: results.append((result, render))
     except GlowQError as error:
-        print(f"glowq: error: {one_line(error)}", file=sys.stderr)
+        _say(f"error: {one_line(error)}")
         raise typer.Exit(1) from error
     except Exception as error:
         _refuse_full(error, getattr(error, "filename", None) or "a file that the command needs")
@@ -94,10 +106,42 @@ def _quiet_progress_bars() -> None:
             sys.modules["transformers.utils.logging"].disable_progress_bar()
 
 
+def visible(text: str) -> str:
+    """The text with its control characters written out, as in "\\x1b[31m"; line breaks and tabs stay.
+
+    Names and figures come from files of strangers, and a terminal obeys what it is sent: an escape sequence can change
+    its title, or hide and imitate lines.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(letter if _is_harmless(letter) else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _is_harmless(letter: str) -> bool:
+    # Control and format characters (which reverse the direction of text), lone surrogates, and other line breaks.
+    return letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def note(text: str) -> None:
+    """Print one line to stderr about something that the user should know."""
+    _say(f"note: {text}")
+
+
+def _say(text: str) -> None:
+    print(visible(f"glowq: {text}"), file=sys.stderr)
+
+
 def _print_rich(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False).print(renderable)
+    class Plain(Console):
+        """Prints every text as it is: names may hold brackets and colons, which are neither markup nor emoji."""
+
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
+
+    width = None if sys.stdout.isatty() else _WIDTH
+    Plain(width=width, highlight=False, markup=False, emoji=False).print(renderable)
 
 
 def command_line(output: str | None = None, shown: str = "OUT") -> str:

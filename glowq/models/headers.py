@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CorrectionError, ModelNotFoundError
 from ..quantizers.base import StoredModule
-from ..utils.files import checkpoint_files, refuse_irregular, refuse_pickles
+from ..utils.files import check_regular, checkpoint_files, refuse_irregular, refuse_pickles
 from ..utils.hub import local_snapshot
 from .model_config import read_model_config
 
@@ -124,6 +124,8 @@ def _header(file: Path) -> SafetensorsFileMetadata:
     from huggingface_hub import parse_local_safetensors_file_metadata
     from safetensors import SafetensorError, safe_open
 
+    if check_regular(file) is None:
+        raise ModelNotFoundError(f"{file} is missing; download the model again.")
     try:
         with safe_open(file, framework="numpy"):  # checks the header against the file's size
             pass

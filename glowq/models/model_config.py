@@ -34,7 +34,8 @@ def read_model_config(file: Path) -> dict[str, Any]:
             raise ConfigError(f"{name} in {file} must be a text, found {shown(config[name])}.")
     if stored is None:
         return config
-    if not isinstance(stored, dict) or not isinstance(stored.get("quant_method", ""), str):
+    legacy = isinstance(stored, dict) and ("load_in_4bit" in stored or "load_in_8bit" in stored)  # of bitsandbytes
+    if not isinstance(stored, dict) or not isinstance(stored.get("quant_method", "" if legacy else None), str):
         raise ConfigError(
             f"quantization_config in {file} must be a JSON object with a quant_method, found {shown(stored)}."
         )

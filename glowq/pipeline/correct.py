@@ -36,6 +36,7 @@ from ..models.reference import REVISION_TOLERANCE, Reference
 from ..models.tracing import Trace, trace_groups
 from ..quantizers.libraries.dense import adopt_dense, dequantized_from
 from ..quantizers.model import check_scales, packed_bytes, prepare_model, refuse_misloaded
+from ..quantizers.registry import methods
 from ..runtime.attach import attach, attached, detach
 from ..runtime.attach import factor_dtype as dtype_of_factors
 from ..selection.allocation import allocate, by_benefit
@@ -256,6 +257,12 @@ def _nothing_quantized(model: nn.Module) -> str:
         return (
             f"{found}: there is nothing to correct. Quantize it first, for example with GlowQConfig(base='nf4'); if "
             "its float weights hold quantized values, pass dense=True (--base dense) to correct them as they are."
+        )
+    if method in methods() and getattr(model.config, "quantization_config", None) is not None:
+        return (
+            f"{found}: its config names {method}, which left every linear layer as it is (its list of modules to skip, "
+            "llm_int8_skip_modules or modules_to_not_convert, may name all). Quantize some, or pass dense=True (--base "
+            "dense) if its float weights hold quantized values."
         )
     return (
         f"{found}: its {method} weights were dequantized on load. Pass dense=True (--base dense) to correct the "

@@ -37,6 +37,7 @@ _PATTERNS = frozenset(
         "targets",
     }
 )
+_RAW = ("llm_int8_skip_modules", "modules_to_not_convert")  # transformers uses these texts as they are
 _PREFIXES = ("re:", "+:", "-:")  # of compressed-tensors, torchao and gptqmodel: a regular expression follows
 _DTYPES = ("dtype", "bnb_4bit_quant_storage")  # ends of the names of fields that hold a dtype
 # The number of steps that matching a pattern may take on a name of _NAME letters. It allows three ".*" in one pattern.
@@ -76,7 +77,7 @@ def check_values(where: str, settings: Mapping[str, Any]) -> None:
             if name.endswith(_DTYPES):
                 _check_dtype(path, value)
             if name in _PATTERNS or value.startswith(_PREFIXES):
-                steps += _steps_of(path, value)
+                steps += _steps_of(path, value if name in _RAW else _unprefixed(value))
         elif name in _PATTERNS and value is not None and not isinstance(value, bool):
             raise ConfigError(f"{path} must hold names of modules, found {shown(value)}.")
         elif not (value is None or isinstance(value, bool | torch.dtype | Enum) or is_number(value)):
@@ -118,15 +119,18 @@ def _steps_of(path: str, pattern: str) -> int:
     Raises:
         ConfigError: it is no regular expression, or the bound is too large.
     """
-    # transformers puts a pattern without prefix into a group.
-    whole = pattern[len(_PREFIXES[0]) :] if pattern.startswith(_PREFIXES) else f"(?:{pattern})"
     try:
-        steps = _sequence(re._parser.parse(whole))  # type: ignore[attr-defined]  # `re` has no public parser
+        # In a group, because transformers puts it in one. `re` has no public parser.
+        steps = _sequence(re._parser.parse(f"(?:{pattern})"))  # type: ignore[attr-defined]
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{path} is no regular expression: {shown(pattern)} ({error}).") from error
     if steps > _MOST_STEPS:
         raise ConfigError(f"{path} holds a pattern that could take very long to match: {shown(pattern)}; refused.")
     return steps
+
+
+def _unprefixed(pattern: str) -> str:
+    return pattern[pattern.index(":") + 1 :] if pattern.startswith(_PREFIXES) else pattern
 
 
 def _sequence(items: Any) -> int:

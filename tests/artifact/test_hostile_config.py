@@ -227,7 +227,6 @@ VARIANTS: dict[str, Change] = {
     ),
     "torchao of another type": put("base", value={"quant_method": "torchao", "quant_type": 5}),
     "gptq of a text": put("base", value={"quant_method": "gptq", "bits": "many"}),
-    "awq of a list": put("base", value={"quant_method": "awq", "bits": [4]}),
     "threshold of a text": put("base", "llm_int8_threshold", value="os.system"),
     "load_in_4bit of a text": put("base", "load_in_4bit", value="yes"),
     "the base is 900 deep": put("base", "extra", value=deep(900)),
@@ -350,13 +349,33 @@ def test_numbers_that_real_models_have_are_read(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["lm_head", "model.layers.0", r"model\.layers\.(0|1|2)\..*", "re:.*mlp.gate$", r"+:.*\.18\..*(?:gate|up|down).*"],
+    ["lm_head", "model.layers.0", r"model\.layers\.(0|1|2)\..*", "re:.*mlp.gate$"],
 )
 def test_patterns_that_real_models_have_are_read(folder: Path, pattern: str) -> None:
     config = stored_in(folder)
     config["quantization_config"]["base"]["llm_int8_skip_modules"] = [pattern, "lm_head"]
     (folder / "config.json").write_text(json.dumps(config))
     assert len(glowq.Correction.from_pretrained(folder).ranks) == 10
+
+
+def test_settings_that_real_quantizers_have_are_read(folder: Path) -> None:
+    config = stored_in(folder)
+    for base in (
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "dynamic": {r"+:.*\.18\..*(?:gate|up|down).*": {"bits": 8}, "-:.*lm_head": {}},
+        },
+        {
+            "quant_method": "compressed-tensors",
+            "ignore": ["re:^(?!.*mlp).*"],
+            "config_groups": {"a": {"targets": ["Linear"]}},
+        },
+        {"load_in_4bit": True, "bnb_4bit_compute_dtype": "torch.float16"},
+    ):
+        config["quantization_config"]["base"] = base
+        (folder / "config.json").write_text(json.dumps(config))
+        assert glowq.Correction.from_pretrained(folder).config.base == base
 
 
 # The factor file: 8 bytes with the length of the header, the header in JSON, the values.
@@ -410,7 +429,6 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "everything is missing": lambda header: header.clear(),
     "metadata of a list": lambda header: header.update(__metadata__=[]),
     "metadata of numbers": lambda header: header.update(__metadata__={"format": 5}),
-    "an extra field": _entry(RIGHT, extra=1),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -23,6 +22,7 @@ from ..options import (
     rank_request,
 )
 from ..output import command_line, grid, peak_rss_bytes, session
+from ..output import note as print_note
 
 __all__ = ["correct", "held_out_rows", "report"]
 
@@ -127,7 +127,7 @@ def report(run: Callable[[str], dict[str, Any]], model: str, output: str, json: 
         result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())
         if result["held_out"] is None:
             note = f"{model} predicts no next token: nothing is measured on held-out text."
-            print(f"glowq: note: {note}", file=sys.stderr)
+            print_note(note)
         show(result, lambda: _table(result))
 
 

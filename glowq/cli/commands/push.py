@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from ..options import JsonOption
 from ..output import grid, session
+from ..output import note as print_note
 
 __all__ = ["push"]
 
@@ -58,7 +58,7 @@ def push(
             token=token,
         )
         for note in _notes(result, base_model):
-            print(f"glowq: note: {note}", file=sys.stderr)
+            print_note(note)
         # The result leaves out the command line, because it may hold the token.
         show(result, lambda: _table(result))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from ...errors import OutputError
 from ...factors.units import GainUnit
 from ..options import BUDGET, FactorDtypeOption, JsonOption, MaxRankOption, RankStepOption, rank_request
 from ..output import command_line, grid, session
+from ..output import note as print_note
 
 if TYPE_CHECKING:
     from ...artifact.config import GlowQConfig
@@ -63,7 +63,7 @@ def select(
         cut.config.record(selected=selected, command="\n".join(filter(None, (provenance.command, command))))
         write_directory(target, cut.write_files, checked=True)
         if note is not None:
-            print(f"glowq: note: {note}", file=sys.stderr)
+            print_note(note)
         result = {
             "output": output,
             "budget": budget,

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from ..commands.correct import report
+from ..entry import interrupted
 
 __all__ = ["export"]
 
@@ -22,5 +23,7 @@ def export(model: str, output: str, json: bool, task: str = "auto", **options: A
 
     try:
         report(run, model, output, json)
+    except KeyboardInterrupt:
+        sys.exit(interrupted())
     except typer.Exit as ending:  # only typer's own commands turn it into an exit status
         sys.exit(ending.exit_code)

@@ -69,9 +69,8 @@ def markdown(result: dict[str, Any]) -> str:
 def tables(result: dict[str, Any]) -> Any:
     """The rows for a terminal."""
     from rich.console import Group
-    from rich.text import Text
 
-    return Group(table(_title(result), _HEADINGS, _cells(result), ["method"]), *map(Text, _notes(result)))
+    return Group(table(_title(result), _HEADINGS, _cells(result), ["method"]), *_notes(result))
 
 
 def _title(result: dict[str, Any]) -> str:

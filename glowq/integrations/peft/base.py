@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...artifact.base_files import base_folder
+from ...artifact.base_files import base_folder, refuse_unsafe
 from ...artifact.config import GlowQConfig, base_settings
 from ...artifact.fingerprint import verify_fingerprint
 from ...errors import ConfigError, ExportError
@@ -78,12 +78,14 @@ def find_base(source: str, config: GlowQConfig, base_model: str | None) -> Base:
 
     Raises:
         ExportError: the base is stored nowhere, or cannot be loaded without the correction.
+        UnsafePathError: `source` is a repository of the Hub, and names a local folder as its base.
     """
     stored: dict[str, Any] = config.base_model or {}
     if base_model is not None:
         folder = local_snapshot(base_model)
         name, revision = str(folder.resolve()) if Path(base_model).is_dir() else base_model, None
     else:
+        refuse_unsafe([], source, config)
         try:
             folder = base_folder(config)
         except ConfigError as error:

@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ...artifact.base_files import base_folder, base_shards, model_shards, original_tensors, refuse_unsafe
+from ...artifact.base_files import (
+    base_folder,
+    base_shards,
+    check_same_model,
+    model_shards,
+    original_tensors,
+    refuse_unsafe,
+)
 from ...artifact.config import GlowQConfig, base_settings
 from ...artifact.correction import Correction
 from ...artifact.factor_files import FACTOR_KEYS, factor_tensors, read_factors, with_checksums
@@ -114,6 +121,7 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
             ignored = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, FACTOR_KEYS}
         if self._base_folder is not None:
+            check_same_model(self._base_folder, model.config)
             # Changed in place, because the weight loader reads this list object.
             checkpoint_files[:] = base_shards(self._base_folder)
         self._shards = list(checkpoint_files)

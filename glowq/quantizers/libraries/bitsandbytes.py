@@ -20,6 +20,11 @@ from ..registry import register
 
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # per element of bnb_4bit_quant_storage, if it is not one byte
 
+_NOT_QUANTIZED = (
+    "a {} holds a weight without its {}: it was never quantized, or it was replaced, dequantized or moved without it. "
+    "Load the model again with from_pretrained, and call glowq before anything changes its weights."
+)
+
 
 def _config_4bit(quant_type: str, double: bool) -> Any:
     from transformers import BitsAndBytesConfig
@@ -106,7 +111,7 @@ class BitsAndBytes4Bit(Backend):
     def _state(module: Any) -> Any:
         state = getattr(module.weight, "quant_state", None)
         if state is None:
-            raise BackendError("a Linear4bit holds a weight that was never quantized; load it with from_pretrained.")
+            raise BackendError(_NOT_QUANTIZED.format("Linear4bit", "quant_state"))
         if getattr(state, "packing_format_for_cpu", False):
             raise RepackedWeightError(
                 "a Linear4bit's weight was repacked in place by bitsandbytes' CPU kernel during an earlier forward, "
@@ -210,5 +215,5 @@ class BitsAndBytes8Bit(Backend):
         # The first forward moves the scales from the weight to the module's state.
         scales = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
         if scales is None:
-            raise BackendError("a Linear8bitLt holds a weight that was never quantized; load it with from_pretrained.")
+            raise BackendError(_NOT_QUANTIZED.format("Linear8bitLt", "SCB"))
         return scales
