@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, CorrectionError, GlowQError, ModelNotFoundError, ReadError, one_line
 from ..utils.files import refuse_irregular, refuse_pickles
 from ..utils.names import split_revision
-from .model_config import read_model_config
 
 __all__ = [
     "load_config",
@@ -73,7 +73,7 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
     if gguf_file is None:
         _refuse_unnamed_gguf(Path(name))
     try:
-        with loading(name), _parsing(name, "config.json"):
+        with loading(name), _parsing(name, "the config.json"):
             if gguf_file is None:
                 _check_config(name)
             return AutoConfig.from_pretrained(**_named(name), trust_remote_code=False, **_gguf(gguf_file))
@@ -87,6 +87,8 @@ def _check_config(name: str) -> None:
     """Refuse a config.json that would harm transformers, before transformers reads it."""
     from transformers.utils.hub import cached_file
 
+    from .model_config import read_model_config
+
     named = _named(name)
     file = cached_file(named.pop("pretrained_model_name_or_path"), "config.json", **named)
     if file is not None:
@@ -94,7 +96,7 @@ def _check_config(name: str) -> None:
 
 
 @contextmanager
-def _parsing(name: str, file: str) -> Iterator[None]:
+def _parsing(name: str, what: str) -> Iterator[None]:
     """Turn whatever a library raises about the content of a file into an error of glowq.
 
     Raises:
@@ -102,13 +104,19 @@ def _parsing(name: str, file: str) -> Iterator[None]:
     """
     try:
         yield
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(name, what, error) from error
     except (GlowQError, OSError, ValueError, ImportError):
         raise
     except Exception as error:  # a parser that meets a value of another type raises anything
-        raise ConfigError(
-            f"the {file} of {name!r} is damaged, or no installed library reads it ({type(error).__name__}: "
-            f"{one_line(error)}); download or save it again."
-        ) from error
+        raise _damaged(name, what, error) from error
+
+
+def _damaged(name: str, what: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{what} of {name!r} cannot be read: damaged, or of a kind that no installed library knows "
+        f"({type(error).__name__}: {one_line(error)}). Download or save the model again."
+    )
 
 
 def _named(name: str) -> dict[str, str]:
@@ -218,7 +226,7 @@ def load_tokenizer(*names: str | None) -> Any:
         if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
             if Path(name).is_dir():
                 refuse_irregular(Path(name))
-            with loading(name), _parsing(name, "tokenizer.json"):
+            with loading(name), _parsing(name, "a file of the tokenizer"):
                 return AutoTokenizer.from_pretrained(**_named(name), trust_remote_code=False)
     raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
 

@@ -22,6 +22,7 @@ from glowq.integrations.transformers.quantizer import GlowQHfQuantizer
 from glowq.quantizers.model import quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
 from glowq.runtime.attach import attached
+from support.corrections import changed
 from support.tiny import BASES, CALIBRATION, TEXTS, corrected, gap, load, logits, quantized, tiny_llama
 
 COMMIT = "a" * 40
@@ -311,3 +312,22 @@ def test_a_hub_repository_may_not_name_a_folder_of_this_machine(saved: Any, hub:
     hub("me/correction", saved[2] / "correction")
     with pytest.raises(UnsafePathError, match=r"names the local folder .* as its base; refused"):
         load("me/correction")
+
+
+@pytest.mark.parametrize("name", ["tiny", "./tiny", "org/tiny", "a/b/tiny", "~/tiny"])
+def test_nor_a_folder_of_the_working_directory(
+    saved: Any, source: Path, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Neither by the name of the repository, nor by its folder in the cache."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(source, name)
+    hub(
+        "me/correction",
+        changed(saved[2] / "correction", tmp_path / "named", lambda c: c["base_model"].update(name=name)),
+    )
+    snapshot = tmp_path / "hub" / "models--me--correction" / "snapshots" / COMMIT
+    for asked in ("me/correction", snapshot):
+        with pytest.raises(UnsafePathError, match=f"names the local folder '{name}' as its base; refused"):
+            load(asked)
+    assert load(tmp_path / "named").config.quantization_config.base_model["name"] == name  # a folder of the user may

@@ -1,0 +1,106 @@
+"""Damaged files of a model, and paths that are none: one error of glowq, and one line of every command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BitsAndBytesConfig
+
+import glowq
+from glowq.errors import (
+    ConfigError,
+    CorrectionError,
+    GlowQError,
+    ModelNotFoundError,
+    OutputError,
+    UnsupportedModuleError,
+)
+from glowq.models.loading import load_config, load_model, load_tokenizer, model_class
+from glowq.utils.files import checkpoint_files
+from support.cli import call
+from support.tiny import correct, load
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def one_line(*arguments: Any) -> str:
+    done = call(*arguments)
+    assert done.exit_code == 1, done.stdout
+    assert done.stderr.startswith("glowq: error: ")
+    assert done.stderr.count("\n") == 1
+    return str(done.stderr)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -100])
+def test_truncated_weights(folder: Path, kept: int) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:kept])
+    with pytest.raises(CorrectionError, match="corrupt or truncated"):
+        load_model(str(folder), load_config(str(folder)))
+    assert "corrupt or truncated" in one_line("groups", folder)
+    assert "corrupt or truncated" in one_line("inspect", folder)
+
+
+TOKENIZERS: dict[str, bytes] = {
+    "empty": b"",
+    "cut": b'{"version": "1.0", "added_tokens": [',
+    "a list": b"[]",
+    "other fields": b'{"version": "1.0", "model": {"type": "BPE"}}',
+    "binary": b"\xff\x00" * 50,
+    "wrong types": b'{"version": 1, "added_tokens": 5, "model": 7}',
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer(folder: Path, file: str, kind: str) -> None:
+    if file == "tokenizer_config.json" and kind in ("other fields", "wrong types"):
+        pytest.skip("any object may be a tokenizer's config")
+    (folder / file).write_bytes(TOKENIZERS[kind])
+    with pytest.raises(GlowQError, match="tokenizer"):
+        load_tokenizer(str(folder))
+
+
+def test_no_path_holds_a_nul(rank_8: Path, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="neither a folder nor"):
+        glowq.Correction.from_pretrained("a\0b")
+    with pytest.raises(OutputError, match="no path that can be written"):
+        glowq.Correction.from_pretrained(rank_8).save_pretrained("a\0b")
+    for command in (
+        ["inspect", "a\0b"],
+        ["verify", "a\0b"],
+        ["run", "a\0b"],
+        ["select", rank_8, "--budget", "1%", "--output", "a\0b"],
+        ["select", "a\0b", "--budget", "1%", "--output", tmp_path / "out"],
+        ["export", rank_8, "--to", "peft", "--output", "a\0b"],
+        ["correct", source, "--base", "nf4", "--calibration", "a\0b", "--output", tmp_path / "out"],
+        ["correct", source, "--base", "nf4", "--calibration", "python-stdlib", "--output", "a\0b"],
+    ):
+        assert r"\x00" in one_line(*command)
+
+
+def test_a_complete_variant_is_not_said_to_be_incomplete(source: Path, tmp_path: Path) -> None:
+    load(source).save_pretrained(tmp_path / "variant", variant="fp16")
+    with pytest.raises(ModelNotFoundError, match=r"are stored as a variant \(model\.fp16\.safetensors\)"):
+        checkpoint_files(tmp_path / "variant")
+
+
+def test_a_quantizer_that_skipped_every_layer_did_not_dequantize(source: Path) -> None:
+    skipping = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model", "lm_head"])
+    model = load(source, quantization_config=skipping)
+    with pytest.raises(UnsupportedModuleError, match="bitsandbytes, which left every linear layer as it is"):
+        correct(model, source)
+
+
+def test_an_architecture_of_another_model_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    with pytest.raises(ConfigError, match="BertModel, which is for BertConfig, and the model type 'llama'"):
+        model_class(load_config(str(folder)))
