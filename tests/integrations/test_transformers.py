@@ -322,12 +322,10 @@ def test_nor_a_folder_of_the_working_directory(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     shutil.copytree(source, name)
-    hub(
-        "me/correction",
-        changed(saved[2] / "correction", tmp_path / "named", lambda c: c["base_model"].update(name=name)),
-    )
+    named = changed(saved[2] / "correction", tmp_path / "named", lambda c: c["base_model"].update(name=name))
+    hub("me/correction", named)
     snapshot = tmp_path / "hub" / "models--me--correction" / "snapshots" / COMMIT
     for asked in ("me/correction", snapshot):
         with pytest.raises(UnsafePathError, match=f"names the local folder '{name}' as its base; refused"):
             load(asked)
-    assert load(tmp_path / "named").config.quantization_config.base_model["name"] == name  # a folder of the user may
+    assert load(named).config.quantization_config.base_model["name"] == name  # a folder of the user may

@@ -58,11 +58,14 @@ TOKENIZERS: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        *(("tokenizer.json", kind) for kind in TOKENIZERS),
+        *(("tokenizer_config.json", kind) for kind in ("empty", "cut", "a list", "binary")),
+    ],
+)
 def test_a_damaged_tokenizer(folder: Path, file: str, kind: str) -> None:
-    if file == "tokenizer_config.json" and kind in ("other fields", "wrong types"):
-        pytest.skip("any object may be a tokenizer's config")
     (folder / file).write_bytes(TOKENIZERS[kind])
     with pytest.raises(GlowQError, match="tokenizer"):
         load_tokenizer(str(folder))

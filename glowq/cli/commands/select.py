@@ -46,7 +46,7 @@ def select(
         from ...utils.output import check_output, output_path, write_directory
 
         target = output_path(output)
-        if target == Path(correction).resolve():
+        if Path(correction).is_dir() and target == Path(correction).resolve():
             raise OutputError(f"{target} is the correction itself, which would be lost; choose another folder.")
         check_output(target)
         with open_saved(correction) as whole:
