@@ -60,7 +60,8 @@ class Improvement(TypedDict, total=False):
 
 
 _COUNTS = frozenset({"tokens", "of_factor_bytes"})
-_FIGURES = frozenset(key for kind in (HeldOut, RoundingCost, Selected, Benefit, Improvement) for key in kind.__annotations__)
+_KINDS = (HeldOut, RoundingCost, Selected, Benefit, Improvement)
+_FIGURES = frozenset(key for kind in _KINDS for key in kind.__annotations__)
 
 
 @dataclass(frozen=True, kw_only=True)
