@@ -12,13 +12,14 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ConfigError, CorrectionError, NewerFormatWarning, UnknownBaseError, VersionError, one_line
+from ..errors import ConfigError, CorrectionError, NewerFormatWarning, VersionError
+from ..quantizers.settings import base_settings
 from ..utils.checks import check_int, check_text, json_fault, json_object, shown
 from .provenance import Provenance
 from .request import CorrectionRequest
 from .stored_fields import GROUP_FIELDS, check_base_model, check_group
 
-__all__ = ["FORMAT_MINOR", "FORMAT_VERSION", "GlowQConfig", "base_settings"]
+__all__ = ["FORMAT_MINOR", "FORMAT_VERSION", "GlowQConfig"]
 
 FORMAT_VERSION = 1
 """Major version of the format of config.json. A newer one is refused."""
@@ -287,44 +288,6 @@ def _check_cut(options: Mapping[str, Any]) -> None:
             f"{idle[0]} is an option of a new correction, and has no effect on a saved one. Together with correction, "
             f"give only options that cut it: {', '.join(_OF_A_CUT)}."
         )
-
-
-def base_settings(base: Any) -> Any:
-    """The base's quantization config as an object of transformers.
-
-    Args:
-        base: a `--base` name, the dict of a config, or the object itself.
-
-    Raises:
-        UnknownBaseError: no such name or method, or its library is not installed.
-        ConfigError: a field of the dict holds a value that no quantizer has there, or `base` is something else.
-    """
-    if isinstance(base, str):
-        from ..quantizers.registry import base_config
-
-        return base_config(base)
-    if isinstance(base, Mapping):
-        from ..quantizers.libraries.dense import DenseConfig
-        from ..quantizers.registry import backend_of, check_installed, method_of
-        from ..quantizers.settings import check_settings
-
-        check_settings("base", base)
-        if method_of(base) == "dense":  # a method that transformers does not have
-            return DenseConfig()
-        backend = backend_of(base)
-        if backend is not None:
-            check_installed(backend, f"a {method_of(base)} model")
-        from transformers.quantizers.auto import AutoQuantizationConfig
-
-        try:
-            return AutoQuantizationConfig.from_dict(dict(base))
-        except Exception as error:  # the libraries' classes raise whatever they meet in a wrong field
-            raise UnknownBaseError(
-                f"base is no quantization config that transformers can read: {type(error).__name__}: {one_line(error)}"
-            ) from error
-    if base is not None and not hasattr(base, "to_dict"):
-        raise ConfigError(f"base must be a name, a quantization config or its JSON object, found {shown(base)}.")
-    return base
 
 
 def _stored_base(base: Any) -> Any:

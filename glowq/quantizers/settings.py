@@ -1,4 +1,4 @@
-"""Checks of a quantization config from a file, before the library that it is for reads it.
+"""A quantization config from a file: its checks, before the library that it is for reads it, and its object.
 
 A config.json comes from whoever uploaded it, and the libraries take what it holds as it is: the name of a dtype becomes
 `getattr(torch, name)`, and names of modules become regular expressions.
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, UnknownBaseError
+from ..errors import ConfigError, UnknownBaseError, one_line
 from ..utils.checks import is_number, shown
-from .registry import method_of, methods
+from .registry import backend_of, base_config, check_installed, method_of, methods
 
-__all__ = ["check_settings"]
+__all__ = ["base_settings", "check_settings"]
 
 _LONGEST_TEXT = 100_000  # letters; a calibration text or a chat template may be among the settings
 # Fields whose texts, or whose keys, transformers or the library use as regular expressions on the names of modules.
@@ -160,3 +160,37 @@ def _one(operation: str, argument: Any) -> int:
     if operation == "GROUPREF_EXISTS":
         return sum(_sequence(branch) for branch in argument[1:] if branch is not None)
     return 1  # a letter, a set, a position, or what an earlier group matched
+
+
+def base_settings(base: Any) -> Any:
+    """The base's quantization config as an object of transformers.
+
+    Args:
+        base: a `--base` name, the dict of a config, or the object itself.
+
+    Raises:
+        UnknownBaseError: no such name or method, or its library is not installed.
+        ConfigError: a field of the dict holds a value that no quantizer has there, or `base` is something else.
+    """
+    if isinstance(base, str):
+        return base_config(base)
+    if isinstance(base, Mapping):
+        from .libraries.dense import DenseConfig
+
+        check_settings("base", base)
+        if method_of(base) == "dense":  # a method that transformers does not have
+            return DenseConfig()
+        backend = backend_of(base)
+        if backend is not None:
+            check_installed(backend, f"a {method_of(base)} model")
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        try:
+            return AutoQuantizationConfig.from_dict(dict(base))
+        except Exception as error:  # the libraries' classes raise whatever they meet in a wrong field
+            raise UnknownBaseError(
+                f"base is no quantization config that transformers can read: {type(error).__name__}: {one_line(error)}"
+            ) from error
+    if base is not None and not hasattr(base, "to_dict"):
+        raise ConfigError(f"base must be a name, a quantization config or its JSON object, found {shown(base)}.")
+    return base

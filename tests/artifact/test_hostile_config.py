@@ -16,9 +16,9 @@ import pytest
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import glowq
-from glowq.artifact.config import base_settings
 from glowq.errors import GlowQError
 from glowq.models.loading import load_config, model_class
+from glowq.quantizers.settings import base_settings
 from support.cli import call
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.0-bfloat16"

@@ -333,7 +333,7 @@ class TestSettings:
 
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
         rows = measure(models, shapes, 1, new_tokens=1, repeats=1, compiled=True)
-        assert len(graphs) > torch._dynamo.config.recompile_limit
+        assert len(graphs) > 8  # the default limit of recompilations, which other libraries may raise
         assert len(rows) == len(models) * len(shapes)
         torch.compiler.reset()
 

@@ -104,4 +104,4 @@ def test_the_harness_loads_a_saved_correction(rank_8: Path, task: Path, tmp_path
     model = load(rank_8, dtype=torch.float32)
     assert found == pytest.approx(byte_perplexity(rank_8, model), rel=1e-5)
     with glowq.disabled(model):
-        assert abs(found / byte_perplexity(rank_8, model) - 1) > 5e-4
+        assert abs(found / byte_perplexity(rank_8, model) - 1) > 1e-4  # ten times the tolerance above

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...artifact.base_files import base_folder, refuse_unsafe
-from ...artifact.config import GlowQConfig, base_settings
+from ...artifact.config import GlowQConfig
 from ...artifact.fingerprint import verify_fingerprint
 from ...errors import ConfigError, ExportError
 from ...models.forward import example_inputs
@@ -18,6 +18,7 @@ from ...models.loading import load_config, loading, model_class
 from ...quantizers.libraries.dense import mark_dense
 from ...quantizers.model import prepare_model
 from ...quantizers.registry import is_calibrated, method_of, own_quantizers
+from ...quantizers.settings import base_settings
 from ...utils.hub import local_snapshot
 from ..export.common import first_output
 

@@ -28,7 +28,7 @@ from ...artifact.base_files import (
     original_tensors,
     refuse_unsafe,
 )
-from ...artifact.config import GlowQConfig, base_settings
+from ...artifact.config import GlowQConfig
 from ...artifact.correction import Correction
 from ...artifact.factor_files import FACTOR_KEYS, factor_tensors, read_factors, with_checksums
 from ...artifact.fingerprint import verify_fingerprint
@@ -48,6 +48,7 @@ from ...quantizers.registry import (
     stored_base,
     with_calibration,
 )
+from ...quantizers.settings import base_settings
 from ...runtime.attach import attach, attached, attached_factors, factor_dtype, set_aside
 from ...runtime.fast_kernels import refuse_rewritten
 from .delegation import DelegatingHfQuantizer, LibraryHfQuantizer, Refusal

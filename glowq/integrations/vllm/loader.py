@@ -13,10 +13,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from ...artifact.base_files import base_folder, refuse_unsafe
-from ...artifact.config import base_settings
 from ...artifact.factor_files import FACTOR_KEYS, StoredFactors, open_factors
 from ...artifact.saved import FACTORS_FILE
 from ...errors import UnsupportedModuleError
+from ...quantizers.settings import base_settings
 from ...utils.files import checkpoint_files
 from ...utils.hub import local_snapshot
 from .config import GlowQQuantizationConfig
