@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, TextIO
 
 import typer
@@ -148,7 +149,9 @@ def command_line(output: str | None = None, shown: str = "OUT") -> str:
     """The command as it was typed, quoted for a shell.
 
     Args:
-        output: the output folder; it is replaced with `shown`, so that the written files do not depend on its name.
+        output: the output folder, if the command is to be stored. It is replaced with `shown`, so that the written
+            files do not depend on its name. Of other paths outside of the working directory only the last part is kept:
+            a published model must not tell where its maker keeps files.
         shown: the replacement.
     """
     program = "optimum-cli" if os.path.basename(sys.argv[0]) == "optimum-cli" else "glowq"
@@ -163,7 +166,16 @@ def command_line(output: str | None = None, shown: str = "OUT") -> str:
         else:
             continue
         break
+    if output is not None:
+        arguments = [_without_folders(argument) for argument in arguments]
     return shlex.join([program, *arguments])
+
+
+def _without_folders(argument: str) -> str:
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    path = Path(value)
+    outside = path.is_absolute() or value.startswith("~") or ".." in path.parts
+    return f"{option}{equals}{path.name}" if outside and path.name else argument
 
 
 def grid(rows: Mapping[str, Any]) -> Any:

@@ -237,6 +237,7 @@ class TestRefused:
             ("absent base revision", "ModelNotFoundError", r"me/base has no branch, tag or commit 'v9'"),
             ("another base", "HubError", r"me/another at \w{40} is another model than the base .*model\.safetensors"),
             ("the base itself", "ConfigError", "me/base is the base itself, which would be replaced"),
+            ("a local path", "ConfigError", r"README\.md names .*private, a folder of this machine"),
             ("revision of nothing", "ConfigError", "base_revision is a revision of base_model"),
             ("somebody else's", "HubError", "does not let you write other/theirs.*--create-pr"),
             ("somebody else's namespace", "HubError", "does not let you write other/new"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from glowq.cli.output import grid, note, session, visible
+from glowq.cli.output import command_line, grid, note, session, visible
 from support.cli import call, result_of
 from support.fresh_process import run_python
 
@@ -79,6 +79,15 @@ def test_an_error_reaches_no_terminal(tmp_path: Path) -> None:
 )
 def test_visible(text: str, expected: str) -> None:
     assert visible(text) == expected
+
+
+def test_a_stored_command_names_no_folder_outside_of_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["glowq", "correct", "/home/me/models/tiny", "--base", "nf4", "--calibration=/data/notes.txt", "--resume"]
+    typed += ["--reference", "../secret/full", "--output", "/home/me/out", "--budget", "recover 80%"]
+    monkeypatch.setattr(sys, "argv", [*typed, "org/model", "data/own.txt", "~/x/y.txt"])
+    stored = "glowq correct tiny --base nf4 --calibration=notes.txt --resume --reference full --output OUT --budget"
+    assert command_line("/home/me/out") == f"{stored} 'recover 80%' org/model data/own.txt y.txt"
+    assert "/home/me/models/tiny" in command_line()
 
 
 def test_notes_and_tables_pass_the_same_function(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,14 @@ def differs(folder: Path, name: str, **options: Any) -> float:
     return gap(load(name, **options), load_file(folder / "logits.safetensors")["logits"])
 
 
+def with_local_path(folder: Path) -> Path:
+    """Copy the correction, with a card that names a folder of this machine."""
+    target = Path(shutil.copytree(folder / "correction", folder / "private" / "correction"))
+    with (target / "README.md").open("a") as card:
+        card.write(f"Made with {target.parent}/notes.txt")
+    return target
+
+
 def ranks(model: Any) -> list[int]:
     return sorted({group["rank"] for group in model.config.quantization_config.groups.values()})
 
@@ -51,6 +60,7 @@ def pushing(folder: Path) -> dict[str, Any]:
         "absent base": lambda: to("me/correction", base_model="me/absent"),
         "absent base revision": lambda: to("me/correction", **BASE, base_revision="v9"),
         "another base": lambda: to("me/correction", base_model="me/another"),
+        "a local path": lambda: push(with_local_path(folder), "me/correction", **BASE),
         "the base itself": lambda: to("me/base", **BASE),
         "revision of nothing": lambda: to("me/correction", base_revision="v1"),
         "somebody else's": lambda: to("other/theirs", **BASE),

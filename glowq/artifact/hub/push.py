@@ -29,6 +29,7 @@ from .contents import SavedResult, read_result, stored_gains
 
 __all__ = ["push"]
 
+_TEXTS = (".json", ".md", ".jinja", ".txt")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", FACTORS_FILE)  # files of any earlier push
 
 
@@ -79,7 +80,8 @@ def push(
     Raises:
         ModelNotFoundError: no such folder, it holds nothing that glowq saved, or the base is not on the Hub.
         PickleRefusedError: the folder holds a pickle.
-        ConfigError: the base is a local folder, or two arguments exclude each other.
+        ConfigError: the base is a local folder, a file names a folder of this machine, or two arguments exclude each
+            other.
         CorrectionError: a file is corrupt, or a factor is missing.
         HubError: the Hub refuses, cannot be reached, or the upload was interrupted; then nothing was committed.
     """
@@ -91,6 +93,7 @@ def push(
     _check_base(result, repo_id, base_model, create_pr or revision is not None)
     api = HfApi(token=token, library_name="glowq", library_version=__version__)
     base = _find_base(api, result, base_model, base_revision)
+    _refuse_local_paths(result, _files_to_upload(result, repo_id, base))
     with asking_hub(repo_id, {"revision": revision}, writing=True):
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
@@ -196,13 +199,16 @@ def _files_to_upload(result: SavedResult, repository: str, base: _Base | None) -
     license = base_license(config.base_model or {}) if earlier is None else license_of(earlier.data.to_dict())
     made = card_files(config, group_gains, license=license, picture=PICTURE in result.files)
     changed: dict[str, bytes] = {}
-    if base is not None:
-        stored = read_json(result.folder / "config.json")
-        named = stored["quantization_config"]["base_model"]
-        if (named["name"], named["revision"]) != (base.name, base.revision):
-            named.update(name=base.name, revision=base.revision)
-            changed["config.json"] = json.dumps(stored, indent=2, sort_keys=True).encode() + b"\n"
+    stored = read_json(result.folder / "config.json")
+    named = stored["quantization_config"]["base_model"]
+    # A self-contained model works without its base, so a local folder is named there without its path.
+    local = Path(named["name"]).name if Path(named["name"]).is_absolute() else named["name"]
+    name, published = (local, named["revision"]) if base is None else (base.name, base.revision)
+    if (named["name"], named["revision"]) != (name, published):
+        named.update(name=name, revision=published)
+        changed["config.json"] = json.dumps(stored, indent=2, sort_keys=True).encode() + b"\n"
         config = GlowQConfig.from_dict(stored["quantization_config"])
+    if base is not None:
         license = license_of(base.info.card_data.to_dict() if base.info.card_data else {}) or license
     if earlier is None or made[CARD] == mine.read_bytes():
         changed.update(card_files(config, group_gains, license=license, repository=repository))
@@ -213,6 +219,27 @@ def _files_to_upload(result: SavedResult, repository: str, base: _Base | None) -
                 earlier.data[key] = value
         changed[CARD] = str(earlier.content).encode()
     return {**result.files, **changed}
+
+
+def _refuse_local_paths(result: SavedResult, files: Mapping[str, Path | bytes]) -> None:
+    """Refuse to publish a text file that names a folder of this machine.
+
+    Raises:
+        ConfigError: the message names the file and the folder.
+    """
+    base = Path(result.base[0]) if result.base is not None else None
+    places = {Path.home(), Path.cwd(), result.folder.resolve().parent, *([base] if base is not None else [])}
+    private = sorted(str(place) for place in places if place.is_absolute() and place != Path(place.anchor))
+    for name, content in files.items():
+        if not name.endswith(_TEXTS):
+            continue
+        text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
+        for place in private:
+            if place in text:
+                raise ConfigError(
+                    f"{name} names {place}, a folder of this machine, which would be published. Remove it from "
+                    f"{result.folder / name}, or correct again with names that others may know."
+                )
 
 
 def _card(file: Path) -> ModelCard | None:
