@@ -66,7 +66,7 @@ def test_a_file_without_a_minor_version_is_of_the_first(rank_8: Path, tmp_path: 
         ({"distilled_steps": -1}, r"provenance\.distilled_steps must be a whole number"),
         ({"held_out": 4}, r"provenance\.held_out in config\.json must be a JSON object, found int"),
         ({"selected": "all"}, r"provenance\.selected in config\.json must be a JSON object, found str"),
-        ({"command": 4}, r"provenance\.command in config\.json must be a text, found int"),
+        ({"command": 4}, r"provenance\.command in config\.json must be a text, found 4"),
     ],
 )
 def test_facts_of_another_kind(change: dict[str, Any], message: str, rank_8: Path, tmp_path: Path) -> None:

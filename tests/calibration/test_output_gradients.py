@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import glowq
 from glowq.calibration.output_gradients import output_moments
-from glowq.data.tokens import split, token_sequences
+from glowq.data.tokens import token_sequences
 from glowq.errors import NoGradientWarning, NonFiniteError, SensitivityError
 from glowq.factors.group import Group
 from glowq.models.tracing import find_groups
@@ -233,9 +233,7 @@ def test_without_gradients_errors_are_counted_in_output_units_and_it_is_said(
         raise SensitivityError("model.layers.0.mlp.down_proj: no gradient of the loss reaches its output.")
 
     options["calibration"] = token_sequences(TEXTS, tokenizer, length=128, limit=1024)
-    train, _ = split(options["calibration"], 1 / 8)  # glowq measures the gains on the rest
-    one_sided = {**options, "calibration": train}
-    expected = glowq.correct(quantized(source, "nf4"), method="glowq-one-sided", **one_sided)
+    expected = glowq.correct(quantized(source, "nf4"), method="glowq-one-sided", **options)
     monkeypatch.setattr("glowq.pipeline.correct.output_moments", refuse)
     with pytest.warns(NoGradientWarning, match=r"down_proj: no gradient .* counted in output units"):
         found = glowq.correct(quantized(source, "nf4"), **options)

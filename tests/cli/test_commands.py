@@ -79,7 +79,17 @@ class TestCorrect:
         result = json.loads(done.stdout)
         assert set(result) == {
             *("output", "groups", "ranks", "factor_bytes", "base_bytes", "overhead", "calibration_tokens", "seconds"),
-            *("peak_rss_bytes", "held_out", "command", "seed", "predicted", "gains", "factor_dtype", "int8"),
+            *(
+                "peak_rss_bytes",
+                "held_out",
+                "command",
+                "seed",
+                "predicted",
+                "gains",
+                "factor_dtype",
+                "int8",
+                "improvement",
+            ),
         }
         assert result["output"] == "out"
         assert result["groups"] == len(result["ranks"]) == 32
