@@ -21,7 +21,7 @@ from glowq.runtime.attach import attached
 from support.tiny import (
     BASES,
     CALIBRATION,
-    METHODS,
+    CHEAP,
     TEXTS,
     correct,
     corrected,
@@ -41,11 +41,10 @@ def saved(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest
     """A model corrected while loading, one corrected after loading, the correction, and both forms on disk."""
     base, dtype = request.param
     folder = tmp_path_factory.mktemp("saved")
-    method = METHODS[dtype]
-    config = glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, method=method, **CALIBRATION)
+    config = glowq.GlowQConfig(base=base, rank=4, calibration=TEXTS, **CHEAP, **CALIBRATION)
     model = load(source, quantization_config=config, dtype=dtype)
     after = quantized(source, base, dtype=dtype)
-    correction = correct(after, source, method=method)
+    correction = correct(after, source, **CHEAP)
     correction.save_pretrained(folder / "correction")
     model.save_pretrained(folder / "full")
     return base, dtype, model, after, correction, folder

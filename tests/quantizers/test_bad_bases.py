@@ -22,7 +22,7 @@ from glowq import errors
 from glowq.cli.app import app
 from glowq.quantizers.model import prepare_model
 from support.bases import Base, rows, small_model
-from support.tiny import CALIBRATION, TEXTS, corrected, load, quantized, tiny_llama
+from support.tiny import CALIBRATION, CHEAP, TEXTS, corrected, load, quantized, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -60,7 +60,8 @@ def refused(text: Path, tmp_path: Path) -> Callable[..., str]:
 
 def correct(model: Any, reference: Path, folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(small_model())
-    made = glowq.correct(model, reference=reference, calibration=TEXTS, tokenizer=tokenizer, rank=4, **CALIBRATION)
+    options = {"calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CHEAP, **CALIBRATION}
+    made = glowq.correct(model, reference=reference, **options)
     made.save_pretrained(folder)
     return folder
 

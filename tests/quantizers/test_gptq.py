@@ -22,7 +22,7 @@ from glowq.quantizers.model import prepare_model, quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
 from support import writers
 from support.bases import BASES, Base, small_model
-from support.tiny import CALIBRATION, TEXTS, gap, load, logits
+from support.tiny import CALIBRATION, CHEAP, TEXTS, gap, load, logits
 
 pytest.importorskip("gptqmodel")
 
@@ -47,8 +47,8 @@ def groups_of_128(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def correct(model: Any, **options: Any) -> glowq.Correction:
     tokenizer = AutoTokenizer.from_pretrained(small_model())
-    settings = {"reference": small_model(), "calibration": TEXTS, "tokenizer": tokenizer, "rank": 4, **CALIBRATION}
-    return glowq.correct(model, **{**settings, **options})
+    text = {"reference": small_model(), "calibration": TEXTS, "tokenizer": tokenizer, **CALIBRATION}
+    return glowq.correct(model, **{**text, "rank": 4, **CHEAP, **options})
 
 
 @pytest.fixture

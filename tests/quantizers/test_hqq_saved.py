@@ -14,7 +14,7 @@ from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 import glowq
 from glowq.errors import BackendError, ConfigError, FingerprintError
 from support import writers
-from support.tiny import correct, gap, load, logits
+from support.tiny import CHEAP, correct, gap, load, logits
 
 pytest.importorskip("hqq")
 
@@ -44,7 +44,7 @@ def labelled(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_that_hqq_saved(stored: Path, source: Path, tmp_path: Path) -> None:
     model, fresh = (writers.load_with_hqq(stored, torch.bfloat16) for _ in range(2))
-    correction = correct(model, source)
+    correction = correct(model, source, **CHEAP)
     expected = logits(model)
     assert gap(fresh, expected) > 0.0
     assert correction.config.base_model["name"] == str(stored)
@@ -61,7 +61,7 @@ def test_a_model_that_hqq_saved(stored: Path, source: Path, tmp_path: Path) -> N
 
 def test_hqqs_own_save_of_a_corrected_model_is_still_the_base(stored: Path, source: Path, tmp_path: Path) -> None:
     model = writers.load_with_hqq(stored, torch.bfloat16)
-    correct(model, source).save_pretrained(tmp_path / "corr")
+    correct(model, source, **CHEAP).save_pretrained(tmp_path / "corr")
     AutoHQQHFModel.save_quantized(model, str(tmp_path / "again"))
     loaded = writers.load_with_hqq(tmp_path / "again", torch.bfloat16)
     assert gap(loaded, logits(writers.load_with_hqq(stored, torch.bfloat16))) == 0.0
@@ -70,7 +70,7 @@ def test_hqqs_own_save_of_a_corrected_model_is_still_the_base(stored: Path, sour
 
 
 def test_other_settings_are_another_base(stored: Path, source: Path, tmp_path: Path) -> None:
-    correct(writers.load_with_hqq(stored, torch.bfloat16), source).save_pretrained(tmp_path)
+    correct(writers.load_with_hqq(stored, torch.bfloat16), source, **CHEAP).save_pretrained(tmp_path)
     other = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=32)
     with pytest.raises(FingerprintError, match="other quantization settings"):
         glowq.load_correction(other, tmp_path)
@@ -98,6 +98,6 @@ def test_a_correction_whose_base_transformers_would_misread_is_refused(
     model = writers.quantize_with_hqq(source, torch.bfloat16, nbits=4, group_size=64)
     model.config.quantization_config = HqqConfig(nbits=4, group_size=64)
     model.config._name_or_path = str(labelled)
-    correct(model, source).save_pretrained(tmp_path)
+    correct(model, source, **CHEAP).save_pretrained(tmp_path)
     with pytest.raises(BackendError, match=r"random weights.*AutoHQQHFModel\.from_quantized"):
         load(tmp_path)

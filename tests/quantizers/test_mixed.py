@@ -36,7 +36,7 @@ from glowq.quantizers.model import prepare_model, quantized_modules
 from glowq.runtime.attach import attached_factors
 from support import writers
 from support.bases import rows, small_model
-from support.tiny import CALIBRATION, METHODS, SHAPE, TEXTS, VOCABULARY, gap, load, logits, seeded
+from support.tiny import CALIBRATION, CHEAP, SHAPE, TEXTS, VOCABULARY, gap, load, logits, seeded
 
 SETTINGS = {**SHAPE, "initializer_range": 0.1}
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -93,19 +93,16 @@ def state(model: Any, names: set[str]) -> dict[str, Tensor]:
     }
 
 
-def check(
-    model: Any, reference: Path, folder: Path, opened: Callable[[Any], Any] = load, method: str = "glowq"
-) -> glowq.Correction:
+def check(model: Any, reference: Path, folder: Path, opened: Callable[[Any], Any] = load) -> glowq.Correction:
     """Correct a model, save both forms and load each again. Assert equal logits and no change of other parameters.
 
     Args:
         opened: loads a saved form.
-        method: method of the correction.
     """
     expected = set(quantized_modules(model))
     before = state(model, expected)
     prepare_model(model)
-    correction = correct(model, reference, method=method)
+    correction = correct(model, reference, **CHEAP)
     members = {member for entry in attached_factors(model) for member in entry.lefts}
     assert members == expected
     after = state(model, expected)
@@ -191,7 +188,7 @@ def test_a_quantized_head_is_corrected_as_well(full: Any, kind: str, tmp_path: P
 def test_factors_are_of_the_models_dtype(full: Any, quantizer: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = full("llama-bias", dtype)
     model = load(folder, dtype=dtype, quantization_config=quantizer("v_proj"))
-    correction = check(model, folder, tmp_path, partial(load, dtype=dtype), METHODS[dtype])
+    correction = check(model, folder, tmp_path, partial(load, dtype=dtype))
     stored = load_file(tmp_path / "correction" / "glowq.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype} == {e.right.dtype for e in correction.factors}
 

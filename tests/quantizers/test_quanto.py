@@ -18,7 +18,7 @@ from glowq.quantizers.registry import find_backend
 from glowq.utils.versions import warn_untested
 from support.tiny import (
     CALIBRATION,
-    METHODS,
+    CHEAP,
     TEXTS,
     biased_llama,
     correct,
@@ -66,11 +66,10 @@ def read(module: Any) -> Tensor:
 def test_saved_by_reference_and_quantized_again_is_the_same_model(
     kind: str, dtype: torch.dtype, source: Path, tmp_path: Path
 ) -> None:
-    method = METHODS[dtype]
-    config = glowq.GlowQConfig(base=f"quanto-{kind}", rank=4, calibration=TEXTS, method=method, **CALIBRATION)
+    config = glowq.GlowQConfig(base=f"quanto-{kind}", rank=4, calibration=TEXTS, **CHEAP, **CALIBRATION)
     model = load(source, quantization_config=config, dtype=dtype)
     after = quantized(source, f"quanto-{kind}", dtype=dtype)
-    correction = correct(after, source, method=method)
+    correction = correct(after, source, **CHEAP)
     correction.save_pretrained(tmp_path)
     expected = logits(model)
     assert gap(after, expected) == 0.0

@@ -22,8 +22,8 @@ TEXTS = [
     "import os\n\nclass Reader:\n    pass\n" * 60,
 ] * 4
 CALIBRATION: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128}
-# Of corrections that only have to be saved and loaded: many processors compute gradients of float16 slowly.
-METHODS = {torch.bfloat16: "glowq", torch.float16: "svd", torch.float32: "glowq"}
+# A method without gradients, for corrections that only have to be saved, loaded or refused, not to be of use.
+CHEAP: dict[str, Any] = {"method": "svd", "force": True}
 VOCABULARY: dict[str, Any] = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SHAPE: dict[str, Any] = {
     **VOCABULARY,
