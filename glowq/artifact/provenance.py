@@ -79,7 +79,8 @@ class Provenance:
         distilled_steps: steps of gradient descent on the chosen factors.
         factor_dtype: "int8" if the factors were rounded to it.
         int8: measured loss of accuracy by rounding to int8.
-        improvement: measured divergence without and with the correction, on text that it was not calibrated on.
+        improvement: measured divergence without and with the correction, on text that it was not calibrated on; None if
+            no text was held out, or if the model's outputs cannot be compared.
         held_out: figures on held-out text.
         selected: the larger correction that this one was cut from.
         command: the exact command lines, one per line.

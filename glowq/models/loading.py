@@ -186,7 +186,7 @@ def model_class(config: Any) -> Any:
 
     name = (getattr(config, "architectures", None) or [""])[0]
     found = getattr(transformers, name, None) if name.isidentifier() else None
-    # Any other attribute of transformers, such as a function, is none of a model's business.
+    # Only a model class may be taken: a config.json can name any attribute of transformers, such as a function.
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is not None:
         if not isinstance(config, found.config_class):
             raise ConfigError(

@@ -162,15 +162,25 @@ def correct(
                 assert held is not None
                 correction = _rounded(model, source.model, whole, correction, held)
             if held is not None:
-                found = improvement(model, source.model, correction.factors, held)
+                found = _improvement(model, source.model, correction.factors, held)
                 correction.config.record(improvement=found)
-                if is_worse(found) and not request.force:
+                if found is not None and is_worse(found) and not request.force:
                     raise NoImprovementError(f"the correction makes the model worse: {not_better(found)}")
     finally:
         detach(model)
     for entry in correction.factors:
         attach(model, entry)
     return correction
+
+
+def _improvement(
+    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+) -> dict[str, Any] | None:
+    """See `improvement`; None for a model whose outputs cannot be compared, such as one with a classification head."""
+    try:
+        return improvement(model, reference, factors, sequences)
+    except SensitivityError:
+        return None
 
 
 def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:

@@ -79,6 +79,15 @@ def split_sequences(
 
 
 def check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
+    """Refuse fewer than two calibration tokens per rank.
+
+    Args:
+        sequences: token ids to calibrate on, shape (n, length).
+        ranks: group name -> rank to solve.
+
+    Raises:
+        CalibrationError: the message says how many tokens are needed.
+    """
     needed = 2 * max(ranks.values())
     if sequences.numel() < needed:
         raise CalibrationError(

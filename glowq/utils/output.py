@@ -15,7 +15,7 @@ from ..errors import GlowQError, OutputError
 from .manifest import Stamp, contents_of, remove_files, stamps, write_manifest
 from .scratch import EARLIER, NEW, held, scratch_folder, sweep
 
-__all__ = ["EXPORT_MANIFEST", "Kind", "check_output", "is_full", "output_path", "write_directory"]
+__all__ = ["EXPORT_MANIFEST", "Kind", "check_output", "is_full", "output_path", "reason_of", "write_directory"]
 
 EXPORT_MANIFEST = "glowq_export.json"  # describes an export, and lists every other file of it
 _LONGEST_NAME = 200  # bytes; file systems take 255, and names of temporary folders and of OUT.resume are longer
@@ -73,7 +73,7 @@ def write_directory(
     except Exception as error:
         if not is_full(error) and not isinstance(error, OSError):
             raise
-        raise OutputError(f"cannot write {target}: {_reason(error)}. Nothing was left behind.") from error
+        raise OutputError(f"cannot write {target}: {reason_of(error)}. Nothing was left behind.") from error
     finally:
         for folder in missing:
             with suppress(OSError):
@@ -104,7 +104,7 @@ def check_output(target: Path, *, kind: Kind = Kind.MODEL) -> None:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {_reason(error)}.") from error
+        raise OutputError(f"cannot write {target}: {reason_of(error)}.") from error
 
 
 def is_full(error: BaseException) -> bool:
@@ -113,7 +113,8 @@ def is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in full)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be written, in words for a message."""
     return "the disk is full" if is_full(error) else str(error)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import glowq
 from glowq.errors import NoImprovementError
@@ -63,6 +64,19 @@ def test_a_useful_correction_says_how_useful_it_is(source: Path) -> None:
         assert found is not None
         assert found["tokens"] == 128
         assert found["corrected"] < found["quantized"]
+
+
+@pytest.mark.parametrize("method", ["svd", "glowq-published", "glowq-one-sided"])
+def test_a_model_whose_outputs_cannot_be_compared_is_corrected_all_the_same(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    BertForSequenceClassification(BertConfig(**shape, num_attention_heads=4)).save_pretrained(tmp_path)
+    base = glowq.GlowQConfig(base="nf4").base
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=base)
+    ids = torch.randint(1, 200, (12, 32))
+    correction = glowq.correct(model, reference=tmp_path, calibration=ids, rank=4, method=method)
+    assert correction.config.provenance.improvement is None
+    assert attached(model)
 
 
 @pytest.mark.usefixtures("reversed_solver")

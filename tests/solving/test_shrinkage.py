@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from glowq.data.text import read_texts
+from glowq.data.tokens import token_sequences
 from glowq.solving.moments import LowRankMoment
 from glowq.solving.shrinkage import effective_tokens, shrunk
 
@@ -68,6 +72,13 @@ def test_a_low_rank_moment_is_shrunk_as_the_matrix_that_it_stands_for(tokens: fl
     expected = shrunk(dense(moment), tokens)
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(dense(found), expected)
+
+
+@pytest.mark.parametrize("name", ["python-stdlib", "python-stdlib:held-out"])
+def test_ordinary_text_counts_in_full(name: str, tokenizer: Any) -> None:
+    ids = token_sequences(read_texts(name), tokenizer, length=512, limit=8192, seed=0)
+    for count in (1, 2, 4, 8, 16):
+        assert effective_tokens(ids[:count]) == count * 512
 
 
 def test_repeated_tokens_count_as_few(token_ids: Tensor) -> None:
