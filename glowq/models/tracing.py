@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend
 from .blocks import block_index
 from .forward import evaluating
+from .wrappers import uncompiled, underlying
 
 __all__ = ["Trace", "find_groups", "trace_groups"]
 
@@ -45,7 +47,8 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
     """Find the groups of linear modules that read the same tensor, by running `model` once.
 
     Args:
-        model: any model. Its quantized modules are the candidates, or its linear layers if no module is quantized.
+        model: any model, also a compiled one. Its quantized modules are the candidates, or its linear layers if no
+            module is quantized.
         example_inputs: keyword arguments of one forward, e.g. {"input_ids": (1, n) int64}.
 
     Returns:
@@ -53,13 +56,14 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
         a group of its own. Modules that cannot be corrected are left out (see `trace_groups` for the reasons).
 
     Raises:
-        UnsupportedModuleError: the model has no linear module at all.
+        UnsupportedModuleError: the model has no linear module at all, or a part of it is compiled on its own.
     """
     return trace_groups(model, example_inputs).groups
 
 
 def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
     """Like `find_groups`, with the reasons why candidates were left out."""
+    model = underlying(model)
     candidates = _candidates(model)
     block_of = block_index(model, candidates)
     calls, runs = _record_calls(model, candidates, set(block_of.values()), example_inputs)
@@ -113,7 +117,7 @@ def _record_calls(
     """Run the model, and return the calls of every candidate and how often each module of `stops` ran."""
     calls: dict[str, list[_Call]] = {name: [] for name in candidates}
     runs: Counter[str] = Counter()
-    clock = iter(range(1 << 62))
+    clock = count()
 
     def counter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -130,7 +134,7 @@ def _record_calls(
 
         return hook
 
-    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad(), evaluating(model):
+    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad(), evaluating(model), uncompiled():
         for name in calls:
             handle = model.get_submodule(name).register_forward_pre_hook(recorder(name))
             stack.callback(handle.remove)

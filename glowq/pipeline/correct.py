@@ -34,6 +34,7 @@ from ..factors.units import GainUnit
 from ..models.forward import refuse_encoder_decoder, to_model
 from ..models.reference import REVISION_TOLERANCE, Reference
 from ..models.tracing import Trace, trace_groups
+from ..models.wrappers import correctable, uncompiled
 from ..quantizers.libraries.dense import adopt_dense, dequantized_from
 from ..quantizers.model import check_scales, packed_bytes, prepare_model, refuse_misloaded
 from ..quantizers.registry import methods
@@ -74,7 +75,7 @@ def correct(
     writes the self-contained form. `glowq.detach` removes the correction.
 
     Args:
-        model: quantized transformers model.
+        model: quantized transformers model. A compiled model runs uncompiled until it is corrected.
         reference: the full-precision model that it was made from: a folder, a Hub name ("org/model" or
             "org/model@revision"), or a model in memory.
         tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
@@ -93,7 +94,8 @@ def correct(
 
     Raises:
         BackendError: transformers could not read the weights of the model's checkpoint.
-        UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected.
+        UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected; or it is not
+            a model, carries a PEFT adapter, or is inside of another module.
         ReferenceMismatchError: modules, shapes or embeddings of the reference differ from those of the model.
         FoldingError: a quantized weight was multiplied by channel scales, and no layer before it divides by them.
         CalibrationError: no text, or fewer tokens than needed. A budget needs 2 sequences, because the groups are
@@ -107,6 +109,7 @@ def correct(
         RoundingError: int8 factors would lose more accuracy than the saved bytes can give back.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
+    model = correctable(model)
     request = CorrectionRequest.of(request, options)
     solver, ranks_asked, seed = get_method(request.method), request.ranks, request.seed
     int8 = request.factor_dtype == "int8"
@@ -132,6 +135,7 @@ def correct(
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision)
     try:
         with (
+            uncompiled(),
             nullcontext() if resume is None else open_blocks(resume) as blocks,
             Reference(reference, type(model), device=getattr(model, "device", None)) as source,
         ):

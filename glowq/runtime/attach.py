@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..factors.int8 import Packed, filled, pack, unpack
+from ..utils.checks import check_module
 from .container import SharedCorrection
 from .hook import MemberHook
 from .operators import INT8_MULTIPLE
@@ -85,12 +86,14 @@ def _make_graphs_check_hooks() -> None:
 
 def attached(model: nn.Module) -> dict[str, SharedCorrection]:
     """Group name -> container of every correction attached to `model`, in module order."""
-    return {module.group.name: module for module in model.modules() if isinstance(module, SharedCorrection)}
+    return {
+        module.group.name: module for module in check_module(model).modules() if isinstance(module, SharedCorrection)
+    }
 
 
 def detach(model: nn.Module) -> None:
     """Remove every correction: afterwards `model` computes what it computed before, bit for bit."""
-    for parent in list(model.modules()):
+    for parent in list(check_module(model).modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SharedCorrection):
                 for handle in child._handles:

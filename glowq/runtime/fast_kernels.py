@@ -6,6 +6,7 @@ from torch import nn
 
 from ..errors import RepackedWeightError
 from ..quantizers.model import quantized_modules
+from ..utils.checks import check_module
 from .fused import fuse, is_fused
 
 __all__ = ["refuse_rewritten", "use_fast_kernels"]
@@ -31,7 +32,7 @@ def use_fast_kernels(model: nn.Module) -> int:
     Returns:
         The number of modules that use another kernel from the next forward on; 0 if each used its fastest already.
     """
-    taken = fuse(model)
+    taken = fuse(check_module(model))
     for name, backend in quantized_modules(model).items():
         module = model.get_submodule(name)
         # A fused module must keep its weight as the library packed it, because the fused kernel reads that.

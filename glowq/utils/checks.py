@@ -6,11 +6,14 @@ import copy
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModuleError
 
-__all__ = ["check_amount", "check_int", "check_text", "is_number", "json_fault", "json_object", "shown"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["check_amount", "check_int", "check_module", "check_text", "is_number", "json_fault", "json_object", "shown"]
 
 _DEEPEST = 64  # levels of nested objects and lists; the config.json of real models has fewer than ten
 _LARGEST = 2**63  # whole numbers below it fit into the tensors and counters that they end in
@@ -94,3 +97,19 @@ def json_object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} in config.json must be a JSON object, found {type(value).__name__}.")
     return copy.deepcopy(dict(value))
+
+
+def check_module(model: Any) -> nn.Module:
+    """Return `model`.
+
+    Raises:
+        UnsupportedModuleError: it is not a torch module.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModuleError(
+            f"expected a model in memory, got {type(model).__name__}: load it first, for example with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    return model

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from ...artifact.request import CorrectionRequest
 from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
 from ...models.model_config import read_model_config
+from ...models.wrappers import correctable
 from ...pipeline import correct as pipeline
 from ...pipeline.sequences import calibration_sequences
 from ...quantizers.libraries.dense import adopt_dense
@@ -231,7 +232,7 @@ def _adopting(solve: Callable[_P, Correction]) -> Callable[_P, Correction]:
     @wraps(solve)
     def correct(*args: _P.args, **kwargs: _P.kwargs) -> Correction:
         correction = solve(*args, **kwargs)
-        adopt(cast(nn.Module, args[0] if args else kwargs["model"]), correction.config)
+        adopt(correctable(args[0] if args else kwargs["model"]), correction.config)
         return correction
 
     return correct
@@ -252,7 +253,8 @@ def load_correction(
     """Attach a saved correction to a quantized model that is already in memory.
 
     Args:
-        model: the correction's base: a quantized model, or one that was dequantized while loading.
+        model: the correction's base: a quantized model, or one that was dequantized while loading. A compiled model is
+            compiled again at its next call.
         path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
         budget: cut the correction to a share of the quantized weights' bytes ("1%"), to a size ("200MB"), or to the
             ranks that recover a share of the predicted loss ("recover 80%"). Only the ranks that are kept are read.
@@ -265,9 +267,11 @@ def load_correction(
     Raises:
         CorrectionError: corrupt files, or a factor is missing, extra or misshaped.
         FingerprintError: the correction was made for other quantized weights.
+        UnsupportedModuleError: `model` is not a model, carries a PEFT adapter, or is inside of another module.
         ConfigError: the model carries a correction already; or the budget is too small, larger than the correction, or
             a share that cannot be recovered; or the correction holds no measured gains.
     """
+    model = correctable(model)
     correction = Correction.from_pretrained(path, budget=budget, rank_step=rank_step, max_rank=max_rank, **hub_kwargs)
     base_settings(correction.config.base)  # raises if the base's library is not installed
     if attached(model):
