@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .artifact.correction import Correction
     from .errors import GlowQError
     from .factors.group import Group
-    from .integrations.transformers.quantizer import correct, load_correction
+    from .integrations.transformers.memory import correct, load_correction
     from .models.tracing import find_groups
     from .runtime.attach import detach
     from .runtime.fast_kernels import use_fast_kernels
@@ -42,11 +42,11 @@ _MODULES = {
     "GlowQConfig": "artifact.config",
     "GlowQError": "errors",
     "Group": "factors.group",
-    "correct": "integrations.transformers.quantizer",
+    "correct": "integrations.transformers.memory",
     "detach": "runtime.attach",
     "disabled": "runtime.switching",
     "find_groups": "models.tracing",
-    "load_correction": "integrations.transformers.quantizer",
+    "load_correction": "integrations.transformers.memory",
     "set_enabled": "runtime.switching",
     "use_fast_kernels": "runtime.fast_kernels",
 }

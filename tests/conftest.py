@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ BUNDLED = Path(__file__).parents[1] / "examples" / "stdlib-llama"
 TEXT = "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n        return file.read()\n\n" * 12
 
 Factory = Callable[..., Any]
+COMMIT = "a" * 40
 
 # The benchmarks calibrate the quantization libraries on all texts, the tests on an eighth of them. That is 3,800
 # tokens, nearly five for each of the 768 inputs of the widest layer, and saves minutes with GPTQ and AWQ.
@@ -216,3 +218,18 @@ def fold() -> Factory:
         return model
 
     return write
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
+    """A function that puts a folder into the Hub's cache under a repository name, as if it had been downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def publish(name: str, folder: Path, revision: str = "main", commit: str = COMMIT) -> None:
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+
+    return publish

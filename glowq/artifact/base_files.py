@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def base_folder(config: GlowQConfig) -> Path:
     """
     base_model = config.base_model or {}
     kwargs = {"revision": base_model["revision"]} if base_model.get("revision") else {}
-    folder = local_snapshot(base_model["name"], **kwargs)
+    folder = local_snapshot(base_model["name"], subfolder=base_model.get("subfolder"), **kwargs)
     if method_of(config.base) == "dense" and not _holds_dense_weights(folder):
         raise ConfigError(
             f"this correction is for the dense weights that transformers makes of {base_model['name']} on load. Load "
@@ -62,8 +62,12 @@ def _holds_dense_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def base_shards(folder: Path) -> list[str]:
+def base_shards(folder: Path, variant: str | None = None) -> list[str]:
     """The shards of a base model.
+
+    Args:
+        folder: what `base_folder` returned.
+        variant: see `checkpoint_files`.
 
     Raises:
         ConfigError: the folder holds a correction, not a base model.
@@ -71,7 +75,7 @@ def base_shards(folder: Path) -> list[str]:
     """
     if (folder / FACTORS_FILE).is_file():
         raise ConfigError(f"the base {folder} is itself a correction; name the quantized or full-precision model.")
-    shards = checkpoint_files(folder)
+    shards = checkpoint_files(folder, variant)
     for shard in shards:
         check_readable(shard)
     return shards
@@ -115,19 +119,21 @@ def check_same_model(folder: Path, config: Any) -> None:
             )
 
 
-def model_shards(model: Any, revision: str | None) -> list[str]:
+def model_shards(model: Any, base_model: Mapping[str, Any]) -> list[str]:
     """The shards that transformers loaded `model` from.
 
     Args:
         model: a transformers model.
-        revision: branch, tag or commit that it was loaded from; None for the main branch or a local folder.
+        base_model: revision, subfolder and variant that it was loaded from, as the correction names them.
 
     Raises:
         ConfigError: the shards cannot be found any more.
     """
     name = getattr(model.config, "_name_or_path", "")
     try:
-        return checkpoint_files(local_snapshot(name, **({"revision": revision} if revision else {})))
+        revision = {"revision": base_model["revision"]} if base_model.get("revision") else {}
+        folder = local_snapshot(name, subfolder=base_model.get("subfolder"), **revision)
+        return checkpoint_files(folder, base_model.get("variant"))
     except GlowQError as error:
         raise ConfigError(f"the model was loaded from {name!r}, whose files are needed to save it: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors
-from ..quantizers.registry import is_calibrated, stored_base
+from ..models.model_config import read_model_config
+from ..quantizers.registry import is_calibrated, method_of, stored_base
 from ..utils.names import split_revision
 from .config import GlowQConfig
 from .correction import Correction
 from .factor_files import describe_groups
-from .fingerprint import fingerprint
+from .fingerprint import backbone_fingerprint, fingerprint
 from .provenance import Provenance
+from .stored_fields import BASE_PLACE
 
 __all__ = ["correction_of", "stored_config"]
 
@@ -35,6 +38,8 @@ def stored_config(
     sequences: Tensor,
     seed: int,
     revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
 ) -> GlowQConfig:
     """The config of a correction that config.json will store, before its groups are known.
 
@@ -46,18 +51,25 @@ def stored_config(
         sequences: token ids of the calibration text, shape (n, length).
         seed: seed of the calibration and the solver.
         revision: branch, tag or commit that the model was loaded from on the Hub; None for its main branch.
+        subfolder, variant: what `from_pretrained` was told of them when it loaded the model, or None.
 
     Raises:
-        ConfigError: neither the model nor the reference has a name from which the base can be loaded again.
+        ConfigError: neither the model nor the reference has a name from which the base can be loaded again; or the
+            folder of that name holds no model.
     """
     base = getattr(getattr(model, "config", None), "quantization_config", None)
-    name, revision = _base_identity(model, reference, revision)
+    place = {"revision": revision, "subfolder": subfolder, "variant": variant}
+    identity = _base_identity(model, reference, {key: value for key, value in place.items() if value})
     return GlowQConfig(
         base=stored_base(base.base if isinstance(base, GlowQConfig) else base),
         method=method,
         seed=seed,
         format="correction",
-        base_model={"name": name, "revision": revision, "fingerprint": fingerprint(model)},
+        base_model={
+            **identity,
+            "fingerprint": fingerprint(model),
+            "backbone": backbone_fingerprint(model),
+        },
         groups={},
         base_bytes=base_bytes,
         provenance=Provenance(
@@ -68,14 +80,14 @@ def stored_config(
     )
 
 
-def _base_identity(model: nn.Module, reference: Any, revision: str | None) -> tuple[str, str | None]:
-    """Name and revision of the base, to load it again: the quantized model's folder or Hub name, and its commit."""
+def _base_identity(model: nn.Module, reference: Any, place: Mapping[str, str]) -> dict[str, str | None]:
+    """What to load the base by: the quantized model's folder or Hub name, its commit, its subfolder and its variant."""
     config: Any = getattr(model, "config", None)
     earlier = getattr(config, "quantization_config", None)
     if isinstance(earlier, GlowQConfig) and earlier.base_model is not None:
         # The model was loaded as a corrected model, and its correction was detached. Its folder is not a base.
-        return earlier.base_model["name"], earlier.base_model["revision"]
-    name = getattr(config, "_name_or_path", "")
+        return {key: earlier.base_model[key] for key in BASE_PLACE if key in earlier.base_model}
+    name, revision = getattr(config, "_name_or_path", ""), place.get("revision")
     if not name and isinstance(reference, str):
         name, revision = split_revision(reference)
     if not name:
@@ -83,9 +95,25 @@ def _base_identity(model: nn.Module, reference: Any, revision: str | None) -> tu
     if Path(name).is_file():
         name = str(Path(name).parent)  # HQQ's own loader stores the path of config.json
     if Path(name).is_dir():
-        return str(Path(name).resolve()), None
-    cached = try_to_load_from_cache(str(name), "config.json", revision=revision)
-    return str(name), Path(cached).parent.name if isinstance(cached, str) else revision
+        _check_place(Path(name), place)
+        return {**place, "name": str(Path(name).resolve()), "revision": None}
+    cached = try_to_load_from_cache(str(name), _config_file(place), revision=revision)
+    parents = len(Path(_config_file(place)).parents)  # the folder of a snapshot is named after its commit
+    commit = Path(cached).parents[parents - 1].name if isinstance(cached, str) else revision
+    return {**place, "name": str(name), "revision": commit}
+
+
+def _config_file(place: Mapping[str, Any]) -> str:
+    return "/".join(filter(None, [place.get("subfolder"), "config.json"]))
+
+
+def _check_place(folder: Path, place: Mapping[str, str]) -> None:
+    """Refuse a local base that could not be found again by its name."""
+    if not (folder / _config_file(place)).is_file() and not any(folder.glob("*.gguf")):
+        raise ConfigError(
+            f"the model was loaded from {folder}, and {folder / _config_file(place)} does not exist. If "
+            "from_pretrained was given a subfolder, give the same one to glowq.correct: subfolder=..."
+        )
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
@@ -98,8 +126,34 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     return stored
 
 
+def _unstored(model: nn.Module, config: GlowQConfig, lacking: Sequence[str]) -> str | None:
+    """Why the base's name does not lead to this model, as the beginning of a sentence; None if it does."""
+    if not _pre_quantized(model) and is_calibrated(config.base):
+        return f"the base was quantized in memory with calibration text ({method_of(config.base)})"
+    if lacking:
+        return f"the base's checkpoint lacks {lacking[0]!r}, which is new in this model"
+    stored, rows = _stored_vocabulary(config), getattr(getattr(model, "config", None), "vocab_size", None)
+    if stored is not None and rows is not None and stored != rows:
+        return f"the embeddings were resized to {rows} tokens (the base has {stored})"
+    return None
+
+
+def _stored_vocabulary(config: GlowQConfig) -> int | None:
+    """`vocab_size` in the base's config.json; None if that is not on this machine or does not say."""
+    base = config.base_model or {}
+    file: Any = Path(base["name"]) / _config_file(base)
+    if not file.is_file():
+        file = try_to_load_from_cache(base["name"], _config_file(base), revision=base["revision"])
+    return read_model_config(Path(file)).get("vocab_size") if isinstance(file, str | Path) else None
+
+
 def correction_of(
-    model: nn.Module, factors: list[GroupFactors], config: GlowQConfig, base_bytes: int, tokenizer: Any
+    model: nn.Module,
+    factors: list[GroupFactors],
+    config: GlowQConfig,
+    base_bytes: int,
+    tokenizer: Any,
+    lacking: Sequence[str] = (),
 ) -> Correction:
     """A correction with these factors, and with the settings of `model` that its folder needs to load as a model.
 
@@ -109,6 +163,7 @@ def correction_of(
         config: what `stored_config` returned.
         base_bytes: bytes of the quantized weights.
         tokenizer: tokenizer to save with the correction, or None.
+        lacking: names of the model's weights that the base's checkpoint lacks.
     """
     return Correction(
         factors=factors,
@@ -117,5 +172,5 @@ def correction_of(
         base_bytes=base_bytes,
         tokenizer=tokenizer,
         generation_config=getattr(model, "generation_config", None),
-        base_is_stored=_pre_quantized(model) or not is_calibrated(config.base),
+        unstored=_unstored(model, config, lacking),
     )

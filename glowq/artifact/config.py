@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 FORMAT_MINOR = 1
 """Minor version of the format. Fields of a newer minor version are ignored with a warning.
 
-Version 1 added "minor", and "sha256" to a group.
+Version 1 added "minor", "sha256" to a group, and "backbone" to the base model.
 """
 
 FORMATS = ("correction", "full")

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors, cut_group
 from ..factors.rounding import rounded
-from ..quantizers.registry import method_of
 from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest
 from ..selection.ranks import check_measured, choose_ranks
@@ -44,8 +43,7 @@ class Correction:
         base_bytes: bytes of the quantized weights at their nominal bit width; budgets in percent refer to them.
         tokenizer: saved next to the factors, so that the folder works in a pipeline; or None.
         generation_config: saved next to the factors if the model has one; or None.
-        base_is_stored: whether the base that `config.base_model` names can be loaded again. False if the base was
-            quantized in memory with text that no config holds (GPTQ).
+        unstored: why the base that `config.base_model` names cannot be loaded again as it is in memory; None if it can.
     """
 
     factors: list[GroupFactors]
@@ -54,7 +52,7 @@ class Correction:
     base_bytes: int
     tokenizer: Any = None
     generation_config: Any = None
-    base_is_stored: bool = True
+    unstored: str | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -192,7 +190,7 @@ class Correction:
 
         Raises:
             OutputError: the directory holds other files, cannot be written, or the disk is full.
-            ConfigError: the base was quantized in memory and is stored nowhere.
+            ConfigError: the base, as it is in memory, is stored nowhere.
         """
         target = Path(save_directory)
         write_directory(target, self.write_files)
@@ -203,13 +201,13 @@ class Correction:
         """Write the files of the small form into an empty folder; `save_pretrained` can also replace an earlier result.
 
         Raises:
-            ConfigError: the base was quantized in memory and is stored nowhere.
+            ConfigError: the base, as it is in memory, is stored nowhere.
         """
-        if not self.base_is_stored:
+        if self.unstored is not None:
             raise ConfigError(
-                f"the base was quantized in memory with calibration text ({method_of(self.config.base)}) and is stored "
-                "nowhere that a correction could name. Save the model in one piece (model.save_pretrained, or `glowq "
-                "correct --format full`), or save the quantized model first and correct what you saved."
+                f"{self.unstored}, so that the base is stored nowhere that a correction could name. Save the model in "
+                "one piece (model.save_pretrained, or `glowq correct --format full`), or save the quantized model "
+                "first and correct what you saved."
             )
         config = {**self.model_config, "transformers_weights": FACTORS_FILE}
         tensors, stored = self.tensors(), self.config.to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from accelerate.utils import align_module_device
@@ -13,7 +14,7 @@ from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend
 from .config import GlowQConfig
 
-__all__ = ["fingerprint", "same_weights", "shortened", "verify_fingerprint"]
+__all__ = ["backbone_fingerprint", "fingerprint", "same_weights", "shortened", "verify_fingerprint"]
 
 _SAMPLED_CODES = 4096
 _CODES_ONLY = "sha256"
@@ -29,7 +30,19 @@ def fingerprint(model: nn.Module) -> str:
     bfloat16 first, because a model can be loaded with them in another dtype. All quantized modules take part, also
     those without a correction, so that a correction that was cut keeps its fingerprint.
     """
-    return _hash(model, _WEIGHTS)
+    return _hash(model, _WEIGHTS, {name: name for name in quantized_modules(model)})
+
+
+def backbone_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of a model without its head, the same for every class that has this backbone.
+
+    The backbone is the part of a transformers model that `base_model_prefix` names, or the whole model if it has no
+    such part. Names count from there.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    start = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    names = {name: name.removeprefix(start) for name in quantized_modules(model) if name.startswith(start)}
+    return _hash(model, _WEIGHTS, names)
 
 
 def same_weights(model: nn.Module, expected: str) -> bool:
@@ -45,7 +58,7 @@ def same_weights(model: nn.Module, expected: str) -> bool:
             "colon and 64 digits): another model's file, a damaged one, or one of a newer glowq. Download it again, or "
             "upgrade glowq."
         )
-    return _hash(model, kind) == expected
+    return _hash(model, kind, {name: name for name in quantized_modules(model)}) == expected
 
 
 def shortened(stored: str) -> str:
@@ -54,12 +67,15 @@ def shortened(stored: str) -> str:
     return f"{kind}:{digits[:12]}..."
 
 
-def _hash(model: nn.Module, kind: str) -> str:
+def _hash(model: nn.Module, kind: str, names: Mapping[str, str]) -> str:
+    """Hash the modules in `names`: name in the model -> name that is hashed."""
     digest = hashlib.sha256()
     for name, backend in sorted(quantized_modules(model).items()):
+        if name not in names:
+            continue
         module = model.get_submodule(name)
         with align_module_device(module):
-            digest.update(f"{name}|{backend.features(module)}|{backend.scheme(module)}|".encode())
+            digest.update(f"{names[name]}|{backend.features(module)}|{backend.scheme(module)}|".encode())
             for codes in backend.codes(module):
                 flat = codes.detach().reshape(-1)
                 step = max(1, flat.numel() // _SAMPLED_CODES)
@@ -78,8 +94,14 @@ def _bytes(tensor: Tensor) -> bytes:
     return flat.cpu().contiguous().numpy().tobytes()
 
 
-def verify_fingerprint(model: nn.Module, config: GlowQConfig) -> None:
+def verify_fingerprint(model: nn.Module, config: GlowQConfig, other_class: bool = False) -> None:
     """Refuse a correction made for other quantized weights.
+
+    Args:
+        model: the quantized model.
+        config: description of the correction, under the names that its modules have in `model`.
+        other_class: whether the correction was made for another class with the same backbone. Then the heads are not
+            compared.
 
     Raises:
         FingerprintError: model and correction do not belong together.
@@ -97,6 +119,9 @@ def verify_fingerprint(model: nn.Module, config: GlowQConfig) -> None:
                 f"{member} is not quantized here, but the correction was made for a quantized module. Load the model "
                 "with the base quantizer that config.json names."
             )
+    backbone = (config.base_model or {}).get("backbone")
+    if other_class and backbone is not None and backbone_fingerprint(model) == backbone:
+        return
     if not same_weights(model, str(expected)):
         found = fingerprint(model)
         raise FingerprintError(

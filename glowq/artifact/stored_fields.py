@@ -9,11 +9,16 @@ from typing import Any
 from ..errors import ConfigError, UnsafePathError
 from ..utils.checks import check_amount, check_int, check_text, shown
 
-__all__ = ["GROUP_FIELDS", "check_base_model", "check_group"]
+__all__ = ["BASE_PLACE", "GROUP_FIELDS", "check_base_model", "check_group"]
 
 GROUP_FIELDS = frozenset({"members", "in_features", "out_features", "block", "rank", "gains", "total", "sha256"})
+BASE_PLACE = ("name", "revision", "subfolder", "variant")
+"""The fields of a base model that say where its files are."""
+
 _LIST = (list, tuple)
-_REVISION = re.compile(r"\w[\w./-]*")  # a branch, a tag, a pull request (refs/pr/1) or a commit
+_REQUIRED = {"name", "revision", "fingerprint"}  # of `base_model`
+_OPTIONAL = {"backbone", "subfolder", "variant"}
+_NAME = re.compile(r"\w[\w./-]*")  # of a branch, a tag, a pull request (refs/pr/1), a commit, a folder or a variant
 
 
 def check_group(name: str, group: Mapping[str, Any]) -> None:
@@ -45,22 +50,26 @@ def check_group(name: str, group: Mapping[str, Any]) -> None:
 
 
 def check_base_model(base_model: Mapping[str, Any] | None) -> None:
-    """Refuse a base that has no name or no fingerprint, or whose name or revision contains "..".
+    """Refuse a base that has no name or no fingerprint, or that leads out of its folder.
 
     Raises:
         ConfigError: fields are missing or unknown, or of another type.
-        UnsafePathError: the name or the revision contains "..", and so leads out of its folder.
+        UnsafePathError: the name, revision, subfolder or variant contains "..", and so leads out of its folder.
     """
-    if base_model is None or set(base_model) != {"name", "revision", "fingerprint"}:
+    if base_model is None or not _REQUIRED <= set(base_model) <= _REQUIRED | _OPTIONAL:
         raise ConfigError("base_model in config.json must hold name, revision and fingerprint.")
-    name, revision = base_model["name"], base_model["revision"]
+    name = base_model["name"]
     if not isinstance(name, str) or not name or "\0" in name:
         raise ConfigError(f"base_model.name in config.json must be a Hub name or a folder, found {shown(name)}.")
     check_text("base_model.fingerprint", base_model["fingerprint"])
-    check_text("base_model.revision", revision, optional=True)
+    for field in ("revision", *_OPTIONAL):
+        check_text(f"base_model.{field}", base_model.get(field), optional=True)
     # huggingface_hub looks up a revision as a file in its cache.
-    for field, value in (("name", name), ("revision", revision or "")):
+    paths = {field: base_model.get(field) or "" for field in ("revision", "subfolder", "variant")}
+    for field, value in {"name": name, **paths}.items():
         if ".." in value.replace("\\", "/").split("/"):
             raise UnsafePathError(f"base_model.{field} {shown(value)} in config.json leads out of its folder; refused.")
-    if revision and _REVISION.fullmatch(revision) is None:
-        raise ConfigError(f"base_model.revision in config.json is no branch, tag or commit: {shown(revision)}.")
+    for field, value in paths.items():
+        if value and _NAME.fullmatch(value) is None:
+            kind = "branch, tag or commit" if field == "revision" else f"name of a {field}"
+            raise ConfigError(f"base_model.{field} in config.json is no {kind}: {shown(value)}.")

@@ -58,7 +58,8 @@ def divergences(reference: list[Tensor], other: list[Tensor]) -> Tensor:
 
     Args:
         reference: `answer` of the reference model.
-        other: `answer` of another model to the same batch.
+        other: `answer` of another model to the same batch. If one of the two has more tokens in its vocabulary, because
+            that is padded or was extended, only the common ones are compared.
 
     Returns:
         float32 tensor of shape (tokens,), or (batch,) for an encoder, differentiable in `other`. For an encoder it is
@@ -66,6 +67,9 @@ def divergences(reference: list[Tensor], other: list[Tensor]) -> Tensor:
     """
     if len(reference) == 1:
         (first,), (second,) = reference, other
+        if first.shape[-1] != second.shape[-1]:
+            common = min(first.shape[-1], second.shape[-1])
+            first, second = (part[..., :common].log_softmax(-1) for part in (first, second))
         return (first.exp() * (first - second)).sum(-1).flatten()
     parts = [(ours - theirs).square().sum(-1) for ours, theirs in zip(reference, other, strict=True)]
     return torch.stack([part.mean(1) if part.dim() == 2 else part for part in parts]).sum(0)

@@ -53,13 +53,13 @@ def find_candidates(name: str, headers: Headers, settings: Mapping[str, Any] | N
         model = _empty_model(name)
     except (ConfigError, UnsupportedModuleError) as error:
         model, found.note = None, f"only the files were read, because the architecture cannot be built: {error}"
-    rename = _renaming(model) if model is not None else str
+    rename = renaming(model) if model is not None else str
     stored = {rename(module.name): module for module in headers.modules().values()}
-    linears = _linears(model) if model is not None else {}
+    layers = linears(model) if model is not None else {}
     experts = _experts(model) if model is not None else {}
     for name, module in stored.items():
         _classify(found, name, module, settings, refusal)
-    for name, tied in linears.items():
+    for name, tied in layers.items():
         if name not in found.schemes and name not in found.skipped:
             found.skipped[name] = _why_not(stored.get(name), tied)
     for name, shape in experts.items():
@@ -127,8 +127,12 @@ def _empty_model(name: str) -> Any:
         raise UnsupportedModuleError(f"{type(error).__name__}: {error}") from error
 
 
-def _renaming(model: Any) -> Callable[[str], str]:
-    """Return a function from module names in the files to names in the model, as transformers renames on loading."""
+def renaming(model: Any) -> Callable[[str], str]:
+    """Return a function from module names in the files to names in the model, as transformers renames on loading.
+
+    Args:
+        model: a model before its layers are replaced by quantized ones.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -142,7 +146,7 @@ def _renaming(model: Any) -> Callable[[str], str]:
     return rename
 
 
-def _linears(model: Any) -> dict[str, bool]:
+def linears(model: Any) -> dict[str, bool]:
     """Every linear layer -> whether it shares its weight with the embeddings."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

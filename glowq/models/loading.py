@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, CorrectionError, GlowQError, ModelNotFoundError, ReadError, one_line
-from ..utils.files import refuse_irregular, refuse_pickles
+from ..utils.files import only_variant, refuse_irregular, refuse_pickles
 from ..utils.names import split_revision
 
 __all__ = [
@@ -165,6 +165,8 @@ def load_model(
     if backend is not None:
         check_installed(backend, name)
     options: dict[str, Any] = {"use_safetensors": True} if gguf_file is None else _gguf(gguf_file)
+    if gguf_file is None and Path(name).is_dir():
+        options["variant"] = only_variant(Path(name))
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if torch.cuda.is_available():

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from ..errors import NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
-from ..utils.files import checkpoint_files, read_json
+from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
+from ..utils.files import checkpoint_files, only_variant, read_json
 from ..utils.hub import local_snapshot
 from ..utils.logging import quiet
 from ..utils.scratch import temporary_folder
@@ -39,24 +39,42 @@ class Reference:
         model_class: class to load a named model with, the same as that of the quantized model.
         device: where a model given by name computes; each layer's weights are moved there for its forward. None is the
             CPU. A model in memory stays where it is.
+        fresh: a model of `model_class` that has the weights which the checkpoint of a model given by name lacks, such
+            as a new classification head. The reference uses the same ones.
+        variant: read the weights of this variant, if there are any.
         **hub_kwargs: passed to `glowq.utils.hub.local_snapshot`, e.g. `revision`.
+
+    Attributes:
+        missing: names of the weights that the checkpoint lacks; known inside of the context.
     """
 
     def __init__(
-        self, source: Any, model_class: type[nn.Module], device: torch.device | None = None, **hub_kwargs: Any
+        self,
+        source: Any,
+        model_class: type[nn.Module],
+        device: torch.device | None = None,
+        fresh: nn.Module | None = None,
+        variant: str | None = None,
+        **hub_kwargs: Any,
     ) -> None:
         self.source = source
         self.device = device
         self.model_class = model_class
+        self.fresh = fresh
+        self.variant = variant
         self.hub_kwargs = hub_kwargs
         self._model: nn.Module | None = source if isinstance(source, nn.Module) else None
         self._folder: Path | None = None
+        self.missing: list[str] = []
         self._exit = ExitStack()
 
     def __enter__(self) -> Reference:
         if self._model is None:
             folder = self._folder = local_snapshot(self.source, **self.hub_kwargs)
-            checkpoint_files(folder)
+            named = [f"model.{self.variant}.safetensors", f"model.safetensors.index.{self.variant}.json"]
+            if not any((folder / name).is_file() for name in named):
+                self.variant = only_variant(folder)
+            checkpoint_files(folder, self.variant)
             if read_json(folder / "config.json").get("quantization_config") is not None:
                 raise UnsupportedModuleError(
                     f"{folder} is quantized; the reference must be the full-precision model that it was made from."
@@ -81,7 +99,7 @@ class Reference:
         For files it is their names, sizes and times of change; for a model in memory, a digest of its weights.
         """
         if self._folder is not None:
-            files = [Path(file) for file in checkpoint_files(self._folder)]
+            files = [Path(file) for file in checkpoint_files(self._folder, self.variant)]
             found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             return f"{self.source}: {found}"
         digest = hashlib.sha256()
@@ -178,12 +196,69 @@ class Reference:
     def _load(self, folder: Path) -> nn.Module:
         offload = self._exit.enter_context(temporary_folder("reference"))
         with _quiet():
-            model: nn.Module = self.model_class.from_pretrained(  # type: ignore[attr-defined]
-                folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload, use_safetensors=True
+            model, found = self.model_class.from_pretrained(  # type: ignore[attr-defined]
+                folder,
+                dtype="auto",
+                device_map={"": "disk"},
+                offload_folder=offload,
+                use_safetensors=True,
+                variant=self.variant,
+                output_loading_info=True,
             )
+        self.missing = sorted(found["missing_keys"])
+        for name in self.missing:
+            _offload(model, name, self._fresh_value(name))
         if self.device is not None:
             _compute_on(model, self.device)
-        return model
+        loaded: nn.Module = model
+        return loaded
+
+    def _fresh_value(self, name: str) -> Tensor:
+        """The value of a parameter that the checkpoint lacks, as the model to correct has it."""
+        value: Any = None if self.fresh is None else _named_tensors(self.fresh).get(name)
+        if value is None or type(value.data) is not Tensor:
+            raise ReferenceMismatchError(
+                f"the checkpoint of the reference holds no {name!r}, and the quantized model has no plain float weight "
+                "of that name: it is another model. Give the full-precision model that the quantized one was made from."
+            )
+        found: Tensor = value.detach()
+        return found
+
+    def check_ids(self, sequences: Tensor) -> None:
+        """Refuse token ids that the reference has no embedding for, before it is run.
+
+        Args:
+            sequences: token ids, int64.
+
+        Raises:
+            CalibrationError: the text holds tokens that were added to the quantized model's vocabulary later.
+        """
+        layer: Any = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
+        rows = getattr(layer, "num_embeddings", None)
+        largest = int(sequences.max())
+        if rows is not None and largest >= rows:
+            raise CalibrationError(
+                f"the calibration text holds the token id {largest}, and the reference has embeddings for {rows}: the "
+                "others were added to the quantized model later. Give text without them, or a reference whose "
+                "embeddings were extended in the same way."
+            )
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names, of which tied ones have two."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _offload(model: nn.Module, name: str, value: Tensor) -> None:
+    """Add a weight to those that accelerate gives to the layers of a model whose weights are on disk."""
+    hook: Any = model.get_submodule(name.rpartition(".")[0])._hf_hook
+    for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+        if isinstance(part, AlignDevicesHook):
+            stored: Any = part.weights_map
+            stored.dataset.state_dict[name] = value.cpu()
 
 
 def _readable(module: nn.Module) -> AbstractContextManager[None]:

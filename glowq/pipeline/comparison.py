@@ -107,7 +107,7 @@ def compare_methods(
 
     @cache
     def ratios() -> Mapping[str, float]:
-        with Reference(reference, type(model), device=getattr(model, "device", None)) as source:
+        with Reference(reference, type(model), device=getattr(model, "device", None), fresh=model) as source:
             return _error_ratios(WeightErrors(model, source, backends), trace)
 
     context = BudgetContext(trace.groups, available, factor_dtype(model).itemsize, solve, ratios)

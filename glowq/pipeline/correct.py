@@ -66,6 +66,8 @@ def correct(
     resume: str | os.PathLike[str] | None = None,
     dense: bool = False,
     revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     request: CorrectionRequest | None = None,
     **options: Any,
 ) -> Correction:
@@ -85,6 +87,7 @@ def correct(
             dequantized on load, or fake-quantized ones. Every linear layer except the head is corrected.
         revision: branch, tag or commit that `model` was loaded from, if it was not the Hub's main branch. transformers
             does not record it, and the correction must name it.
+        subfolder, variant: what `from_pretrained` was told of them when it loaded `model`, for the same reason.
         request: the settings of the correction. They can also be given one by one as `options`.
         **options: fields of `CorrectionRequest`: rank, budget, rank_step, max_rank, method, calibration,
             calibration_tokens, sequence_length, distill, factor_dtype, seed, force.
@@ -132,14 +135,15 @@ def correct(
         ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, itemsize, shared=solver.shared)
     train, held = split_sequences(sequences, solver, ranks_asked, int8, seed)
     check_token_count(train, ranks)
-    config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision)
+    config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision, subfolder, variant)
     try:
         with (
             uncompiled(),
             nullcontext() if resume is None else open_blocks(resume) as blocks,
-            Reference(reference, type(model), device=getattr(model, "device", None)) as source,
+            Reference(reference, type(model), getattr(model, "device", None), fresh=model, variant=variant) as source,
         ):
             source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
+            source.check_ids(sequences)
             source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
             key = "" if blocks is None else run_key(config, source.identity(), ranks, dtype_of_factors(model), train)
             store = Resume(blocks, key)
@@ -153,7 +157,7 @@ def correct(
                 config.record(**facts)
             # The total also covers groups that are not restored, so record it before they are removed.
             config.record(total=math.fsum(entry.total for entry in factors))
-            whole = correction_of(model, factors, config, base_bytes, tokenizer)
+            whole = correction_of(model, factors, config, base_bytes, tokenizer, lacking=source.missing)
             correction = whole
             if request.budget is not None:
                 _check_gains(factors, train)

@@ -202,6 +202,15 @@ class Backend(ABC):
         """The form of `config` that config.json stores: it fits the saved tensors and holds no calibration text."""
         return config
 
+    def rename_stored(self, quantizer: Any, rename: Callable[[str], str]) -> None:  # noqa: B027 - most need nothing
+        """Rename what a transformers quantizer has noted about stored tensors, if it has noted anything.
+
+        Args:
+            quantizer: transformers' quantizer of a pre-quantized model of another class than the stored one, after it
+                has seen the files and before the weights are loaded.
+            rename: module name in the files -> name in the model.
+        """
+
     def quantizers(self) -> Mapping[str, type]:
         """`quant_method` -> transformers quantizer that glowq registers when it is imported.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ __all__ = [
     "PICKLES",
     "check_regular",
     "checkpoint_files",
+    "only_variant",
     "read_json",
     "refuse_irregular",
     "refuse_only_pickles",
@@ -28,6 +30,7 @@ _READ = (".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja")  # files 
 _LARGEST_JSON = 8 * 2**20  # bytes. The largest real ones, of models with many experts, take about two million
 _LARGEST_INDEX = 32 * 2**20  # the index of a model with 150,000 tensors takes 14 million
 _MOST_DIGITS = 40  # of a whole number; tokenizers write 10^30 for "no limit"
+_VARIANT = re.compile(r"model\.safetensors\.index\.(\w+)\.json|model\.(?!safetensors)(\w+)\.safetensors")
 _MOST_CONTAINERS = 10**6  # an empty list takes 3 bytes in a file, and 64 in memory
 
 
@@ -148,22 +151,27 @@ def refuse_only_pickles(where: str, names: Iterable[str]) -> None:
         )
 
 
-def checkpoint_files(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path, variant: str | None = None) -> list[str]:
     """Return the paths of the safetensors shards of a model folder, sorted by name.
 
+    Args:
+        folder: the model's folder.
+        variant: name of the variant of the weights, as in `from_pretrained(variant="fp16")`. None takes the weights
+            without such a name, or, if there are none, the only variant.
+
     Raises:
-        ModelNotFoundError: there are no safetensors weights, or a shard is missing.
+        ModelNotFoundError: there are no such safetensors weights, or a shard is missing.
         PickleRefusedError: the weights are stored only as pickles.
         UnsafePathError: the index names a file outside the folder.
         CorrectionError: the index is damaged.
         ReadError: a shard or the index is no regular file.
     """
     refuse_pickles(folder)
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    variant = variant or only_variant(folder)
+    mark = f".{variant}" if variant else ""
+    index, names = safe_join(folder, f"model.safetensors.index{mark}.json"), [f"model{mark}.safetensors"]
     if check_regular(index) is not None:
         names = _named_shards(index)
-    elif not (folder / names[0]).exists():
-        _refuse_variant(folder)
     files = [safe_join(folder, name) for name in names]
     for file in files:
         if check_regular(file) is None:
@@ -179,12 +187,19 @@ def _named_shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _refuse_variant(folder: Path) -> None:
-    """Raise an error if the weights of a folder are complete, but stored under a variant's name."""
-    variants = sorted(entry.name for entry in folder.glob("model.*.safetensors*") if entry.name.count(".") >= 2)
-    variants = [name for name in variants if name.endswith((".safetensors", ".safetensors.index.json"))]
-    if variants:
+def only_variant(folder: Path) -> str | None:
+    """The variant whose name all the safetensors weights in a folder have; None if there are weights without a name.
+
+    Raises:
+        ModelNotFoundError: there are several variants, and no weights without a name.
+    """
+    names = [entry.name for entry in folder.iterdir()]
+    if "model.safetensors" in names or "model.safetensors.index.json" in names:
+        return None
+    found = sorted({match[1] or match[2] for match in map(_VARIANT.fullmatch, names) if match})
+    if len(found) > 1:
         raise ModelNotFoundError(
-            f"the weights in {folder} are stored as a variant ({variants[0]}), and glowq reads model.safetensors. Load "
-            "them with variant=..., and save the model again without it."
+            f"the weights in {folder} are stored as the variants {', '.join(found)}; name the one that was quantized "
+            "with variant=..., or save the model again without it."
         )
+    return found[0] if found else None

@@ -23,17 +23,18 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import ConfigError, GlowQError, HubError, ModelNotFoundError, OutputError, ReadError
-from .files import refuse_irregular, refuse_only_pickles
+from .files import refuse_irregular, refuse_only_pickles, safe_join
 from .names import split_revision
 
 __all__ = ["asking_hub", "local_snapshot"]
 
 
-def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
+def local_snapshot(name: str | os.PathLike[str], *, subfolder: str | None = None, **hub_kwargs: Any) -> Path:
     """Return the local folder of a model; the safetensors, JSON and tokenizer files of a Hub model are downloaded.
 
     Args:
         name: folder or Hub name, or "org/model@revision".
+        subfolder: folder of the model inside of it; only its files are downloaded.
         **hub_kwargs: passed to `huggingface_hub.snapshot_download`, e.g. `revision`, `token`, `local_files_only`.
 
     Raises:
@@ -44,10 +45,10 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
         PickleRefusedError: the repository stores its weights only as pickles, which are not downloaded.
         OutputError: the disk is full.
         ReadError: a file of the folder is no regular file.
+        UnsafePathError: `subfolder` points outside of the folder.
     """
     if os.path.isdir(name):
-        refuse_irregular(Path(name))
-        return Path(name)
+        return _checked_folder(Path(name), subfolder)
     name, revision = split_revision(name)
     if revision is not None:
         if hub_kwargs.get("revision") not in (None, revision):
@@ -62,13 +63,25 @@ def local_snapshot(name: str | os.PathLike[str], **hub_kwargs: Any) -> Path:
         "*.txt",
         "*.jinja",
     ]
+    if subfolder:
+        patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
     with asking_hub(name, hub_kwargs):
         folder = Path(snapshot_download(name, allow_patterns=patterns, **hub_kwargs))
         asked = not (constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only"))
+        if subfolder:
+            return _checked_folder(folder, subfolder)
         if asked and not any(folder.glob("*.safetensors")):
             api = HfApi(token=hub_kwargs.get("token"))
             refuse_only_pickles(name, api.list_repo_files(name, revision=folder.name))
     return folder
+
+
+def _checked_folder(folder: Path, subfolder: str | None) -> Path:
+    found = safe_join(folder, subfolder) if subfolder else folder
+    if not found.is_dir():
+        raise ModelNotFoundError(f"{folder} has no folder {subfolder!r}.")
+    refuse_irregular(found)
+    return found
 
 
 # The base class of HTTP errors in httpx or its successor, depending on the version of huggingface_hub.

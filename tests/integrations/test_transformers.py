@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 import glowq
 from glowq.errors import ConfigError, FingerprintError, ReferenceMismatchError, UnsafePathError
 from glowq.integrations.transformers.delegation import DelegatingHfQuantizer
-from glowq.integrations.transformers.quantizer import GlowQHfQuantizer
+from glowq.integrations.transformers.saving import CorrectedHfQuantizer
 from glowq.quantizers.model import quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
 from glowq.runtime.attach import attached
@@ -49,7 +48,7 @@ def test_the_quantizer_answers_as_the_base_and_the_config_as_glowq(base: str, so
     correction.save_pretrained(tmp_path / "correction")
     plain = quantized(source, base)
     for found in (model, load(tmp_path / "correction")):
-        assert isinstance(found.hf_quantizer, GlowQHfQuantizer)
+        assert isinstance(found.hf_quantizer, CorrectedHfQuantizer)
         method = plain.hf_quantizer.quantization_config.quant_method
         assert found.hf_quantizer.quantization_config.quant_method == method
         assert found.quantization_method == plain.quantization_method
@@ -62,7 +61,7 @@ def test_the_quantizer_answers_as_the_base_and_the_config_as_glowq(base: str, so
 
 
 def test_every_public_attribute_of_a_quantizer_is_answered() -> None:
-    own = vars(GlowQHfQuantizer) | vars(DelegatingHfQuantizer)
+    own = vars(CorrectedHfQuantizer) | vars(DelegatingHfQuantizer)
     inherited = {"requires_calibration", "remove_quantization_config", "get_modules_to_not_convert"}
     assert {name for name in vars(HfQuantizer) if not name.startswith("_")} <= own.keys() | inherited
 
@@ -237,21 +236,6 @@ def test_a_base_that_changed_under_its_correction_is_refused(tmp_path: Path) -> 
     tiny_llama(source, seed=1)
     with pytest.raises(FingerprintError, match="another revision"):
         load(tmp_path / "correction")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
-    """A function that puts a folder into the Hub's cache under a repository name, as if it had been downloaded."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def publish(name: str, folder: Path, revision: str = "main", commit: str = COMMIT) -> None:
-        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs" / revision).write_text(commit)
-        shutil.copytree(folder, repository / "snapshots" / commit)
-
-    return publish
 
 
 def test_a_hub_repository_names_its_base_and_that_ones_commit(source: Path, tmp_path: Path, hub: Any) -> None:

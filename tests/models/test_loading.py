@@ -22,7 +22,7 @@ from glowq.errors import (
 from glowq.models.loading import load_config, load_model, load_tokenizer, model_class
 from glowq.utils.files import checkpoint_files
 from support.cli import call
-from support.tiny import correct, load
+from support.tiny import correct, gap, load, logits
 
 
 @pytest.fixture
@@ -91,8 +91,9 @@ def test_no_path_holds_a_nul(rank_8: Path, source: Path, tmp_path: Path) -> None
 
 def test_a_complete_variant_is_not_said_to_be_incomplete(source: Path, tmp_path: Path) -> None:
     load(source).save_pretrained(tmp_path / "variant", variant="fp16")
-    with pytest.raises(ModelNotFoundError, match=r"are stored as a variant \(model\.fp16\.safetensors\)"):
-        checkpoint_files(tmp_path / "variant")
+    assert checkpoint_files(tmp_path / "variant") == [str(tmp_path / "variant" / "model.fp16.safetensors")]
+    model = load_model(str(tmp_path / "variant"), load_config(str(tmp_path / "variant")))
+    assert gap(model, logits(load(source))) == 0.0
 
 
 def test_a_quantizer_that_skipped_every_layer_did_not_dequantize(source: Path) -> None:

@@ -17,7 +17,7 @@ from ...pipeline.block_store import check_blocks, remove_blocks
 from ...quantizers.registry import base_config, with_calibration
 from ...utils.names import split_revision
 from ...utils.output import check_output, output_path, write_directory
-from .quantizer import correct
+from .memory import correct
 
 __all__ = ["correct_checkpoint"]
 
@@ -97,7 +97,7 @@ def correct_checkpoint(
     held_out = None if score is None else held_out_figures(score, corrected, held, request.seed)
     for stored in (correction.config, corrected.config.quantization_config):
         stored.record(command=command, held_out=held_out)
-    _save(correction, corrected, target, format or ("correction" if correction.base_is_stored else "full"))
+    _save(correction, corrected, target, format or ("correction" if correction.unstored is None else "full"))
     if resume:
         remove_blocks(kept)
     return {

@@ -1,71 +1,49 @@
-"""The transformers quantizer of corrected models: it delegates to the base's quantizer and adds the correction.
+"""The transformers quantizer that loads corrected models: the base's quantizer loads the base, glowq the factors.
 
-`hf_quantizer.quantization_config` is the base's config, because transformers, PEFT and accelerate read its
-`quant_method`. `GlowQConfig` is in `model.config.quantization_config`. glowq reads the factors itself, because the
-weight loader of transformers only warns about a missing tensor and leaves its memory uninitialized.
+glowq reads the factors itself, because the weight loader of transformers only warns about a missing tensor and leaves
+its memory uninitialized.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.base import HfQuantizer
 
-from ...artifact.base_files import (
-    base_folder,
-    base_shards,
-    check_same_model,
-    model_shards,
-    original_tensors,
-    refuse_unsafe,
-)
+from ...artifact.base_files import base_folder, base_shards, check_same_model, refuse_unsafe
 from ...artifact.config import GlowQConfig
-from ...artifact.correction import Correction
-from ...artifact.factor_files import FACTOR_KEYS, factor_tensors, read_factors, with_checksums
-from ...artifact.fingerprint import verify_fingerprint
+from ...artifact.factor_files import FACTOR_KEYS, read_factors
 from ...artifact.request import CorrectionRequest
 from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
+from ...models.candidates import renaming
 from ...models.model_config import read_model_config
-from ...models.wrappers import correctable
-from ...pipeline import correct as pipeline
 from ...pipeline.sequences import calibration_sequences
-from ...quantizers.libraries.dense import adopt_dense
-from ...quantizers.model import check_scales, prepare_model, quantized_modules
-from ...quantizers.registry import (
-    backend_of,
-    check_installed,
-    is_calibrated,
-    method_of,
-    stored_base,
-    with_calibration,
-)
+from ...quantizers.model import prepare_model
+from ...quantizers.registry import backend_of, check_installed, is_calibrated, method_of, with_calibration
 from ...quantizers.settings import base_settings
-from ...runtime.attach import attach, attached, attached_factors, factor_dtype, set_aside
-from ...runtime.fast_kernels import refuse_rewritten
-from .delegation import DelegatingHfQuantizer, LibraryHfQuantizer, Refusal
-from .merge import merge_into_dense
+from .class_names import absent_linears, is_other_class
+from .memory import attach_all, base_of, correct, drop_irreversible_conversions, load_correction
+from .saving import CorrectedHfQuantizer
 
-__all__ = ["GlowQHfQuantizer", "adopt", "correct", "load_correction"]
+__all__ = ["GlowQHfQuantizer"]
 
-_P = ParamSpec("_P")
+_SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # modules that a quantizer leaves alone
 
 
-class GlowQHfQuantizer(DelegatingHfQuantizer):
-    """Delegates to the base's quantizer, and attaches the correction; see the docstring of this module."""
+class GlowQHfQuantizer(CorrectedHfQuantizer):
+    """Loads a model with the base's quantizer, and attaches the correction that `GlowQConfig` describes or asks for."""
 
     requires_calibration = False
     _base_folder: Path | None = None  # folder of the base, if the correction is stored without its base
-    _shards: Sequence[str] = ()  # the files that the weight loader reads
     _factors: Sequence[GroupFactors] = ()  # read from the files, attached after the base is loaded
     _calibration: Any = None  # text or token ids to correct with while loading
 
@@ -125,11 +103,26 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         if self._base_folder is not None:
             check_same_model(self._base_folder, model.config)
             # Changed in place, because the weight loader reads this list object.
-            checkpoint_files[:] = base_shards(self._base_folder)
+            variant = (self.glowq_config.base_model or {}).get("variant")
+            checkpoint_files[:] = base_shards(self._base_folder, variant)
         self._shards = list(checkpoint_files)
         if not self.pre_quantized and is_calibrated(self.quantization_config):
             self._quantize_with_calibration(model)
+        backend, rename = backend_of(self.quantization_config), None
+        if is_other_class(model):
+            self._leave_alone(model, absent_linears(model, checkpoint_files))
+            rename = renaming(model)
         self.base.preprocess_model(model, dtype, checkpoint_files=checkpoint_files, **kwargs)
+        if backend is not None and rename is not None:
+            backend.rename_stored(self.base, rename)
+
+    def _leave_alone(self, model: PreTrainedModel, modules: Sequence[str]) -> None:
+        """Let the base's quantizer skip these modules, now and when the model is saved and loaded again."""
+        base = self.base.quantization_config
+        field = next((name for name in _SKIPPED if hasattr(base, name)), None)
+        if modules and field is not None:
+            skipped = self.base.get_modules_to_not_convert(model, getattr(base, field))
+            setattr(base, field, [*skipped, *modules])
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Run the base's own postprocessing, make its modules safe to read and run, and attach the correction.
@@ -137,13 +130,13 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         The correction comes from the loaded files, from the folder or Hub name in `GlowQConfig`, or is computed now.
         """
         self.base.postprocess_model(model, **kwargs)
-        self.quantization_config = _base_of(model, self.quantization_config)
+        self.quantization_config = base_of(model, self.quantization_config)
         prepare_model(model)
-        _drop_irreversible_conversions(model)
+        drop_irreversible_conversions(model)
         config = self.glowq_config
         if config.is_stored:
             factors, self._factors = self._factors, ()
-            _attach_all(model, config, factors)
+            attach_all(model, config, factors, is_other_class(model))
         elif config.correction is not None:
             cut = self._request().ranks
             load_correction(model, config.correction, budget=cut.budget, rank_step=cut.rank_step, max_rank=cut.max_rank)
@@ -153,26 +146,20 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
 
     def _quantize_with_calibration(self, model: nn.Module) -> None:
         """Let the base calibrate its quantization on the same sequences as the correction."""
-        from transformers import AutoTokenizer
-
-        name = model.config.name_or_path  # type: ignore[union-attr]
+        source = str(model.config.name_or_path)  # type: ignore[union-attr]
         with torch.device("cpu"):  # transformers creates tensors on the meta device at this point
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = _tokenizer(source, _place_of(source, Path(self._shards[0])))
             self._calibration = calibration_sequences(model, self._request(), tokenizer)
         self._use(with_calibration(self.quantization_config, self._calibration))
 
     def _correct_now(self, model: nn.Module) -> None:
-        from transformers import AutoTokenizer
-
-        source = str(model.config.name_or_path)  # type: ignore[union-attr]
-        folder = Path(self._shards[0]).parent
-        # In the Hub's cache, the folder of a snapshot is named after its commit.
-        revision = folder.name if folder.parent.name == "snapshots" and not os.path.isdir(source) else None
+        source, folder = str(model.config.name_or_path), Path(self._shards[0]).parent  # type: ignore[union-attr]
+        place = _place_of(source, Path(self._shards[0]))
         correct(
             model,
             reference=folder if (folder / "config.json").is_file() else source,
-            tokenizer=AutoTokenizer.from_pretrained(source, revision=revision or "main"),
-            revision=revision,
+            tokenizer=_tokenizer(source, place),
+            **place,
             request=replace(self._request(), calibration=self._calibration),
         )
 
@@ -181,151 +168,32 @@ class GlowQHfQuantizer(DelegatingHfQuantizer):
         assert self.glowq_config.request is not None
         return self.glowq_config.request
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-        """The base's tensors under the base's names, and the factors under the names that correction files use."""
-        refuse_rewritten(model)
-        factors = factor_tensors(attached_factors(model))
-        # Saving calls this method before it writes config.json. If the correction was detached, the model is saved as
-        # its plain base.
-        config: Any = model.config
-        config.quantization_config = self.glowq_config if factors else self.quantization_config
-        if factors:
-            self.glowq_config.groups = with_checksums(self.glowq_config.groups or {}, factors)
-        with set_aside(model):
-            state, metadata = self.base.get_state_dict_and_metadata(model)
-            state = model.state_dict() if state is None else state
-        return {**self._with_original(model, state), **factors}, metadata
 
-    def _with_original(self, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-        """The state, with the loaded checkpoint's tensors for modules that a library rewrites in memory."""
-        backends = quantized_modules(model) if self.pre_quantized else {}
-        rewritten = [name for name, backend in backends.items() if backend.saves == "files"]
-        if not rewritten:
-            return state
-        originals = original_tensors(
-            self._shards or model_shards(model, (self.glowq_config.base_model or {}).get("revision")), rewritten
-        )
-        names = set(rewritten)
-        kept = {key: value for key, value in state.items() if key.rpartition(".")[0] not in names}
-        return {**kept, **originals}
-
-    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Replace the quantized modules by dense ones with the correction merged, W' = Q + A B, for any base."""
-        merge_into_dense(model, dtype)
-        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
-        """Whether the model can be saved in one piece: the base's result, or a `Refusal` that says what to do."""
-        found = self.base.is_serializable(*args, **kwargs)
-        return found if isinstance(found, Refusal) or found else self._refusal()
-
-    def _refusal(self) -> Refusal:
-        return Refusal(
-            f"a {method_of(self.quantization_config)} model cannot be saved in one piece: transformers could not load "
-            "it again. Save its correction, which names its base: Correction.save_pretrained, or `glowq correct "
-            "--format correction`."
-        )
+def _place_of(source: str, shard: Path) -> dict[str, Any]:
+    """The revision, subfolder and variant of a model, by a file that it is loaded from."""
+    folder, revision = shard.parent, None
+    if os.path.isdir(source):
+        root = Path(source)
+    else:  # in the Hub's cache, the folder of a snapshot is named after its commit
+        root = next((parent for parent in shard.parents if parent.parent.name == "snapshots"), folder)
+        revision = root.name if root.parent.name == "snapshots" else None
+    subfolder = os.path.relpath(folder, root).replace(os.sep, "/")
+    marks = shard.name.removesuffix(".safetensors").split(".")[1:]  # model.fp16-00001-of-00002.safetensors
+    return {
+        "revision": revision,
+        "subfolder": None if subfolder == "." else subfolder,
+        "variant": re.sub(r"-\d+-of-\d+$", "", marks[0]) if marks else None,
+    }
 
 
-def _adopting(solve: Callable[_P, Correction]) -> Callable[_P, Correction]:
-    @wraps(solve)
-    def correct(*args: _P.args, **kwargs: _P.kwargs) -> Correction:
-        correction = solve(*args, **kwargs)
-        adopt(correctable(args[0] if args else kwargs["model"]), correction.config)
-        return correction
+def _tokenizer(source: str, place: Mapping[str, Any]) -> Any:
+    """The tokenizer of a model: from its subfolder, or else from the folder or repository itself."""
+    from transformers import AutoTokenizer
 
-    return correct
-
-
-correct = _adopting(pipeline.correct)  # this is `glowq.correct`; the model's `save_pretrained` then stores the factors
-
-
-def load_correction(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    budget: str | int | None = None,
-    rank_step: int = 1,
-    max_rank: int | None = None,
-    **hub_kwargs: Any,
-) -> Correction:
-    """Attach a saved correction to a quantized model that is already in memory.
-
-    Args:
-        model: the correction's base: a quantized model, or one that was dequantized while loading. A compiled model is
-            compiled again at its next call.
-        path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
-        budget: cut the correction to a share of the quantized weights' bytes ("1%"), to a size ("200MB"), or to the
-            ranks that recover a share of the predicted loss ("recover 80%"). Only the ranks that are kept are read.
-        rank_step, max_rank: limits of that cut, see `Correction.cut`.
-        **hub_kwargs: passed on to `Correction.from_pretrained`, e.g. `revision`, `token`.
-
-    Returns:
-        The attached correction.
-
-    Raises:
-        CorrectionError: corrupt files, or a factor is missing, extra or misshaped.
-        FingerprintError: the correction was made for other quantized weights.
-        UnsupportedModuleError: `model` is not a model, carries a PEFT adapter, or is inside of another module.
-        ConfigError: the model carries a correction already; or the budget is too small, larger than the correction, or
-            a share that cannot be recovered; or the correction holds no measured gains.
-    """
-    model = correctable(model)
-    correction = Correction.from_pretrained(path, budget=budget, rank_step=rank_step, max_rank=max_rank, **hub_kwargs)
-    base_settings(correction.config.base)  # raises if the base's library is not installed
-    if attached(model):
-        raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
-    if method_of(correction.config.base) == "dense":
-        adopt_dense(model)
-    prepare_model(model)
-    _attach_all(model, correction.config, correction.factors)
-    return correction
-
-
-def adopt(model: nn.Module, config: GlowQConfig) -> None:
-    """Make `save_pretrained` of a model with an attached correction write both the base and the correction."""
-    base = getattr(model, "hf_quantizer", None) or LibraryHfQuantizer()
-    model_config: Any = model.config
-    stored = config.with_format("full")
-    stored.base = _base_of(model, getattr(base, "quantization_config", stored.base))
-    if isinstance(base, GlowQHfQuantizer):
-        base.glowq_config = stored
-    elif isinstance(base, HfQuantizer):
-        kind: Any = GlowQHfQuantizer  # Any, because mypy sees abstract methods, which are delegated to the base
-        quantizer = kind.__new__(kind)
-        quantizer.base = base
-        quantizer.glowq_config = stored
-        quantizer.quantization_config = stored.base
-        quantizer.pre_quantized = base.pre_quantized
-        model.hf_quantizer = quantizer
-    # Without a config of the base, the base's library saves the model, and config.json must not name glowq.
-    if stored.base is not None:
-        model_config.quantization_config = stored
-    _drop_irreversible_conversions(model)
-
-
-def _base_of(model: nn.Module, fallback: Any) -> Any:
-    """The base's quantization config, as its library left it in the model's config, without its calibration text."""
-    found = getattr(model.config, "quantization_config", None)
-    base = fallback if found is None or isinstance(found, (GlowQConfig, dict)) else found
-    return stored_base(base)
-
-
-def _attach_all(model: nn.Module, config: GlowQConfig, factors: Sequence[GroupFactors]) -> None:
-    check_scales(model)
-    verify_fingerprint(model, config)
-    for entry in factors:
-        attach(model, entry, dtype=factor_dtype(model))
-    adopt(model, config)
-
-
-def _drop_irreversible_conversions(model: nn.Module) -> None:
-    """Remove the base's load conversions: transformers cannot reverse them, so saving the model would raise."""
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions:
-        model._weight_conversions = [  # type: ignore[assignment]
-            conversion
-            for conversion in conversions
-            if not any(getattr(op, "hf_quantizer", None) is not None for op in getattr(conversion, "operations", ()))
-        ]
+    revision = place["revision"] or "main"
+    if place["subfolder"] is not None:
+        try:
+            return AutoTokenizer.from_pretrained(source, revision=revision, subfolder=place["subfolder"])
+        except OSError:
+            pass
+    return AutoTokenizer.from_pretrained(source, revision=revision)

@@ -22,7 +22,8 @@ _BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # per element of bnb_4bit_quant_storag
 
 _NOT_QUANTIZED = (
     "a {} holds a weight without its {}: it was never quantized, or it was replaced, dequantized or moved without it. "
-    "Load the model again with from_pretrained, and call glowq before anything changes its weights."
+    "Load the model again with from_pretrained, and call glowq before anything changes its weights. If its checkpoint "
+    "lacks this module (a new head), name the module in llm_int8_skip_modules."
 )
 
 

@@ -75,7 +75,8 @@ class Quanto(Backend):
     def _quantized(module: Any) -> Any:
         if not module.frozen:
             raise BackendError(
-                "a QLinear still holds its full-precision weight; call optimum.quanto.freeze(model) first."
+                "a QLinear still holds its full-precision weight; call optimum.quanto.freeze(model) first. If its "
+                "checkpoint lacks this module (a new head), name the module in modules_to_not_convert."
             )
         if module.activation_qtype is not None:
             raise BackendError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -55,6 +55,13 @@ class TorchAO(Backend):
     tested = ">=0.15,<0.19"
     methods = ("torchao",)
     presets: ClassVar = {"torchao-int8": _int8} | {f"torchao-int{bits}": partial(_intx, bits) for bits in (2, 3, 4)}
+
+    def rename_stored(self, quantizer: Any, rename: Callable[[str], str]) -> None:
+        stored = getattr(quantizer, "metadata", {})
+        names = json.loads(stored.get("tensor_names", "[]"))
+        renamed = {name: ".".join([rename(name.rpartition(".")[0]), name.rpartition(".")[2]]) for name in names}
+        moved = {renamed.get(key, key): value for key, value in stored.items()}
+        quantizer.metadata = {**moved, "tensor_names": json.dumps(list(renamed.values()))}
 
     def matches(self, module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear) or "torchao" not in sys.modules:
