@@ -17,6 +17,7 @@ from ..quantizers.registry import is_calibrated, method_of, stored_base
 from ..utils.names import split_revision
 from .config import GlowQConfig
 from .correction import Correction
+from .custom_code import code_of
 from .factor_files import describe_groups
 from .fingerprint import backbone_fingerprint, fingerprint
 from .provenance import Provenance
@@ -173,4 +174,5 @@ def correction_of(
         tokenizer=tokenizer,
         generation_config=getattr(model, "generation_config", None),
         unstored=_unstored(model, config, lacking),
+        code=code_of(model),
     )

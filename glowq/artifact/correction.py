@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..utils.output import write_directory
 from ..utils.scratch import temporary_folder
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
+from .custom_code import code_in
 from .factor_files import describe_groups, factor_tensors, with_checksums
 from .provenance import Selected
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
@@ -43,6 +44,7 @@ class Correction:
         base_bytes: bytes of the quantized weights at their nominal bit width; budgets in percent refer to them.
         tokenizer: saved next to the factors, so that the folder works in a pipeline; or None.
         generation_config: saved next to the factors if the model has one; or None.
+        code: file name -> content of custom code that defines the model's class; saved next to the factors.
         unstored: why the base that `config.base_model` names cannot be loaded again as it is in memory; None if it can.
     """
 
@@ -53,6 +55,7 @@ class Correction:
     tokenizer: Any = None
     generation_config: Any = None
     unstored: str | None = None
+    code: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -219,6 +222,8 @@ class Correction:
         if self.generation_config is not None:
             # generation_config.save_pretrained refuses the settings of many published models.
             (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
+        for name, content in self.code.items():
+            (folder / name).write_bytes(content)
         self.write_card(folder)
 
     def push_to_hub(
@@ -315,7 +320,8 @@ class Correction:
             from transformers import GenerationConfig
 
             generation = GenerationConfig.from_pretrained(saved.folder)
-        return cls(factors, config, saved.model_config, saved.base_bytes, tokenizer, generation)
+        code = code_in(saved.folder, saved.model_config)
+        return cls(factors, config, saved.model_config, saved.base_bytes, tokenizer, generation, code=code)
 
 
 def _config_of_part(config: GlowQConfig, factors: Sequence[GroupFactors], of_factor_bytes: int) -> GlowQConfig:

@@ -17,7 +17,9 @@ from ..selection.ranks import check_measured, choose_ranks
 from ..selection.rounding import stored_as
 from ..utils.files import refuse_pickles
 from ..utils.hub import local_snapshot
+from ..utils.names import split_revision
 from .config import GlowQConfig
+from .custom_code import of_repository
 from .factor_files import StoredFactors, open_factors
 
 __all__ = ["FACTORS_FILE", "SavedCorrection", "open_saved"]
@@ -102,5 +104,7 @@ def open_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> Iterator[Save
             f"{path} is a self-contained glowq model, not a correction: load it with from_pretrained."
         )
     model_config.pop("transformers_weights", None)
+    if "auto_map" in model_config and not os.path.isdir(path):
+        model_config["auto_map"] = of_repository(model_config["auto_map"], split_revision(os.fspath(path))[0])
     with open_factors([folder / FACTORS_FILE], config.groups or {}) as factors:
         yield SavedCorrection(os.fspath(path), folder, config, model_config, factors)

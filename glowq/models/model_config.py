@@ -20,8 +20,8 @@ def read_model_config(file: Path) -> dict[str, Any]:
         ModelNotFoundError: the file does not exist.
         ReadError: it is no regular file, or cannot be read.
         CorrectionError: it holds no JSON object, or one that is too large or nested too deeply.
-        ConfigError: architectures, model_type or quantization_config hold a value that no model has there. The fields
-            of a correction are checked by `GlowQConfig`.
+        ConfigError: architectures, model_type, auto_map or quantization_config hold a value that no model has there.
+            The fields of a correction are checked by `GlowQConfig`.
     """
     config = read_json(file)
     architectures, stored = config.get("architectures"), config.get("quantization_config")
@@ -32,6 +32,9 @@ def read_model_config(file: Path) -> dict[str, Any]:
     for name in ("model_type", "dtype", "torch_dtype"):
         if not isinstance(config.get(name, ""), str | None):
             raise ConfigError(f"{name} in {file} must be a text, found {shown(config[name])}.")
+    auto_map = config.get("auto_map", {})
+    if not isinstance(auto_map, dict) or not all(isinstance(entry, str | list | None) for entry in auto_map.values()):
+        raise ConfigError(f"auto_map in {file} must be a JSON object of names, found {shown(auto_map)}.")
     if stored is None:
         return config
     legacy = isinstance(stored, dict) and ("load_in_4bit" in stored or "load_in_8bit" in stored)  # of bitsandbytes

@@ -8,11 +8,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ...errors import ModelNotFoundError, PickleRefusedError
+from ...models.model_config import read_model_config
 from ...selection.allocation import GroupGains
 from ...utils.files import PICKLES, checkpoint_files, read_json, safe_join
 from ...utils.manifest import MANIFEST
 from ...utils.output import EXPORT_MANIFEST
 from ..config import GlowQConfig
+from ..custom_code import code_in
 from ..factor_files import open_factors
 from ..saved import FACTORS_FILE
 
@@ -68,7 +70,8 @@ def read_result(folder: Path) -> SavedResult:
     """Read and check a folder to push.
 
     Raises:
-        ModelNotFoundError: there is no such folder, it holds nothing that glowq saved, or files are missing.
+        ModelNotFoundError: there is no such folder, it holds nothing that glowq saved, or files are missing, also of
+            custom code that config.json names.
         PickleRefusedError: the folder holds a pickle.
         CorrectionError: a file is corrupt, or a factor is missing.
     """
@@ -88,8 +91,9 @@ def read_result(folder: Path) -> SavedResult:
     if is_export:
         return _read_export(folder, set(found))
     config = GlowQConfig.from_dict(stored or {})
+    code = code_in(folder, read_model_config(config_file))
     stored_gains(folder, config)  # raises an error if a factor file is damaged
-    files = {name: path for name, path in found.items() if _is_named(name, _RESULT_FILES + _TERMS)}
+    files = {name: path for name, path in found.items() if name in code or _is_named(name, _RESULT_FILES + _TERMS)}
     base = config.base_model or {}
     left_out = sorted(set(found) - {*files, MANIFEST})  # config.json and the card can change
     return SavedResult(folder, config.format, files, left_out, config, (str(base["name"]), base["revision"]))
