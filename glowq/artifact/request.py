@@ -28,9 +28,10 @@ class CorrectionRequest:
             group's shape allows.
         max_rank: largest rank that a budget gives any group.
         method: name of the solver method, see `glowq.solving.methods`.
-        calibration: text (list of str, file, folder or datasets name), or token ids, shape (n, length), int64.
-        calibration_tokens: number of tokens to use, taken from all parts of the text.
-        sequence_length: tokens per sequence; lowered to the model's limit.
+        calibration: text (list of str, file, folder, data set or datasets name, see `glowq.data.text.read_texts`), or
+            token ids (integers of shape (n, length), or a tokenizer's result, see `glowq.data.ids.id_sequences`).
+        calibration_tokens: number of tokens to use, taken from all parts of the text; of token ids all are used.
+        sequence_length: tokens per sequence of text; lowered to the model's limit.
         distill: number of distillation steps. After the ranks are chosen, gradient descent on the factors brings the
             corrected model's answers nearer to the reference's; 60 is a good value. The ranks do not change, but the
             factors are no longer the optimum of each single group.

@@ -1,3 +1,3 @@
-"""From text to token batches: sources of text, tokenizing, splitting, and the overlap of two texts.
+"""From sources to token batches: reading text and token ids, tokenizing, splitting, and the overlap of two texts.
 
 This package may import only `errors`."""

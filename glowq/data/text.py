@@ -1,34 +1,38 @@
-"""Read texts from a source that a user names: a list, a file, a folder, a dataset, or the standard library."""
+"""Read texts from a source that a user names: a list, a data set, a file, a folder, or the standard library."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from ..errors import CalibrationError, ModelNotFoundError
+from .ids import holds_ids
+from .text_files import FOLDER_SUFFIXES, SUFFIXES, read_file
 
 __all__ = ["CalibrationSource", "read_texts"]
 
 CalibrationSource = str | os.PathLike[str] | Sequence[str]
 
-_SUFFIXES = (".txt", ".py", ".md", ".jsonl")
 _DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
 _STDLIB = {"python-stdlib": False, "python-stdlib:held-out": True}
 _STDLIB_EXCLUDED = ("encodings", "idlelib", "lib2to3/tests/data", "pydoc_data", "site-packages")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_KEYS_SHOWN = 8
 
 
 def read_texts(source: CalibrationSource) -> list[str]:
     """Read the documents of a source; blank documents are left out.
 
     Args:
-        source: a list of texts; a UTF-8 file (one document; in a .jsonl file, the "text" field of each line is one); a
-            folder (all .txt, .py, .md and .jsonl files below it, by relative path); "python-stdlib" or
+        source: a list of texts; a data set in memory with a column "text"; a text file (one document; in a .jsonl,
+            .ndjson or .json file, each record's "text" is one; see `glowq.data.text_files.read_file`); a folder (all
+            .txt, .py, .md, .jsonl and .ndjson files below it, by relative path); "python-stdlib" or
             "python-stdlib:held-out" (parts of this Python's standard library that share no file); or a `datasets` name
             "org/name" or "org/name:config:split" with a column "text" (split "train" unless given; "train[:1000]" takes
             a slice).
@@ -38,55 +42,94 @@ def read_texts(source: CalibrationSource) -> list[str]:
 
     Raises:
         ModelNotFoundError: the file does not exist or the dataset cannot be loaded.
-        CalibrationError: all text is blank, a file cannot be read as UTF-8, or a record has no "text".
+        CalibrationError: all text is blank; a file cannot be read as text, or a record has no "text"; or the source is
+            none of the above, such as a mapping or token ids.
     """
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         texts = _read_named(name)
     else:
-        name, texts = "the list of texts", list(source)
+        name, texts = "the list of texts", _given(source)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise CalibrationError(f"{name}: expected every text to be str, found {type(text).__name__} at {index}")
+        _check_characters(name, index, text)
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise CalibrationError(f"{name} holds no text: expected at least one document that is not blank")
     return texts
 
 
+def _check_characters(name: str, index: int, text: str) -> None:
+    """Refuse what is no text: bytes that were decoded with a wrong encoding."""
+    if "\0" in text:
+        raise CalibrationError(
+            f"{name}: text {index} holds NUL characters, as UTF-16 or binary data does that was read as another "
+            'encoding; read it with its own (open(file, encoding="utf-16")), or take them out: text.replace("\\0", "")'
+        )
+    if _SURROGATE.search(text):
+        raise CalibrationError(
+            f"{name}: text {index} holds bytes that could not be decoded (lone surrogates); read it with its own "
+            'encoding, or replace them: text.encode("utf-8", "replace").decode()'
+        )
+
+
+def _given(source: Any) -> list[Any]:
+    """The texts of a list or a data set in memory; everything else is refused by name."""
+    kind = type(source).__name__
+    if holds_ids(source):
+        raise CalibrationError(f"expected text, found token ids ({kind}); give a list of str, a file, or a folder")
+    if isinstance(source, Mapping):
+        raise CalibrationError(_mapping(kind, source))
+    for columns in ("column_names", "columns"):  # of a data set, of a data frame
+        if hasattr(source, columns):
+            return _column(kind, source, getattr(source, columns))
+    try:
+        return list(source)
+    except TypeError as error:
+        raise CalibrationError(f"expected text, found {kind}; give a list of str, a file, or a folder") from error
+
+
+def _mapping(kind: str, source: Mapping[Any, Any]) -> str:
+    keys = ", ".join(map(repr, list(source)[:_KEYS_SHOWN]))
+    if source and all(hasattr(part, "column_names") for part in source.values()):
+        return (
+            f"expected one data set, found {kind} of the splits {keys}; give one of them: data[{next(iter(source))!r}]"
+        )
+    return (
+        f'expected text or token ids, found {kind} with the keys {keys or "none"}, and "input_ids" is not among them; '
+        'give the list of texts itself, for example data["text"], or the result of a tokenizer'
+    )
+
+
+def _column(kind: str, source: Any, columns: Any) -> list[Any]:
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise CalibrationError(
+            f"expected texts that can be counted, found {kind}, a stream; take some of them: "
+            '[row["text"] for row in data.take(1000)]'
+        )
+    if "text" not in columns:
+        raise CalibrationError(
+            f'{kind} has no column "text", only {", ".join(map(str, columns))}; give the list of texts itself: '
+            "data[column]"
+        )
+    return list(source["text"])
+
+
 def _read_named(name: str) -> list[str]:
     if name in _STDLIB:
         return _read_stdlib(held_out=_STDLIB[name])
     if os.path.isdir(name):
-        files = [path for path in Path(name).rglob("*") if path.suffix in _SUFFIXES and path.is_file()]
+        files = [path for path in Path(name).rglob("*") if path.suffix.lower() in FOLDER_SUFFIXES and path.is_file()]
         files.sort(key=lambda path: path.relative_to(name).as_posix())
-        return [text for path in files for text in _read_file(path)]
+        return [text for path in files for text in read_file(path)]
     if os.path.exists(name):
-        return _read_file(Path(name))
-    if _DATASET.fullmatch(name) and not name.endswith(_SUFFIXES):
+        return read_file(Path(name))
+    if _DATASET.fullmatch(name) and not name.lower().endswith(SUFFIXES):
         return _read_dataset(name)
     near = get_close_matches(name, _STDLIB, n=1)
     advice = f"did you mean {near[0]!r}?" if near else "to give the text itself in Python, give a list of strings"
     raise ModelNotFoundError(f"no file or folder {name[:200]!r}; {advice}")
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix != ".jsonl":
-        return [text]
-    texts = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside a string
-        if line.strip():
-            try:
-                texts.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CalibrationError(f'{path}:{number}: expected a JSON object with a field "text"') from error
-    return texts
 
 
 def _read_stdlib(*, held_out: bool) -> list[str]:

@@ -209,9 +209,16 @@ def scores_text(config: Any, auto_class: Any = None) -> bool:
 
 def token_limits(config: Any, sequence_length: int) -> tuple[int, int | None]:
     """Return the longest usable sequence, at most `sequence_length`, and the vocabulary size (None if not known)."""
+    from .positions import limit_of_config, stated_positions
+
     text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or sequence_length
-    return min(sequence_length, most), getattr(text, "vocab_size", None)
+    vocab_size, most = getattr(text, "vocab_size", None), stated_positions(config)
+    # Only a model says how many of the stated positions it reserves, for padding: one is built, without weights, where
+    # the answer matters.
+    padding = getattr(text, "pad_token_id", None)
+    if most is not None and isinstance(padding, int) and sequence_length > most - padding - 1:
+        most = limit_of_config(config, model_class(config))
+    return sequence_length if most is None else min(sequence_length, most), vocab_size
 
 
 def load_tokenizer(*names: str | None) -> Any:

@@ -28,6 +28,7 @@ from ..solving.methods.base import Method, get_method
 from .block_solver import stops_of
 from .correct import correct
 from .method_budgets import ALLOCATORS, BudgetContext, Entry
+from .sequences import checked_ids
 
 __all__ = ["Comparison", "compare_methods", "distill_entries", "score_entries"]
 
@@ -92,6 +93,7 @@ def compare_methods(
         raise UnsupportedModuleError(
             f"{type(model).__name__} holds no quantized linear module: there is nothing to compare. Quantize it first."
         )
+    calibration = checked_ids(model, calibration)
     base_bytes = packed_bytes(model)
     available = {budget: parse_budget(budget, base_bytes) for budget in budgets}
     trace = trace_groups(model, to_model({"input_ids": calibration[:1, :_TRACE_TOKENS]}, model))

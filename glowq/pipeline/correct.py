@@ -80,7 +80,7 @@ def correct(
         model: quantized transformers model. A compiled model runs uncompiled until it is corrected.
         reference: the full-precision model that it was made from: a folder, a Hub name ("org/model" or
             "org/model@revision"), or a model in memory.
-        tokenizer: turns the text into ids; needed unless `calibration` is a tensor.
+        tokenizer: turns the text into ids; needed unless `calibration` holds token ids.
         resume: folder for finished blocks, so that an interrupted run continues where it stopped. It is created if
             missing, and must hold nothing else. One run at a time uses it.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was

@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..artifact.request import CorrectionRequest
+from ..data.ids import holds_ids, id_sequences
 from ..data.text import read_texts
 from ..data.tokens import split, token_sequences
-from ..errors import CalibrationError, TokenizerMismatchError
+from ..errors import CalibrationError
+from ..models.positions import position_limit
 from ..selection.budget import RankRequest
 from ..solving.methods.base import Method
 
-__all__ = ["calibration_sequences", "check_token_count", "split_sequences"]
+__all__ = ["calibration_sequences", "check_token_count", "checked_ids", "split_sequences"]
 
 _SELECTION_TOKENS = 512  # tokens on which each group is measured
 _SELECTED = 1 / 8  # largest share of the sequences that may be used for this measurement
@@ -24,38 +26,41 @@ def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenize
     """The token ids to calibrate on, int64, shape (n, length); see `CorrectionRequest`.
 
     Raises:
-        CalibrationError: no text, no tokenizer, or fewer tokens than one sequence.
+        CalibrationError: no text, no tokenizer, or fewer tokens than one sequence; or token ids that are no whole
+            numbers, negative, or of sequences that are longer than the model has positions for.
         TokenizerMismatchError: an id is outside the model's vocabulary.
     """
-    calibration, length = request.calibration, request.sequence_length
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if config is not None else None
-    vocab_size = getattr(text_config, "vocab_size", None)
-    limit = getattr(text_config, "max_position_embeddings", None) or length
-    if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.is_floating_point() or calibration.numel() == 0:
-            raise CalibrationError(
-                f"calibration token ids must be whole numbers of shape (n, length), found {calibration.dtype} of shape "
-                f"{tuple(calibration.shape)}."
-            )
-        if vocab_size is not None and int(calibration.max()) >= vocab_size:
-            raise TokenizerMismatchError(
-                f"the calibration tokens hold id {int(calibration.max())}, the model knows 0 to {vocab_size - 1}; "
-                "use the model's own tokenizer."
-            )
-        return calibration
+    calibration = request.calibration
     if calibration is None:
         raise CalibrationError("no calibration text: pass calibration= a list of str, a file, or a datasets name.")
+    if holds_ids(calibration):
+        return checked_ids(model, calibration)
+    texts = read_texts(calibration)
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
+    length, positions = request.sequence_length, position_limit(model)
     return token_sequences(
-        read_texts(calibration),
+        texts,
         tokenizer,
-        length=min(length, limit),
+        length=length if positions is None else min(length, positions),
         limit=request.calibration_tokens,
         seed=request.seed,
-        vocab_size=vocab_size,
+        vocab_size=_vocab_size(model),
     )
+
+
+def checked_ids(model: nn.Module, source: Any) -> Tensor:
+    """Token ids that a user gives for this model, int64, shape (n, length), see `glowq.data.ids.id_sequences`.
+
+    Raises:
+        CalibrationError, TokenizerMismatchError: see `calibration_sequences`.
+    """
+    return id_sequences(source, vocab_size=_vocab_size(model), positions=position_limit(model))
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
 
 def split_sequences(
