@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, NonFiniteError
 from ..factors.group import Group
 from ..solving.moments import Moments
+from ..solving.scaling import near_one
 
 __all__ = ["BROKEN", "Feed", "MomentCollector", "collecting"]
 
@@ -56,13 +57,14 @@ class MomentCollector:
 
     def _add_second(self, sequences: Tensor, keep: Tensor | None) -> None:
         rows = sequences.flatten(0, 1) if keep is None else sequences[keep]
-        single = rows.to(torch.float32)
+        seen, power = near_one(rows.to(torch.float32))
         if self.error is not None:
-            square = torch.linalg.vector_norm(single).to(torch.float64).square()
+            square = torch.linalg.vector_norm(seen).to(torch.float64).square() / power**2
             self._square = square if self._square is None else self._square.add_(square)
-        seen = single if self.error is None else single @ self.error.to(rows.device).T
+            seen, more = near_one(seen @ self.error.to(rows.device).T)
+            power *= more
         # Products are in float32 and sums over batches in float64, so that long calibrations lose no accuracy.
-        product = (seen.T @ seen).to(torch.float64)
+        product = (seen.T @ seen).to(torch.float64) / power**2
         self._matrix = product if self._matrix is None else self._matrix.add_(product)
 
     def _add_magnitude(self, sequences: Tensor, keep: Tensor | None) -> None:

@@ -7,16 +7,16 @@ shrinkage, even if it is singular or comes from few samples.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import ConfigError, NonFiniteError, RankError
+from ..errors import ConfigError, RankError
 from .moments import LowRankMoment, OutputMoment
 from .output_root import OutputRoot
+from .scaling import power_of, scaled
 
 __all__ = ["Factors", "factorize", "weighted_error"]
 
@@ -30,6 +30,7 @@ _TOLERANCE = 3e-4  # stop when a block removes less than this share of the error
 _JITTER = 1e-6  # relative rounding error of a Ritz value from float32 products
 _FLOOR = 1e-3  # smaller gains are noise, in units of the working dtype's eps times the largest Ritz value
 _SINGLE_SPREAD = 1e5  # above this ratio of the first gain to the residual, float32 products are not accurate to 0.1%
+_ROUNDING = 1e-26  # square of a float64 rounding error, as a share of the largest square
 _EXACT = 1e-12  # gains below this share of the largest are rounding errors: the exact rank is reached
 
 
@@ -42,7 +43,7 @@ class Factors:
         right: B, shape (r, d), float32; the norm of each row is within a factor of 2 of that of its column in A.
         gains: weighted squared output error removed by each rank, shape (r,), float64, descending, never negative.
         total: weighted squared output error before any rank, in the unit of the gains. The part outside of the leading
-            eigenvectors is estimated from random probes, to about 1% of this part.
+            eigenvectors is estimated from random probes, with a standard deviation of about 1% of this part.
     """
 
     left: Tensor
@@ -138,7 +139,7 @@ class _Problem:
 
     error: Tensor  # E, (O, d), in the working dtype
     inner: Tensor | None  # N as given
-    thin: Tensor | None  # N in the working dtype
+    thin: Tensor | None  # N scaled to values near 1, in the working dtype
     root: OutputRoot  # L, float64
     thin_root: OutputRoot  # L in the working dtype
     streamed: bool
@@ -157,13 +158,13 @@ class _Problem:
     ) -> _Problem:
         streamed = energy is not None
         inner = energy if streamed else moment
-        scale, weight = _power("error", error), _power("energy" if streamed else "moment", inner)
-        outer = _power("output_moment", output_moment)
+        scale, weight = power_of("error", error), power_of("energy" if streamed else "moment", inner)
+        outer = power_of("output_moment", output_moment)
         alive = scale * weight * outer > 0.0
         scale = 1.0 if streamed else scale
         root = OutputRoot.of(output_moment, outer, damping) if alive and output_moment is not None else OutputRoot()
         unit = 1.0 / scale / scale / weight / outer if alive else 0.0
-        thin = None if inner is None else inner.to(working)
+        thin = None if inner is None else scaled(inner, weight, working)
         return _Problem(error.to(working), inner, thin, root, root.to(working), streamed, scale, weight, unit)
 
     def apply(self, block: Tensor) -> Tensor:
@@ -171,17 +172,27 @@ class _Problem:
         image = self.thin_root.apply(block.to(self.error.dtype))
         if not self.streamed:
             image = self.error.T @ image * self.scale
-        image = _times(self.thin, image) * self.weight
+        image = _times(self.thin, image)
         if not self.streamed:
             image = self.error @ image * self.scale
         return self.thin_root.apply_transposed(image).double()
 
-    def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Return E^T L U, shape (d, m), unscaled, and U^T M U, shape (m, m), both float64, for U (O, m)."""
+    def project(self, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return E^T L U, unscaled, N X^T L U and U^T M U, all float64, for U (O, m).
+
+        The shapes are (d, m), (d, m) and (m, m). If `streamed`, the second one is (O, m).
+        """
         lifted = self.root.apply(basis)
         pulled = (self.error.T @ lifted.to(self.error.dtype)).double()
         outside = (lifted if self.streamed else pulled) * self.scale
-        return pulled, outside.T @ _times(self.inner, outside) * self.weight
+        weighted = _times(self.inner, outside) * self.weight
+        return pulled, weighted, outside.T @ weighted
+
+    def response(self, weighted: Tensor) -> Tensor:
+        """Return X N X^T L U, shape (O, m), float64, from the N X^T L U of `project`."""
+        if self.streamed:
+            return weighted
+        return torch.cat([rows.double() @ weighted for rows in self.error.split(1024)]) * self.scale
 
     def eigenvectors(self) -> Tensor:
         """Return the eigenvectors of M, leading first, by a dense float64 eigendecomposition of at most min(O, d)."""
@@ -202,11 +213,12 @@ def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> tuple[Ten
     """
     block: Tensor = torch.linalg.qr(start)[0]
     basis: Tensor = block[:, :0]
-    small, before = block.new_empty(0, 0), block.new_zeros(rank)
+    small, before, largest = block.new_empty(0, 0), block.new_zeros(rank), 0.0
     floor = _FLOOR * torch.finfo(problem.error.dtype).eps
     while block.shape[1] > 0:
         basis = torch.cat([basis, block], dim=1)
         image = problem.apply(block)
+        largest = max(largest, float(image.norm(dim=0).max()))
         coupling = basis.T @ image
         small = torch.cat([pad(small, (0, block.shape[1])), coupling.T])  # lower triangle of basis^T M basis
         if small.shape[0] > rank:
@@ -216,27 +228,38 @@ def _krylov(problem: _Problem, rank: int, start: Tensor, size: int) -> tuple[Ten
             if gained <= _TOLERANCE * values[rank:].clamp_min(0).sum() + floor * values[0]:
                 break
             before = values[:rank]
-        block = _fresh(basis, image - basis @ coupling)[:, : size - small.shape[0]]
+        block = _fresh(basis, image - basis @ coupling, largest)[:, : size - small.shape[0]]
     values, vectors = torch.linalg.eigh(small)
     spread = float(values[-1] / values[: max(0, len(values) - rank)].clamp_min(0).sum().clamp_min(1e-300))
     return basis @ vectors.flip(1)[:, : rank + _GUARD], spread
 
 
-def _fresh(basis: Tensor, image: Tensor) -> Tensor:
-    """Orthonormal columns for the part of `image` outside of `basis`; fewer columns if the space is exhausted."""
+def _fresh(basis: Tensor, image: Tensor, largest: float) -> Tensor:
+    """Orthonormal columns for the part of `image` outside of `basis`; fewer columns if the space is exhausted.
+
+    Args:
+        basis: orthonormal columns, shape (O, m).
+        image: shape (O, b).
+        largest: norm of the largest column of all images so far, to which the rounding errors are relative.
+    """
     squares, vectors = torch.linalg.eigh(image.T @ image)
-    kept = squares > _EXACT * max(float(squares[-1]), _EXACT)
+    kept = squares > max(_EXACT * float(squares[-1]), _ROUNDING * largest * largest)
     columns = image @ vectors[:, kept] / squares[kept].sqrt()
     frame: Tensor = torch.linalg.qr(columns - basis @ (basis.T @ columns))[0]
     return frame
 
 
 def _finish(problem: _Problem, basis: Tensor, rank: int, seed: int) -> Factors:
-    """Rotate a basis to eigenvectors in float64, and give the column and the row of each rank about the same norm."""
-    pulled, small = problem.project(basis)
+    """Rotate a basis to eigenvectors in float64, and give the column and the row of each rank about the same norm.
+
+    The left factor is X N X^T L U / values: the best one for the right factor, in every row. It equals L^-T U for exact
+    eigenvectors, whose rounding errors would be relative to the largest output instead of to each output's own error.
+    """
+    pulled, weighted, small = problem.project(basis)
     values, vectors = (part.flip(-1)[..., :rank] for part in torch.linalg.eigh(small))
     alive = int((values > _EXACT * values[:1].clamp_min(0)).sum())
-    left, right = problem.root.solve_transposed(basis @ vectors[:, :alive]), pulled @ vectors[:, :alive]
+    vectors = vectors[:, :alive]
+    left, right = problem.response(weighted @ vectors) / values[:alive], pulled @ vectors
     shift = (torch.log2(right.norm(dim=0) / left.norm(dim=0)) / 2).round().exp2()
     shift = shift * left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()[0]
     rest = rank - alive
@@ -271,18 +294,6 @@ def _times(weight: Tensor | None, block: Tensor) -> Tensor:
     if weight.ndim == 1:
         return weight[:, None] * block
     return weight @ block
-
-
-def _power(name: str, tensor: OutputMoment | None) -> float:
-    """The power of two that brings a tensor's largest entry near 1: 0 for a zero tensor, 1 for an absent one."""
-    if tensor is None:
-        return 1.0
-    if isinstance(tensor, LowRankMoment):  # the largest entry of a positive semi-definite matrix is on its diagonal
-        tensor = tensor.full_diagonal()
-    low, high = (float(bound) for bound in tensor.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise NonFiniteError(f"{name} {tuple(tensor.shape)} must be finite; found NaN or Inf. Check what measured it.")
-    return math.ldexp(1.0, -math.frexp(max(-low, high))[1]) if low or high else 0.0
 
 
 def _check(

@@ -23,14 +23,12 @@ class OutputRoot:
         scale: shape (O,).
         frame: Q, orthonormal columns, shape (O, k), if G has a low-rank part.
         stretch: s, shape (k,).
-        shrink: the counterpart of s in the inverse, (I + Q diag(s) Q^T)^-1 = I + Q diag(shrink) Q^T, shape (k,).
     """
 
     triangle: Tensor | None = None
     scale: Tensor | None = None
     frame: Tensor | None = None
     stretch: Tensor | None = None
-    shrink: Tensor | None = None
 
     @staticmethod
     def of(moment: OutputMoment, unit: float, damping: float) -> OutputRoot:
@@ -59,29 +57,21 @@ class OutputRoot:
         """Return L X, shape (O, b), for X (O, b) of the root's dtype."""
         if self.triangle is not None:
             return self.triangle @ block
-        return self._scaled(self._stretched(block, self.stretch))
+        return self._scaled(self._stretched(block))
 
     def apply_transposed(self, block: Tensor) -> Tensor:
         """Return L^T X, shape (O, b), for X (O, b) of the root's dtype."""
         if self.triangle is not None:
             return self.triangle.T @ block
-        return self._stretched(self._scaled(block), self.stretch)
-
-    def solve_transposed(self, block: Tensor) -> Tensor:
-        """Return L^-T X, shape (O, b), for X (O, b) of the root's dtype."""
-        if self.triangle is not None:
-            solved: Tensor = torch.linalg.solve_triangular(self.triangle.T, block, upper=True)
-            return solved
-        stretched = self._stretched(block, self.shrink)
-        return stretched if self.scale is None else stretched / self.scale[:, None]
+        return self._stretched(self._scaled(block))
 
     def _scaled(self, block: Tensor) -> Tensor:
         return block if self.scale is None else self.scale[:, None] * block
 
-    def _stretched(self, block: Tensor, stretch: Tensor | None) -> Tensor:
-        if self.frame is None or stretch is None:
+    def _stretched(self, block: Tensor) -> Tensor:
+        if self.frame is None or self.stretch is None:
             return block
-        return block + self.frame @ (stretch[:, None] * (self.frame.T @ block))
+        return block + self.frame @ (self.stretch[:, None] * (self.frame.T @ block))
 
 
 def _low_rank(scale: Tensor, factor: Tensor) -> OutputRoot:
@@ -91,6 +81,5 @@ def _low_rank(scale: Tensor, factor: Tensor) -> OutputRoot:
     """
     frame, spread, _ = torch.linalg.svd(factor / scale[:, None], full_matrices=False)
     squares = spread.square()
-    grown = (1 + squares).sqrt()
-    stretch = squares / (grown + 1)  # sqrt(1 + w^2) - 1 without the cancellation
-    return OutputRoot(scale=scale, frame=frame, stretch=stretch, shrink=-stretch / grown)
+    stretch = squares / ((1 + squares).sqrt() + 1)  # sqrt(1 + w^2) - 1 without the cancellation
+    return OutputRoot(scale=scale, frame=frame, stretch=stretch)

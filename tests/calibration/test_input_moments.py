@@ -168,6 +168,53 @@ def test_long_sums_lose_no_digits() -> None:
     close(collector.moments().second, second(x[0]))
 
 
+@pytest.mark.parametrize("weights", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("activations", [1e-30, 1e-20, 1e20, 1e30])
+def test_activations_and_errors_of_any_size(activations: float, weights: float) -> None:
+    """Their squares are no float32 numbers."""
+    inputs, error = batches(), torch.randn(4, WIDTH)
+    large = [x * activations for x in inputs]
+    square = measure(inputs).mean_square
+    plain, found = measure(inputs), measure(large)
+    close(found.second / activations**2, plain.second)
+    close(found.mean_square / activations**2, square)
+    plain, found = measure(inputs, error=error), measure(large, error=error * weights)
+    close(found.energy / (activations * weights) ** 2, plain.energy)
+    close(found.mean_square / activations**2, square)
+
+
+def test_batches_of_very_different_sizes_add_up() -> None:
+    first, second_ = torch.randn(1, 8, WIDTH), torch.randn(1, 8, WIDTH) * 1e25
+    close(measure([first, second_]).second, second(torch.cat([first, second_], 1)[0]))
+    close(measure([first, 0 * second_]).second, second(torch.cat([first, 0 * second_], 1)[0]))
+
+
+@pytest.mark.parametrize("statistic", ["second", "magnitude"])
+def test_float16_at_the_end_of_its_range(statistic: str) -> None:
+    x = torch.full((1, 4, WIDTH), 65504.0).half()
+    x[..., 1], x[..., 2] = 6e-8, -65504.0
+    found = measure([x], statistic=statistic)
+    exact = second(x[0]) if statistic == "second" else x[0].double().abs().mean(0)
+    close(found.second if statistic == "second" else found.magnitude, exact)
+
+
+def test_one_token() -> None:
+    x = torch.randn(1, 1, WIDTH)
+    found = measure([x])
+    assert found.tokens == 1
+    close(found.second, second(x[0]))
+
+
+@pytest.mark.parametrize("error", [None, torch.ones(2, WIDTH)], ids=["second", "energy"])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_split_into_batches_does_not_matter(size: int, error: Tensor | None) -> None:
+    x = batches()[0].repeat(4, 1, 1) * torch.arange(1, 9)[:, None, None]
+    whole, found = measure([x], error=error), measure(list(x.split(size)), error=error)
+    assert whole.tokens == found.tokens
+    close(found.mean_square, whole.mean_square)
+    close(*((found.second, whole.second) if error is None else (found.energy, whole.energy)))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_broken_activation_names_the_module(tiny_llama: Callable[..., Any], tiny_ids: Tensor, value: float) -> None:
     model = tiny_llama()

@@ -39,7 +39,6 @@ def test_the_root_squared_is_the_damped_moment(kind: str) -> None:
     scale = float(expected.abs().max())
     torch.testing.assert_close(lower @ lower.T, expected, rtol=1e-9, atol=1e-12 * scale)
     torch.testing.assert_close(upper, lower.T, rtol=1e-12, atol=1e-12 * scale**0.5)
-    torch.testing.assert_close(upper @ root.solve_transposed(identity), identity, rtol=0.0, atol=1e-8)
     single = root.to(torch.float32)
     torch.testing.assert_close(single.apply(identity.float()).double(), lower, rtol=1e-4, atol=1e-5 * scale**0.5)
 
@@ -47,7 +46,7 @@ def test_the_root_squared_is_the_damped_moment(kind: str) -> None:
 def test_no_moment_is_the_identity() -> None:
     block = torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(0))
     root = OutputRoot()
-    for found in (root.apply(block), root.apply_transposed(block), root.solve_transposed(block)):
+    for found in (root.apply(block), root.apply_transposed(block)):
         assert torch.equal(found, block)
 
 
