@@ -12,12 +12,12 @@ from ..data.tokens import split, token_sequences
 from ..models.loading import load_config, load_model, token_limits
 from ..runtime.switching import disabled
 from .figures import finite
+from .intervals import LEAST_SEQUENCES
 from .scores import Score, perplexity, recovered, score_models
 
-__all__ = ["LEAST_SEQUENCES", "held_out_figures", "parted_sequences", "reference_score"]
+__all__ = ["held_out_figures", "parted_sequences", "reference_score"]
 
 _HELD_OUT = 1 / 8  # of the calibration sequences
-LEAST_SEQUENCES = 8  # resampling fewer sequences gives no useful interval
 
 
 def parted_sequences(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.tokens import batches
+from ..errors import NonFiniteError
 from ..factors.factors import GroupFactors
 from ..models.forward import evaluating, to_model
 from ..runtime.attach import applied
@@ -88,6 +89,9 @@ def measured_divergences(
 
     Returns:
         Name -> divergence of every token, shape (n, length), or of every sequence, shape (n, 1); float64 on the CPU.
+
+    Raises:
+        NonFiniteError: a divergence is NaN or Inf; the message names the model.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in several}
     with ExitStack() as stack:
@@ -100,5 +104,10 @@ def measured_divergences(
                 with applied(model, factors):
                     given = answer(model(**inputs))
                 found = divergences([part.to(given[0].device) for part in wanted], given)
+                if not bool(torch.isfinite(found).all()):
+                    raise NonFiniteError(
+                        f"the divergence of the model ({name}) from the reference is NaN or Inf on held-out text, "
+                        "because one of the two returns NaN or Inf: check that both generate, or take another dtype."
+                    )
                 parts[name].append(found.double().cpu().reshape(len(batch["input_ids"]), -1))
     return {name: torch.cat(found) for name, found in parts.items()}

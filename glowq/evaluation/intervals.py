@@ -1,4 +1,4 @@
-"""95% intervals of what was measured on text: percentile bootstrap over sequences, and Student's t of a mean."""
+"""95% intervals of what was measured on text: bootstrap over sequences, and Student's t of a mean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "bootstrap", "mean_interval", "text_parts"]
+__all__ = ["LEAST_SEQUENCES", "Interval", "bootstrap", "mean_interval", "text_parts"]
+
+LEAST_SEQUENCES = 8
+"""Resampling fewer sequences gives no useful interval."""
 
 _PART = 32  # tokens; the values of neighbouring tokens are correlated, those of such parts are nearly independent
 _NORMAL = 1.959964  # 97.5% quantile of the normal distribution
@@ -30,20 +33,32 @@ class Interval:
 def bootstrap(
     statistic: Callable[[Tensor], Tensor], columns: Tensor, *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap over sequences, all columns resampled together (paired).
+    """Expanded percentile bootstrap over sequences, all columns resampled together (paired).
+
+    The plain percentiles of 8 sequences hold the true figure 87 times in 100. These lie as much further out as
+    Student's t does than a normal distribution whose variance is divided by n in place of n - 1.
 
     Args:
         statistic: function from the means of the columns, shape (..., k), to the figure, shape (...).
         columns: one row per sequence, shape (n, k), float64.
         resamples: number of times that n rows are drawn with replacement.
         seed: seed of the draws.
+
+    Returns:
+        The figure with its interval, which is infinitely wide for fewer than `LEAST_SEQUENCES` sequences.
+
+    Source: Hesterberg, What Teachers Should Know about the Bootstrap (arXiv 1411.5279), expanded percentile interval.
     """
     generator = torch.Generator().manual_seed(seed)
     count = columns.shape[0]
+    value = float(statistic(columns.mean(0)))
+    if count < LEAST_SEQUENCES:
+        return Interval(value, -math.inf, math.inf)
     rows = torch.randint(count, (resamples, count), generator=generator)
     draws = statistic(columns[rows].mean(1))
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
-    return Interval(float(statistic(columns.mean(0))), low, high)
+    beyond = math.erfc(_student(count - 1) * math.sqrt(count / (count - 1) / 2)) / 2
+    low, high = torch.quantile(draws, torch.tensor([beyond, 1 - beyond], dtype=draws.dtype)).tolist()
+    return Interval(value, low, high)
 
 
 def text_parts(values: Tensor) -> Tensor:

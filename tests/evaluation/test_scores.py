@@ -17,7 +17,7 @@ from glowq.evaluation.intervals import Interval, bootstrap
 from glowq.evaluation.scores import Score, perplexity, perplexity_ratio, recovered, score_models
 from support.tiny import load, quantized, seeded
 
-SEQUENCES = torch.randint(0, 4096, (6, 48), generator=torch.Generator().manual_seed(3))
+SEQUENCES = torch.randint(0, 4096, (8, 48), generator=torch.Generator().manual_seed(3))
 
 
 class Fixed(nn.Module):
@@ -46,8 +46,8 @@ def test_perplexity_is_that_of_transformers_own_loss(scores: dict[str, Score], s
 
 
 def test_a_model_does_not_differ_from_itself(scores: dict[str, Score]) -> None:
-    assert torch.equal(scores["same"].kl, torch.zeros(6, dtype=torch.float64))
-    assert torch.equal(scores["same"].top1, torch.ones(6, dtype=torch.float64))
+    assert torch.equal(scores["same"].kl, torch.zeros(8, dtype=torch.float64))
+    assert torch.equal(scores["same"].top1, torch.ones(8, dtype=torch.float64))
     assert torch.equal(scores["same"].nll, scores["first"].nll)
     assert perplexity_ratio(scores["first"], scores["same"]) == Interval(1.0, 1.0, 1.0)
 
@@ -76,15 +76,16 @@ def test_batches_do_not_matter(source: Path, monkeypatch: pytest.MonkeyPatch, sc
 
 
 def test_the_bootstrap_of_a_mean() -> None:
-    columns = torch.tensor([[1.0], [2.0], [4.0], [9.0]], dtype=torch.float64)
+    columns = torch.tensor([1.0, 2.0, 4.0, 9.0] * 4, dtype=torch.float64)[:, None]
     found = bootstrap(lambda means: means[..., 0], columns, resamples=400, seed=7)
     generator = torch.Generator().manual_seed(7)
-    rows = torch.randint(4, (400, 4), generator=generator)
+    rows = torch.randint(16, (400, 16), generator=generator)
     means = sorted(float(columns[row, 0].mean()) for row in rows)
-    # The q-quantile of n sorted values is at position q (n - 1), interpolated between the two nearest values.
+    # Normal tail beyond Student's t of 15 degrees of freedom, 2.1314, times sqrt(16 / 15): 1.386%. The q-quantile of n
+    # sorted values is at position q (n - 1) = 5.53, interpolated between the two nearest values.
     assert found.value == 4.0
-    assert found.low == pytest.approx(means[9] + 0.975 * (means[10] - means[9]))
-    assert found.high == pytest.approx(means[389] + 0.025 * (means[390] - means[389]))
+    assert found.low == pytest.approx(means[5] + 0.53 * (means[6] - means[5]), abs=1e-3)
+    assert found.high == pytest.approx(means[393] + 0.47 * (means[394] - means[393]), abs=1e-3)
 
 
 def test_the_bootstrap_is_that_of_its_seed() -> None:

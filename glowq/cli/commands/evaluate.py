@@ -34,6 +34,7 @@ def evaluate(
     with session(json) as show:
         from ...data.text import read_texts
         from ...data.tokens import token_sequences
+        from ...evaluation.intervals import LEAST_SEQUENCES
         from ...evaluation.scores import perplexity, perplexity_ratio, score_models
 
         configs = {name: load_config(name) for name in models}
@@ -45,6 +46,7 @@ def evaluate(
         loaded = {label: load_model(name, configs[name]) for label, name in zip(labels, models, strict=True)}
         scores = score_models(loaded, sequences)
         ratios = {label: perplexity_ratio(scores[labels[0]], scores[label], seed=seed) for label in labels[1:]}
+        is_enough = len(sequences) >= LEAST_SEQUENCES
         result = {
             "models": [
                 {
@@ -58,7 +60,11 @@ def evaluate(
             ],
             "data_tokens": sequences.numel(),
             "pairs": [
-                {"model": label, "ppl_ratio": finite(ratio.value), "ci95": [finite(ratio.low), finite(ratio.high)]}
+                {
+                    "model": label,
+                    "ppl_ratio": finite(ratio.value),
+                    "ci95": [finite(ratio.low), finite(ratio.high)] if is_enough else None,
+                }
                 for label, ratio in ratios.items()
             ],
             "seed": seed,
@@ -120,5 +126,7 @@ def _table(result: dict[str, Any]) -> Any:
 def _ratio(pair: dict[str, Any] | None) -> str:
     if pair is None:
         return ""
+    if pair["ci95"] is None:
+        return f"{shown(pair['ppl_ratio'], '.4f')} (too few tokens to tell)"
     low, high = (shown(value, ".4f") for value in pair["ci95"])
     return f"{shown(pair['ppl_ratio'], '.4f')} [{low}, {high}]"

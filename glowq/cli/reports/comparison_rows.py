@@ -102,7 +102,7 @@ def _pairs(comparison: Comparison, scores: Mapping[str, Score], seed: int) -> li
 
 
 def _interval(name: str, interval: Interval, sequences: int) -> dict[str, Any]:
-    from ...evaluation.held_out import LEAST_SEQUENCES
+    from ...evaluation.intervals import LEAST_SEQUENCES
 
     limits = [finite(interval.low), finite(interval.high)]
     return {name: finite(interval.value), f"{name}_ci95": limits if sequences >= LEAST_SEQUENCES else None}
