@@ -116,8 +116,8 @@ class _Samples:
     """The measurements of one group, one entry per batch.
 
     Attributes:
-        changes: divergence that the correction causes.
-        amplified: divergence that the amplified correction causes, and the square of the amplification; empty if no
+        changes: divergence that the correction causes, summed over tokens (for an encoder: over sequences).
+        amplified: the same sum for the amplified correction, and the square of the amplification; empty if no
             amplification is needed.
         benefits: decrease of the divergence from the reference, shape (batch, length), or (batch, 1) for an encoder.
     """
@@ -127,12 +127,12 @@ class _Samples:
     benefits: list[Tensor]
 
     def summary(self, unit: GainUnit) -> Measured:
-        change = math.fsum(self.changes)
+        benefits = torch.cat(self.benefits)
+        change = math.fsum(self.changes) / benefits.numel()
         if self.amplified:
-            larger = math.fsum(found for found, _ in self.amplified) - change
-            change = max(0.0, larger / math.fsum(power - 1 for _, power in self.amplified)) * len(self.amplified)
-        benefit = mean_interval(text_parts(torch.cat(self.benefits)))
-        return Measured(change / len(self.changes), benefit, unit)
+            larger = math.fsum(found for found, _ in self.amplified) / benefits.numel()
+            change = max(0.0, (larger - change) / (self.amplified[0][1] - 1))
+        return Measured(change, mean_interval(text_parts(benefits)), unit)
 
 
 def _measure(
@@ -145,8 +145,9 @@ def _measure(
     before: Tensor,
 ) -> None:
     given = prefix.answer(inputs, entry)
-    change = float(divergences(plain, given).mean())
-    samples.changes.append(change)
+    changes = divergences(plain, given)
+    change = float(changes.mean())
+    samples.changes.append(change * changes.numel())
     benefit = (before - divergences(wanted, given)).cpu()
     samples.benefits.append(benefit.reshape(len(plain[0]), -1))
     if samples.amplified or (len(samples.changes) == 1 and change < _LEAST_CHANGE):
@@ -157,7 +158,7 @@ def _measure(
         )
         larger = {member: left * math.sqrt(power) for member, left in entry.lefts.items()}
         given = prefix.answer(inputs, replace(entry, lefts=larger))
-        samples.amplified.append((float(divergences(plain, given).mean()), power))
+        samples.amplified.append((float(divergences(plain, given).mean()) * changes.numel(), power))
 
 
 class _Prefix:

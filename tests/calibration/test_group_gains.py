@@ -87,6 +87,20 @@ def test_changes_and_benefits_are_those_of_whole_forwards(
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.012])  # of which the second is amplified
+def test_a_smaller_last_batch_counts_as_little_as_it_is(
+    scale: float, pair: tuple[nn.Module, nn.Module], ids: Tensor, random_factors: Factory, monkeypatch: Any
+) -> None:
+    reference, model = pair
+    factors = [random_factors(group, scale=scale) for group in find_groups(model, {"input_ids": ids})][:2]
+    whole = measure_groups(model, reference, factors, ids)
+    monkeypatch.setattr("glowq.calibration.group_gains._BATCH_TOKENS", 5 * ids.shape[1])  # 5 sequences, then 1
+    parted = measure_groups(model, reference, factors, ids)
+    for name, found in parted.items():
+        assert found.change == pytest.approx(whole[name].change, rel=1e-3 if scale == 0.2 else 0.02)
+        assert found.benefit.value == pytest.approx(whole[name].benefit.value, rel=1e-3, abs=1e-8)
+
+
 def test_tokens_of_one_sequence_are_not_independent(pair: tuple[nn.Module, nn.Module], random_factors: Factory) -> None:
     """The same text twice is not more evidence: repeated tokens have benefits that depend on each other."""
     reference, model = pair
