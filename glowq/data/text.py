@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import CalibrationError, ModelNotFoundError
 from .ids import holds_ids
 from .text_files import FOLDER_SUFFIXES, SUFFIXES, read_file
 
-__all__ = ["CalibrationSource", "read_texts"]
+__all__ = ["CalibrationSource", "check_source", "read_texts"]
 
 CalibrationSource = str | os.PathLike[str] | Sequence[str]
 
@@ -74,20 +74,54 @@ def _check_characters(name: str, index: int, text: str) -> None:
         )
 
 
+def check_source(source: Any) -> None:
+    """Refuse, without reading it, what is neither text nor token ids, so that it is refused before a model is loaded.
+
+    Raises:
+        ModelNotFoundError: the file does not exist.
+        CalibrationError: the source is of a kind that neither `read_texts` nor `glowq.data.ids.id_sequences` reads.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        _check_named(os.fspath(source))
+    elif not holds_ids(source):
+        _check_given(source)
+
+
 def _given(source: Any) -> list[Any]:
-    """The texts of a list or a data set in memory; everything else is refused by name."""
-    kind = type(source).__name__
+    """The texts of a list or a data set in memory."""
     if holds_ids(source):
-        raise CalibrationError(f"expected text, found token ids ({kind}); give a list of str, a file, or a folder")
+        found = type(source).__name__
+        raise CalibrationError(f"expected text, found token ids ({found}); give a list of str, a file, or a folder")
+    _check_given(source)
+    return list(source["text"] if _columns(source) is not None else source)
+
+
+def _check_given(source: Any) -> None:
+    kind, columns = type(source).__name__, _columns(source)
     if isinstance(source, Mapping):
         raise CalibrationError(_mapping(kind, source))
-    for columns in ("column_names", "columns"):  # of a data set, of a data frame
-        if hasattr(source, columns):
-            return _column(kind, source, getattr(source, columns))
-    try:
-        return list(source)
-    except TypeError as error:
-        raise CalibrationError(f"expected text, found {kind}; give a list of str, a file, or a folder") from error
+    if not isinstance(source, Iterable):
+        raise CalibrationError(f"expected text, found {kind}; give a list of str, a file, or a folder")
+    if columns is None:
+        return
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise CalibrationError(
+            f"expected texts that can be counted, found {kind}, a stream; take some of them: "
+            '[row["text"] for row in data.take(1000)]'
+        )
+    if "text" not in columns:
+        raise CalibrationError(
+            f'{kind} has no column "text", only {", ".join(map(str, columns))}; give the list of texts itself: '
+            "data[column]"
+        )
+
+
+def _columns(source: Any) -> Any:
+    """The names of the columns of a data set or a data frame, which may be none; None for anything else."""
+    for name in ("column_names", "columns"):
+        if hasattr(source, name):
+            return getattr(source, name) if getattr(source, name) is not None else ()
+    return None
 
 
 def _mapping(kind: str, source: Mapping[Any, Any]) -> str:
@@ -102,20 +136,6 @@ def _mapping(kind: str, source: Mapping[Any, Any]) -> str:
     )
 
 
-def _column(kind: str, source: Any, columns: Any) -> list[Any]:
-    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
-        raise CalibrationError(
-            f"expected texts that can be counted, found {kind}, a stream; take some of them: "
-            '[row["text"] for row in data.take(1000)]'
-        )
-    if "text" not in columns:
-        raise CalibrationError(
-            f'{kind} has no column "text", only {", ".join(map(str, columns))}; give the list of texts itself: '
-            "data[column]"
-        )
-    return list(source["text"])
-
-
 def _read_named(name: str) -> list[str]:
     if name in _STDLIB:
         return _read_stdlib(held_out=_STDLIB[name])
@@ -125,8 +145,16 @@ def _read_named(name: str) -> list[str]:
         return [text for path in files for text in read_file(path)]
     if os.path.exists(name):
         return read_file(Path(name))
+    _check_named(name)
+    return _read_dataset(name)
+
+
+def _check_named(name: str) -> None:
+    """Refuse a name that is no file, no folder, and not of the form of a dataset's."""
+    if name in _STDLIB or os.path.exists(name):
+        return
     if _DATASET.fullmatch(name) and not name.lower().endswith(SUFFIXES):
-        return _read_dataset(name)
+        return
     near = get_close_matches(name, _STDLIB, n=1)
     advice = f"did you mean {near[0]!r}?" if near else "to give the text itself in Python, give a list of strings"
     raise ModelNotFoundError(f"no file or folder {name[:200]!r}; {advice}")

@@ -105,6 +105,28 @@ def test_a_tokenizers_result_while_loading(source: Path) -> None:
     assert provenance.sequence_length <= encoded["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), r"of the splits 'train'; .* data\['train'\]"),
+        ({"text": TEXTS}, r"dict with the keys 'text'"),
+        (5, r"expected text, found int"),
+        ("notes-that-are-not-there.txt", r"no file or folder 'notes-that-are-not-there.txt'"),
+    ],
+    ids=["splits", "dict", "number", "missing"],
+)
+def test_what_is_refused_before_a_model_is_loaded(
+    given: Any, message: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **options: Any) -> Any:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel._load_pretrained_model", load)
+    config = glowq.GlowQConfig(base="nf4", calibration=given, rank=2)
+    with pytest.raises(GlowQError, match=message):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+
+
 def at(place: tuple[int, int], value: int) -> Tensor:
     changed = IDS.clone()
     changed[place] = value

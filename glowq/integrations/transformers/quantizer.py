@@ -22,6 +22,7 @@ from ...artifact.base_files import base_folder, base_shards, check_same_model, r
 from ...artifact.config import GlowQConfig
 from ...artifact.factor_files import FACTOR_KEYS, read_factors
 from ...artifact.request import CorrectionRequest
+from ...data.text import check_source
 from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
 from ...models.candidates import renaming
@@ -68,6 +69,8 @@ class GlowQHfQuantizer(CorrectedHfQuantizer):
         calibration = None if config.request is None else config.request.calibration
         if not config.is_stored and calibration is None and config.correction is None:
             raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
+        if calibration is not None:
+            check_source(calibration)
         self.glowq_config = config
         if config.is_stored and config.format == "correction":
             self._base_folder = base_folder(config)
