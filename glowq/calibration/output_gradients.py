@@ -179,7 +179,9 @@ class _GroupGradient:
 
         return watch
 
-    def _add(self, index: int, gradient: Tensor) -> None:
+    def _add(self, index: int, gradient: Tensor | None) -> None:
+        if gradient is None:  # a later kernel computes none
+            return
         self._parts[index] = gradient.detach().flatten(0, -2)
         if len(self._parts) < len(self.group.members):
             return
