@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors, cut_group
 from ..factors.rounding import rounded
+from ..models.loading import load_generation_config, load_tokenizer
 from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest
 from ..selection.ranks import check_measured, choose_ranks
@@ -313,13 +314,9 @@ class Correction:
         config = saved.config if ranks is None else _config_of_part(saved.config, factors, saved.factors.factor_bytes)
         tokenizer = generation = None
         if (saved.folder / "tokenizer_config.json").is_file():
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(saved.folder)
+            tokenizer = load_tokenizer(str(saved.folder))
         if (saved.folder / "generation_config.json").is_file():
-            from transformers import GenerationConfig
-
-            generation = GenerationConfig.from_pretrained(saved.folder)
+            generation = load_generation_config(saved.folder)
         code = code_in(saved.folder, saved.model_config)
         return cls(factors, config, saved.model_config, saved.base_bytes, tokenizer, generation, code=code)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, UnsafePathError
+from ..factors.group import group_name
 from ..utils.checks import check_amount, check_int, check_text, shown
 
 __all__ = ["BASE_PLACE", "GROUP_FIELDS", "check_base_model", "check_group"]
@@ -33,6 +34,11 @@ def check_group(name: str, group: Mapping[str, Any]) -> None:
     members, widths, gains = group["members"], group["out_features"], group["gains"]
     if not isinstance(members, _LIST) or not all(isinstance(member, str) and member for member in members):
         raise ConfigError(f"members of group {name!r} in config.json must be a list of names, found {shown(members)}.")
+    if members and name != group_name(members):
+        raise ConfigError(
+            f"group {name!r} in config.json has the members of the group {group_name(members)!r}: they would get the "
+            "factors of other modules. Download or correct again."
+        )
     if not isinstance(widths, _LIST) or len(widths) != len(members) or not members:
         raise ConfigError(f"group {name!r} in config.json needs as many out_features as members.")
     for width in (group["in_features"], *widths):

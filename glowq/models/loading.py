@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import traceback
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, CorrectionError, GlowQError, ModelNotFoundError, ReadError, one_line
-from ..utils.files import only_variant, refuse_irregular, refuse_pickles
+from ..utils.files import only_variant, read_json, refuse_irregular, refuse_pickles
 from ..utils.names import split_revision
 
 __all__ = [
     "load_config",
+    "load_generation_config",
     "load_model",
     "load_tokenizer",
     "loading",
@@ -106,10 +108,18 @@ def _parsing(name: str, what: str) -> Iterator[None]:
         yield
     except (JSONDecodeError, UnicodeDecodeError) as error:
         raise _damaged(name, what, error) from error
-    except (GlowQError, OSError, ValueError, ImportError):
+    except (GlowQError, OSError, ValueError, ImportError, MemoryError):
         raise
     except Exception as error:  # a parser that meets a value of another type raises anything
+        if type(error).__name__ in ("OutOfMemoryError", "SafetensorError") or _is_of_glowq(error):
+            raise
         raise _damaged(name, what, error) from error
+
+
+def _is_of_glowq(error: Exception) -> bool:
+    """Whether code of glowq raised an error, while a library called it: then it is a mistake in glowq."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] == "glowq" and len(frames) > 1
 
 
 def _damaged(name: str, what: str, error: Exception) -> ConfigError:
@@ -155,6 +165,10 @@ def load_model(
         quantization_config: quantize with this config while loading; None loads the model as it is stored.
         gguf_file: GGUF file in the folder, which transformers dequantizes.
         auto_class: transformers class to load the model with; None takes `model_class(config)`.
+
+    Raises:
+        ModelNotFoundError, ReadError, ConfigError: see `loading`.
+        CorrectionError: a file is damaged, or a model saved in one piece lacks a tensor.
     """
     import torch
 
@@ -171,10 +185,29 @@ def load_model(
         options["quantization_config"] = quantization_config
     if torch.cuda.is_available():
         options["device_map"] = "auto"
-    with loading(name):
-        model = (auto_class or model_class(config)).from_pretrained(**_named(name), dtype="auto", **options)
+    with loading(name), _parsing(name, "the configuration or a weight"):
+        options |= {"dtype": "auto", "output_loading_info": True}
+        model, info = (auto_class or model_class(config)).from_pretrained(**_named(name), **options)
+    _refuse_incomplete(name, config, info["missing_keys"])
     prepare_model(model)
     return model.eval()
+
+
+def _refuse_incomplete(name: str, config: Any, missing: Collection[str]) -> None:
+    """Refuse a model saved in one piece that lacks a tensor: transformers fills it with random numbers.
+
+    Other models may lack some: encoders are often published without their pooler.
+
+    Raises:
+        CorrectionError: the message names a tensor.
+    """
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) else {}
+    if missing and stored.get("quant_method") == "glowq" and stored.get("format") == "full":
+        raise CorrectionError(
+            f"the weights of {name!r} lack {min(missing)!r} ({len(missing)} tensors in all): the files are damaged or "
+            "incomplete. Download or save the model again."
+        )
 
 
 def model_class(config: Any) -> Any:
@@ -238,6 +271,19 @@ def load_tokenizer(*names: str | None) -> Any:
             with loading(name), _parsing(name, "a file of the tokenizer"):
                 return AutoTokenizer.from_pretrained(**_named(name), trust_remote_code=False)
     raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
+
+
+def load_generation_config(folder: Path) -> Any:
+    """Load generation_config.json of a folder.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    from transformers import GenerationConfig
+
+    with loading(str(folder)), _parsing(str(folder), "generation_config.json"):
+        read_json(folder / "generation_config.json")
+        return GenerationConfig.from_pretrained(folder)
 
 
 def reference_name(model: str, config: Any, base: str, reference: str | None) -> str:

@@ -53,10 +53,11 @@ class BlockFolder:
             return None
         try:
             stored, factors = _read(file)
+            is_asked = (stored["key"], stored["block"]) == (key, block)
         except Exception as error:  # whatever is wrong with the file, the block can be solved again
             _logger.warning("%s is damaged (%s): block %r is solved again.", file, " ".join(str(error).split()), block)
             return None
-        return factors if (stored["key"], stored["block"]) == (key, block) else None
+        return factors if is_asked else None
 
     def write(self, block: str, key: str, factors: Sequence[GroupFactors]) -> None:
         """Store a finished block, completely or not at all.

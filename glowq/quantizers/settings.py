@@ -102,6 +102,8 @@ def _values(path: str, value: Any, name: str) -> Iterator[tuple[str, str, Any]]:
                 yield from _values(f"{path}.{key if key.isidentifier() else shown(key)}", inner, key)
     elif isinstance(value, list | tuple | set | frozenset):
         for inner in value:
+            if inner is None and name in _PATTERNS:
+                raise ConfigError(f"{path} must hold names of modules, found None.")
             yield from _values(path, inner, name)
     else:
         yield path, name, value

@@ -91,6 +91,20 @@ def test_a_changed_factor_is_refused(saved: Path, form: str, change: Change, tmp
     assert "checksum differs" in call("verify", folder).stderr
 
 
+@pytest.mark.parametrize("form", ["correction", "full"])
+def test_members_exchanged_between_groups_are_refused(saved: Path, form: str, tmp_path: Path) -> None:
+    """Every factor is the one that was saved, and would correct another module of the same shape."""
+    folder = changed(saved, form, tmp_path, lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["groups"]
+    first, second = (groups[f"model.layers.{block}.mlp.down_proj"] for block in (0, 1))
+    first["members"], second["members"] = second["members"], first["members"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"0\.mlp\.down_proj' .* has the members of the group '.*1\.mlp\.down_proj'"):
+        load(folder)
+    assert "has the members of the group" in call("verify", folder).stderr
+
+
 def test_every_flipped_bit_is_found(saved: Path, tmp_path: Path) -> None:
     folder = changed(saved, "correction", tmp_path, lambda tensors: None)
     file = file_of(tmp_path, "correction")

@@ -38,6 +38,26 @@ class TestReadTexts:
         path.write_text("one\n\ntwo: é\n", encoding="utf-8")
         assert read_texts(path) == read_texts(str(path)) == ["one\n\ntwo: é\n"]
 
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ('{"text": "half a character: \\ud83d"}', "the text at 1 holds a lone surrogate, which no tokenizer takes"),
+            (
+                '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+                r'rows\.jsonl:2: expected a JSON object with a field "text"',
+            ),
+        ],
+        ids=["surrogate", "deep"],
+    )
+    def test_a_record_that_no_tokenizer_takes(self, tmp_path, line, message):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"text": "x"}\n' + line)
+        with pytest.raises(CalibrationError, match=message):
+            read_texts(path)
+        if "ud83d" in line:
+            with pytest.raises(CalibrationError, match=message):
+                read_texts(["x", json.loads(line)["text"]])
+
     def test_jsonl_is_one_document_a_line(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         rows = [{"text": "first\u2028still first"}, {"id": 1, "text": "second"}]

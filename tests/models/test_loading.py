@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 import glowq
+from glowq import Correction
 from glowq.errors import (
     ConfigError,
     CorrectionError,
@@ -69,6 +73,42 @@ def test_a_damaged_tokenizer(folder: Path, file: str, kind: str) -> None:
     (folder / file).write_bytes(TOKENIZERS[kind])
     with pytest.raises(GlowQError, match="tokenizer"):
         load_tokenizer(str(folder))
+
+
+def test_a_model_in_one_piece_that_lacks_a_tensor(rank_8: Path, tmp_path: Path) -> None:
+    """transformers fills the tensor with random numbers, and only says so."""
+    folder = tmp_path / "full"
+    load(rank_8).save_pretrained(folder)
+    assert call("verify", folder).exit_code == 0
+    with safe_open(folder / "model.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        left = {key: value for key, value in tensors.items() if key != name}
+        save_file(left, folder / "model.safetensors", metadata=metadata)
+        assert f"lack {name!r} (1 tensors in all)" in call("verify", folder).stderr
+    changed = {f"x.{key}" if "q_proj.weight" in key else key: value for key, value in tensors.items()}
+    save_file(changed, folder / "model.safetensors", metadata=metadata)
+    done = call("verify", folder)
+    assert (done.exit_code, "the configuration or a weight of" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": "many"}, {"nbits": [4]}, {"weight_quant_params": 5}], ids=str)
+def test_settings_that_a_library_cannot_read(folder: Path, settings: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for method in ("bitsandbytes", "compressed-tensors", "gptq", "hqq", "quanto", "torchao"):
+        config["quantization_config"] = {"quant_method": method, **settings}
+        (folder / "config.json").write_text(json.dumps(config))
+        with suppress(GlowQError) if method != "hqq" else pytest.raises(GlowQError):
+            load_model(str(folder), load_config(str(folder)))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"do_sample": [1], "max_length": {}}', b'{"max_length": "x"}'])
+def test_a_damaged_generation_config(rank_8: Path, tmp_path: Path, content: bytes) -> None:
+    folder = Path(shutil.copytree(rank_8, tmp_path / "copy"))
+    (folder / "generation_config.json").write_bytes(content)
+    with suppress(GlowQError):
+        Correction.from_pretrained(folder)
 
 
 def test_no_path_holds_a_nul(rank_8: Path, source: Path, tmp_path: Path) -> None:

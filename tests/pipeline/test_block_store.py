@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -129,6 +131,16 @@ class TestWhatIsUsedAgain:
         assert re.search(r"safetensors is damaged \(.*\): block 'block' is solved again", caplog.text)
         file.write_bytes(content)
         assert same(run.load("block", GROUPS), factors_of(0))
+
+    @pytest.mark.parametrize("about", [{}, [], 5, {"key": "this run", "block": "block", "groups": {}}], ids=str)
+    def test_no_block_with_another_description(self, blocks: BlockFolder, about: Any) -> None:
+        """Also with the digest of that description, which somebody computed."""
+        run = Resume(blocks, "this run")
+        run.save("block", factors_of(0))
+        text = json.dumps(about)
+        metadata = {"glowq_block": f"{hashlib.sha256(text.encode()).hexdigest()} {text}"}
+        save_file(load_file(only_file(blocks)), only_file(blocks), metadata=metadata)
+        assert run.load("block", GROUPS) is None
 
     def test_no_file_of_an_earlier_version(self, blocks: BlockFolder) -> None:
         run = Resume(blocks, "this run")
