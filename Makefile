@@ -11,7 +11,7 @@ VLLM_CHECKPOINTS := build/vllm
 KERNELS := .venv-kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-autoawq test-kernels test-vllm check style benchmarks backends encoder clean
+.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style benchmarks backends encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,15 +39,19 @@ $(READY): $(DEMO_READY)
 demo: $(DEMO_READY)  ## correct the bundled model and show what it gained (installs no more than this takes)
 	$(BIN)/python examples/demo.py
 
-test test-long test-autoawq test-kernels test-vllm: export HF_HUB_OFFLINE = 1
-test test-long test-autoawq test-kernels test-vllm: export OMP_NUM_THREADS = 1
-test test-long test-autoawq test-vllm: export TOKENIZERS_PARALLELISM = false
+test test-long fuzz test-autoawq test-kernels test-vllm: export HF_HUB_OFFLINE = 1
+test test-long fuzz test-autoawq test-kernels test-vllm: export OMP_NUM_THREADS = 1
+test test-long fuzz test-autoawq test-vllm: export TOKENIZERS_PARALLELISM = false
 test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(BIN)/pytest $(PYTEST_ARGS) kernels/tests || [ $$? -eq 5 ]  # 5: none that is asked for
 
 test-long: setup  ## run the long tables of tests of which `make test` runs a part (half an hour)
 	$(BIN)/pytest $(PYTEST_ARGS) -m long
+
+# Not by file: the cases of one file are more than half of all.
+fuzz: setup  ## read a hundred thousand damaged and hostile files (ten minutes)
+	$(BIN)/pytest $(PYTEST_ARGS) --dist load -m fuzz tests/fuzz
 
 test-autoawq: export GLOWQ_AUTOAWQ_CHECKPOINTS = $(AUTOAWQ_CHECKPOINTS)
 test-autoawq: setup $(AUTOAWQ_CHECKPOINTS)/.ready  ## quantize a model with autoawq, then run the tests that need it
