@@ -9,9 +9,10 @@ AUTOAWQ_CHECKPOINTS := build/autoawq
 VLLM := .venv-vllm
 VLLM_CHECKPOINTS := build/vllm
 KERNELS := .venv-kernels
+AUDIT := .venv-audit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style benchmarks backends encoder clean
+.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style audit benchmarks backends encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -116,6 +117,17 @@ check: setup  ## lint, formatting, types and the plan of the packages, changing 
 style: setup  ## fix what the linter can, then format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: setup $(AUDIT)/.ready  ## ask PyPI for known vulnerabilities of all installed packages (needs the network)
+	@mkdir -p build
+	$(BIN)/python -m pip list --format freeze --exclude-editable > build/installed.txt
+	$(AUDIT)/bin/python .ci/audit.py build/installed.txt
+
+$(AUDIT)/.ready:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --upgrade pip
+	$(AUDIT)/bin/python -m pip install pip-audit
+	@touch $@
 
 benchmarks: setup  ## time the solver, and what a correction adds to a forward (ten minutes)
 	$(BIN)/python examples/benchmarks/solver.py
