@@ -119,7 +119,7 @@ def _parsing(name: str, what: str) -> Iterator[None]:
 def _is_of_glowq(error: Exception) -> bool:
     """Whether code of glowq raised an error, while a library called it: then it is a mistake in glowq."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] == "glowq" and len(frames) > 1
+    return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] == "glowq"
 
 
 def _damaged(name: str, what: str, error: Exception) -> ConfigError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..quantizers.settings import check_values
+from ..quantizers.settings import check_dtype, check_values
 from ..utils.checks import shown
 from ..utils.files import read_json
 
@@ -32,6 +32,8 @@ def read_model_config(file: Path) -> dict[str, Any]:
     for name in ("model_type", "dtype", "torch_dtype"):
         if not isinstance(config.get(name, ""), str | None):
             raise ConfigError(f"{name} in {file} must be a text, found {shown(config[name])}.")
+        if name != "model_type" and config.get(name) is not None:
+            check_dtype(f"{name} in {file}", config[name])
     auto_map = config.get("auto_map", {})
     if not isinstance(auto_map, dict) or not all(isinstance(entry, str | list | None) for entry in auto_map.values()):
         raise ConfigError(f"auto_map in {file} must be a JSON object of names, found {shown(auto_map)}.")

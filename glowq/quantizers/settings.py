@@ -17,7 +17,7 @@ from ..errors import ConfigError, UnknownBaseError, one_line
 from ..utils.checks import is_number, shown
 from .registry import backend_of, base_config, check_installed, method_of, methods
 
-__all__ = ["base_settings", "check_settings"]
+__all__ = ["base_settings", "check_dtype", "check_settings"]
 
 _LONGEST_TEXT = 100_000  # letters; a calibration text or a chat template may be among the settings
 # Fields whose texts, or whose keys, transformers or the library use as regular expressions on the names of modules.
@@ -75,7 +75,7 @@ def check_values(where: str, settings: Mapping[str, Any]) -> None:
             if len(value) > _LONGEST_TEXT or "\0" in value:
                 raise ConfigError(f"{path} is no text of a quantization config: {shown(value)}.")
             if name.endswith(_DTYPES):
-                _check_dtype(path, value)
+                check_dtype(path, value)
             if name in _PATTERNS or value.startswith(_PREFIXES):
                 steps += _steps_of(path, value if name in _RAW else _unprefixed(value))
         elif name in _PATTERNS and value is not None and not isinstance(value, bool):
@@ -109,7 +109,12 @@ def _values(path: str, value: Any, name: str) -> Iterator[tuple[str, str, Any]]:
         yield path, name, value
 
 
-def _check_dtype(path: str, value: str) -> None:
+def check_dtype(path: str, value: str) -> None:
+    """Refuse the name of a dtype that torch does not have: libraries take the attribute of torch with that name.
+
+    Raises:
+        ConfigError: the message names the field.
+    """
     found = getattr(torch, value.removeprefix("torch."), None) if value.removeprefix("torch.").isidentifier() else None
     if value != "auto" and not isinstance(found, torch.dtype):
         raise ConfigError(f"{path} must be a dtype of torch, found {shown(value)}.")

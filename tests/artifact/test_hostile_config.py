@@ -244,7 +244,7 @@ VARIANTS: dict[str, Change] = {
         for value in ("LlamaForCausalLM", [5], [["LlamaForCausalLM"]], {"0": "x"}, 5, True, ["BertModel"])
     },
     **{f"model type {value!r}": model_field("model_type", value) for value in (5, ["llama"], "nosuch", {}, True)},
-    **{f"dtype of the model {value!r}": model_field("dtype", value) for value in (5, ["a"], {})},
+    **{f"dtype of the model {value!r}": model_field("dtype", value) for value in (5, ["a"], {}, "cfloat16", "load")},
     **{f"hidden_size {value!r}": model_field("hidden_size", value) for value in ("x", [1], {})},
     **{f"layers {value!r}": model_field("num_hidden_layers", value) for value in ("x", [1])},
     **{

@@ -102,10 +102,13 @@ def test_from_pretrained(saved: Saved, part: Part, copy: Path) -> None:
 
     def case(drawn: Any) -> None:
         write(saved, copy, *drawn)
-        if drawn[0] == "fields":  # the field by which transformers finds glowq
+        # Two fields that transformers itself reads before it asks glowq, and has no errors of its own for.
+        if drawn[0] == "fields":
             config = json.loads((copy / "config.json").read_text())
             config["quantization_config"]["quant_method"] = "glowq"
             (copy / "config.json").write_text(json.dumps(config))
+        if drawn[0] == "config" and b'"dtype": "bfloat16"' not in (copy / "config.json").read_bytes():
+            return
 
         def door() -> None:
             model = load(copy)
