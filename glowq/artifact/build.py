@@ -143,7 +143,9 @@ def _stored_vocabulary(config: GlowQConfig) -> int | None:
     """`vocab_size` in the base's config.json; None if that is not on this machine or does not say."""
     base = config.base_model or {}
     file: Any = Path(base["name"]) / _config_file(base)
-    if not file.is_file():
+    if Path(base["name"]).is_dir():
+        file = file if file.is_file() else None
+    else:
         file = try_to_load_from_cache(base["name"], _config_file(base), revision=base["revision"])
     return read_model_config(Path(file)).get("vocab_size") if isinstance(file, str | Path) else None
 
