@@ -10,28 +10,18 @@ import tempfile
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 
 from glowq.cli.output import session
 from glowq.pipeline.block_store import open_blocks, remove_blocks
-from support.cli import call
-from support.tiny import corrected, library_texts, tiny_llama
-
-SIZES = ["--calibration-tokens", "256", "--sequence-length", "32"]
+from support.writing import COMMANDS, run, sources
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its correction, the correction as an adapter, and texts."""
-    folder = tmp_path_factory.mktemp("full")
-    _, correction = corrected(tiny_llama(folder / "model"), "nf4", method="svd", rank=2)
-    correction.save_pretrained(folder / "corrected")
-    assert call("export", folder / "corrected", "--to", "peft", "--output", folder / "adapter").exit_code == 0
-    library_texts(folder)
-    return folder
+    return sources(tmp_path_factory.mktemp("full"))
 
 
 @pytest.fixture
@@ -41,28 +31,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("only root may mount a disk")
     yield tmp_path
     subprocess.run(["umount", "-l", tmp_path], check=True)
-
-
-CORRECT = "correct MODEL --base nf4 --method svd --rank 2 --calibration TRAIN --output OUT"
-COMMANDS = {
-    "correct": CORRECT,
-    "correct --resume": f"{CORRECT} --resume",
-    "correct --format full": f"{CORRECT} --format full",
-    "select": "select CORRECTED --budget 1% --output OUT",
-    "export peft": "export CORRECTED --to peft --output OUT",
-    "export merged": "export CORRECTED --to merged --output OUT",
-    "compare": "compare MODEL --base nf4 --calibration TRAIN --data TEST --methods svd --budgets 5% --tokens 256 "
-    "--output OUT",
-    "bench": "bench CORRECTED --batch-sizes 1 --lengths 4 --new-tokens 1 --repeats 1 --output OUT",
-    "import": "import ADAPTER --base-model MODEL --base nf4 --output OUT",
-}
-
-
-def run(name: str, folder: Path, out: Path) -> Any:
-    names = {word.upper(): folder / word for word in ("model", "corrected", "adapter")}
-    names |= {"TRAIN": folder / "train.txt", "TEST": folder / "test.txt", "OUT": out}
-    words: list[Any] = [names.get(word, word) for word in COMMANDS[name].split()]
-    return call(*words, *(SIZES if words[0] in ("correct", "compare") else []), "--json")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

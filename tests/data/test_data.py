@@ -41,7 +41,10 @@ class TestReadTexts:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"text": "half a character: \\ud83d"}', r"text 1 holds bytes that could not be decoded \(lone surrogates\)"),
+            (
+                '{"text": "half a character: \\ud83d"}',
+                r"text 1 holds bytes that could not be decoded \(lone surrogates\)",
+            ),
             (
                 '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
                 r'rows\.jsonl:2: expected a JSON object with a field "text"',
