@@ -10,11 +10,14 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -82,15 +85,36 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         OSError: the folder cannot be created.
     """
     sweep(target.parent)
-    folder, lock = _create(target)
+    created: list[tuple[Path, BaseFileLock]] = []
     try:
+        with _uninterrupted():
+            created.append(_create(target))
+        folder, _ = created[0]
         (folder / NEW).mkdir()
         yield folder
     finally:
-        try:
-            _discard(folder, target)
-        finally:
-            _remove(folder, lock)
+        with _uninterrupted():
+            for folder, lock in created:
+                try:
+                    _discard(folder, target)
+                finally:
+                    _remove(folder, lock)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let a Ctrl-C inside this context take effect at its end, so that a folder is not left half created or removed."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting and callable(handler):
+            handler(*waiting[0])
 
 
 @contextmanager

@@ -207,7 +207,7 @@ class TestDamage:
             first, second, *_ = (group for group in stored["groups"].values() if len(group["members"]) == 1)
             second.update(members=first["members"], out_features=first["out_features"])
 
-        with pytest.raises(CorrectionError, match=r"left' is missing"):
+        with pytest.raises(ConfigError, match=r"has the members of the group .* the factors of other modules"):
             glowq.Correction.from_pretrained(changed(rank_8, tmp_path / "copy", repeat_members), budget=self.budget)
 
 
