@@ -75,6 +75,17 @@ def test_a_full_disk(name: str, folder: Path, disk: Path) -> None:
     assert not [*disk.iterdir()]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_may_only_be_read(name: str, folder: Path, disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    done = run(name, folder, disk / "out")
+    assert done.exit_code == 1, done.exception
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("glowq: error")]
+    assert line == f"glowq: error: {disk} is not writable; choose another folder."
+    assert not [*disk.iterdir()]
+
+
 @pytest.mark.parametrize("name", ["correct", "export peft"])
 def test_a_full_disk_for_temporary_files(
     name: str, folder: Path, disk: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 import signal
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from glowq.utils.manifest import MANIFEST, contents_of
-from support.disturbed import Ended, Server
+from support.disturbed import Ended, Server, digests
 from support.writing import sources, words
 
 # Command -> numbers of kills and of interrupts in the long run.
@@ -65,12 +64,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = sources(tmp_path_factory.mktemp("kills"))
     with Server(tmp_path_factory.mktemp("logs")) as server:
         yield Place(folder, server, {})
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def cases(which: int) -> Iterator[Any]:

@@ -6,6 +6,7 @@ It computes nothing itself, so that a forked process has no locks of threads tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -87,6 +88,12 @@ class Server:
         printed = {name: (self.logs / name).read_text() for name in ("stdout", "stderr")}
         assert answer["status"] is not None, f"{typed} hangs: {printed['stderr']}"
         return Ended(**answer, **printed)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _serve(logs: Path) -> None:
