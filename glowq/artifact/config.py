@@ -27,7 +27,8 @@ FORMAT_VERSION = 1
 FORMAT_MINOR = 1
 """Minor version of the format. Fields of a newer minor version are ignored with a warning.
 
-Version 1 added "minor", "sha256" to a group, and "backbone" to the base model.
+Version 1 added "minor", "sha256" to a group, "backbone", "subfolder" and "variant" to the base model, and "change" to
+the provenance.
 """
 
 FORMATS = ("correction", "full")

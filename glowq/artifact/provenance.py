@@ -81,6 +81,8 @@ class Provenance:
         int8: measured loss of accuracy by rounding to int8.
         improvement: measured divergence without and with the correction, on text that it was not calibrated on; None if
             no text was held out, or if the model's outputs cannot be compared.
+        change: mean divergence between the answers with and without the correction, to fixed random tokens; see
+            `glowq.evaluation.change`.
         held_out: figures on held-out text.
         selected: the larger correction that this one was cut from.
         command: the exact command lines, one per line.
@@ -101,6 +103,7 @@ class Provenance:
     factor_dtype: str | None = None
     int8: RoundingCost | None = None
     improvement: Improvement | None = None
+    change: float | None = None
     held_out: HeldOut | None = None
     selected: Selected | None = None
     command: str | None = None
@@ -119,6 +122,8 @@ class Provenance:
                 _check_figures(f"provenance.not_restored of group {group!r}", benefit)
         if self.total is not None:
             check_amount("provenance.total", self.total)
+        if self.change is not None:
+            check_amount("provenance.change", self.change)
         if self.gains is not None:
             if self.gains not in list(GainUnit):
                 units = ", ".join(repr(unit.value) for unit in GainUnit)

@@ -27,6 +27,7 @@ from ..errors import (
     SensitivityError,
     UnsupportedModuleError,
 )
+from ..evaluation.change import answer_change
 from ..evaluation.improvement import improvement, is_worse, not_better
 from ..evaluation.rounding_cost import rounding_cost
 from ..factors.factors import GroupFactors
@@ -178,6 +179,8 @@ def correct(
         detach(model)
     for entry in correction.factors:
         attach(model, entry)
+    with uncompiled():
+        correction.config.record(change=answer_change(model))
     return correction
 
 

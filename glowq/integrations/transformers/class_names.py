@@ -93,7 +93,9 @@ def in_class(
 def with_fingerprint(model: nn.Module, config: GlowQConfig) -> GlowQConfig:
     """The description with the fingerprint of `model`, under whose names it is now."""
     base_model = {**(config.base_model or {}), "fingerprint": fingerprint(model)}
-    return GlowQConfig(**{**config.to_dict(), "base_model": base_model})
+    found = GlowQConfig(**{**config.to_dict(), "base_model": base_model})
+    found.record(change=None)  # measured on the answers of another class
+    return found
 
 
 def _has(model: nn.Module, name: str) -> bool:
