@@ -47,7 +47,7 @@ test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(BIN)/pytest $(PYTEST_ARGS) kernels/tests || [ $$? -eq 5 ]  # 5: none that is asked for
 
-test-long: setup  ## run the long tables of tests of which `make test` runs a part (half an hour)
+test-long: setup  ## run the long tables of tests of which `make test` runs a part (an hour)
 	$(BIN)/pytest $(PYTEST_ARGS) -m long
 
 # Not by file: the cases of one file are more than half of all.

@@ -73,12 +73,16 @@ def parts(cases: int, few: int = 10) -> pytest.MarkDecorator:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
     """Fail if what runs inside takes too long or, on Linux, too much memory. Windows has no such bounds.
 
+    Args:
+        seconds: how long it may compute.
+        memory: bytes that it may take.
+
     Raises:
-        AssertionError: it computed longer than `SECONDS`, or took longer than `WAITING`.
-        MemoryError: it took more than `MEMORY`.
+        AssertionError: it computed longer, or took longer than `WAITING`.
+        MemoryError: it took more.
     """
     if sys.platform == "win32":
         yield
@@ -91,13 +95,13 @@ def bounded() -> Iterator[None]:
     statistics = Path("/proc/self/statm")
     if statistics.exists():
         data = int(statistics.read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY, limits[1]))
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        resource.setrlimit(resource.RLIMIT_DATA, (data + memory, limits[1]))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, WAITING)
     try:
         yield
     except TooLongError:
-        raise AssertionError(f"this took more than {SECONDS} seconds of computing, or {WAITING} in all") from None
+        raise AssertionError(f"this took more than {seconds} seconds of computing, or {WAITING} in all") from None
     finally:
         for clock, number in clocks.items():
             signal.setitimer(clock, 0)
