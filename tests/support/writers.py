@@ -157,7 +157,7 @@ def gguf(source: Path, file: Path, kind: str) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"token {index}" for index in range(config["vocab_size"])])
+    writer.add_token_list(["a", "b", "ab", *(f"token {index}" for index in range(3, config["vocab_size"]))])
     writer.add_token_merges(["a b"])
     names: TensorNameMap = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, tensor in load_file(source / "model.safetensors").items():
