@@ -17,7 +17,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import glowq
@@ -29,6 +28,7 @@ from support.cli import call
 from support.corrections import changed
 from support.forms import IDS, write_forms
 from support.fresh_process import run_python
+from support.gradients import cut_gradient
 from support.tiny import CHEAP, load, quantized, tiny_llama
 
 README = Path(__file__).parents[1] / "README.md"
@@ -177,25 +177,11 @@ def NoImprovementError(place: Place) -> None:
         place.correct(model, method="backwards", rank=32, force=False, **MORE)
 
 
-def cut_gradient(model: Any) -> Any:
-    """Let no gradient of the loss through the last norm, as kernels without a backward pass do."""
-
-    class Cut(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-            return None
-
-    model.model.norm.register_forward_pre_hook(lambda module, args: (Cut.apply(args[0]), *args[1:]))
-    return model
-
-
 @case
 def SensitivityError(place: Place) -> None:
-    place.correct(cut_gradient(quantized(place.base, "nf4")), distill=1)
+    model = quantized(place.base, "nf4")
+    cut_gradient(model.model.norm)
+    place.correct(model, distill=1)
 
 
 @case
@@ -298,7 +284,9 @@ def NewerFormatWarning(place: Place) -> None:
 @case
 def NoGradientWarning(place: Place) -> None:
     model, reference = quantized(place.base, "nf4"), AutoModelForCausalLM.from_pretrained(place.base)
-    place.correct(cut_gradient(model), reference=cut_gradient(reference), method="glowq")
+    for cut in (model, reference):
+        cut_gradient(cut.model.norm)
+    place.correct(model, reference=reference, method="glowq")
 
 
 def test_every_kind_has_a_case() -> None:

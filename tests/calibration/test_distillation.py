@@ -20,6 +20,7 @@ from glowq.errors import CalibrationError, ConfigError, NonFiniteError, Sensitiv
 from glowq.evaluation.scores import score_models
 from glowq.models.tracing import find_groups
 from support.bases import small_model
+from support.gradients import cut_gradient
 from support.tiny import correct, gap, load, logits, quantized
 from support.tiny import tiny_llama as saved_llama
 
@@ -105,16 +106,7 @@ def test_bad_input_is_named(tiny_llama: Factory, tiny_ids: Tensor, random_factor
     with pytest.raises(NonFiniteError, match="divergence from the reference is NaN"):
         distill(model, broken, factors, tiny_ids, steps=1)
 
-    class Detach(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-            return None
-
-    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: (Detach.apply(args[0]), *args[1:]))
+    handle = cut_gradient(model.model.layers[1])
     with pytest.raises(SensitivityError, match=r"layers\.0.*no gradient reaches its factors"):
         distill(model, tiny_llama(), factors, tiny_ids, steps=1)
     handle.remove()

@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from glowq.errors import OutputError
-from glowq.factors.factors import GroupFactors
-from glowq.factors.group import Group
 from glowq.pipeline.block_store import BlockFolder, Resume
 from glowq.utils.manifest import MANIFEST
 from glowq.utils.output import check_output, write_directory
+from support.corrections import GROUPS, factors_of
 from support.forms import applied
 from support.fuzzing import Part, parts, refusal
 from support.mutations import byte_changes, header_of, json_changes, with_header
 
 RESULT = {"config.json": b"{}\n", "weights/part-1.bin": b"1" * 40, "weights/part-2.bin": b"2" * 40}
-GROUPS = [Group("q", ("q", "k"), 8, (6, 4), "block"), Group("o", ("o",), 6, (8,), "block")]
 
 
 def write_result(folder: Path) -> None:
@@ -67,30 +64,12 @@ def test_manifests(part: Part, kind: str, of_user: bool, tmp_path: Path) -> None
     part.run(json_changes() if kind == "fields" else byte_changes(len(manifest)), case)
 
 
-def factors() -> list[GroupFactors]:
-    drawn = torch.Generator().manual_seed(0)
-
-    def values(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=drawn).to(torch.bfloat16)
-
-    return [
-        GroupFactors(
-            group,
-            values(2, group.in_features),
-            {name: values(width, 2) for name, width in zip(group.members, group.out_features, strict=True)},
-            torch.rand(2, generator=drawn, dtype=torch.float64),
-            1.5,
-        )
-        for group in GROUPS
-    ]
-
-
 def check_block(file: Path, content: bytes) -> None:
     """A run that continues finds the very factors in the file, or solves the block again."""
     file.write_bytes(content)
     folder = BlockFolder(file.parent)
     found = Resume(folder, "key").load("block", GROUPS)
-    assert found is None or applied(found) == applied(factors())
+    assert found is None or applied(found) == applied(factors_of(0))
     assert found is None or [(entry.group, entry.total) for entry in found] == [(group, 1.5) for group in GROUPS]
     folder.remove()
     assert found is None or not file.exists()
@@ -98,7 +77,7 @@ def check_block(file: Path, content: bytes) -> None:
 
 @pytest.fixture
 def block(tmp_path: Path) -> Path:
-    BlockFolder(tmp_path).write("block", "key", factors())
+    BlockFolder(tmp_path).write("block", "key", factors_of(0))
     (file,) = tmp_path.glob("*.safetensors")
     return file
 

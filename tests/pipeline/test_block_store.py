@@ -23,31 +23,11 @@ from torch import nn
 from glowq.artifact.config import GlowQConfig
 from glowq.errors import OutputError, RoundingError
 from glowq.factors.factors import GroupFactors
-from glowq.factors.group import Group
 from glowq.models.reference import Reference
 from glowq.pipeline import block_store
 from glowq.pipeline.block_store import BlockFolder, Resume, check_blocks, open_blocks, remove_blocks, run_key
+from support.corrections import GROUPS, factors_of
 from support.tiny import corrected, load, tiny_llama
-
-GROUPS = [Group("q", ("q", "k"), 8, (6, 4), "block"), Group("o", ("o",), 6, (8,), "block")]
-
-
-def factors_of(seed: int) -> list[GroupFactors]:
-    drawn = torch.Generator().manual_seed(seed)
-
-    def values(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=drawn).to(torch.bfloat16)
-
-    return [
-        GroupFactors(
-            group,
-            values(2, group.in_features),
-            {name: values(width, 2) for name, width in zip(group.members, group.out_features, strict=True)},
-            torch.rand(2, generator=drawn, dtype=torch.float64),
-            1.5,
-        )
-        for group in GROUPS
-    ]
 
 
 def same(first: list[GroupFactors] | None, second: list[GroupFactors]) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from glowq.errors import ConfigError, NonFiniteError, RankError
 from glowq.solving.low_rank import Factors, factorize, weighted_error
 from glowq.solving.moments import LowRankMoment
+from support.oracle import case
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "stdlib-llama" / "model.safetensors"
 few = settings(derandomize=True, max_examples=12, deadline=None, database=None)
@@ -25,13 +26,8 @@ SHAPES = [(24, 40, 5), (64, 16, 16), (300, 224, 8), (224, 400, 16), (640, 256, 3
 
 def layer(outputs: int, inputs: int, *, tokens: int = 2048, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return an error like that of rounding, and the moment of correlated inputs with two outlier channels."""
-    generator = torch.Generator().manual_seed(seed)
-    decay = torch.arange(1, inputs + 1, dtype=torch.float64).pow(-0.5)
-    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) * decay
-    x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
-    x[:, :2] *= 20
-    error = torch.rand(outputs, inputs, generator=generator) - 0.5
-    return error * torch.exp(0.5 * torch.randn(outputs, 1, generator=generator)), x.T @ x / tokens
+    found = case(outputs, inputs, tokens=tokens, seed=seed)
+    return found.error, found.moment
 
 
 def dense(moment: Tensor | None, width: int) -> Tensor:
