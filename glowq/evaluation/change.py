@@ -45,7 +45,7 @@ def answer_change(model: Any) -> float | None:
             plain = answer(model(input_ids=ids))
     if not all(bool(torch.isfinite(part).all()) for part in (*corrected, *plain)):
         raise NonFiniteError("the model runs, but its answers hold NaN or Inf: a weight or a factor is damaged.")
-    return float(divergences(plain, corrected).mean())
+    return max(0.0, float(divergences(plain, corrected).mean()))  # rounding can make a divergence of zero negative
 
 
 def check_change(found: float, recorded: float) -> None:

@@ -25,7 +25,7 @@ COMMANDS = {
     "export merged": (20, 5),
     "import": (20, 5),
 }
-SHORT = ("correct --resume", "select", "export peft")  # these have one of each in the short run, too
+SHORT = ("correct --resume", "select")  # these have one of each in the short run, too
 MOMENTS = 1000  # a moment is a share of the command's file operations, or of its time, in thousandths
 
 

@@ -15,7 +15,7 @@ from support.disturbed import Ended, Server, digests
 from support.writing import sources, words
 
 NAMES = ["correct", "correct --resume", "correct --format full", "select", "export peft", "export merged", "import"]
-ROUNDS = 5
+ROUNDS = 3
 
 
 @pytest.fixture(scope="module")
