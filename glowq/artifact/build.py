@@ -142,12 +142,12 @@ def _unstored(model: nn.Module, config: GlowQConfig, lacking: Sequence[str]) -> 
 def _stored_vocabulary(config: GlowQConfig) -> int | None:
     """`vocab_size` in the base's config.json; None if that is not on this machine or does not say."""
     base = config.base_model or {}
-    file: Any = Path(base["name"]) / _config_file(base)
     if Path(base["name"]).is_dir():
-        file = file if file.is_file() else None
+        file: Any = str(Path(base["name"]) / _config_file(base))
     else:
         file = try_to_load_from_cache(base["name"], _config_file(base), revision=base["revision"])
-    return read_model_config(Path(file)).get("vocab_size") if isinstance(file, str | Path) else None
+    # The cache answers with an object if it knows that there is no such file.
+    return read_model_config(Path(file)).get("vocab_size") if isinstance(file, str) and Path(file).is_file() else None
 
 
 def correction_of(

@@ -45,8 +45,8 @@ class Correction:
         base_bytes: bytes of the quantized weights at their nominal bit width; budgets in percent refer to them.
         tokenizer: saved next to the factors, so that the folder works in a pipeline; or None.
         generation_config: saved next to the factors if the model has one; or None.
-        code: file name -> content of custom code that defines the model's class; saved next to the factors.
         unstored: why the base that `config.base_model` names cannot be loaded again as it is in memory; None if it can.
+        code: file name -> content of custom code that defines the model's class; saved next to the factors.
     """
 
     factors: list[GroupFactors]

@@ -18,7 +18,7 @@ BASE_PLACE = ("name", "revision", "subfolder", "variant")
 
 _LIST = (list, tuple)
 _REQUIRED = {"name", "revision", "fingerprint"}  # of `base_model`
-_OPTIONAL = {"backbone", "subfolder", "variant"}
+_OPTIONAL = ("backbone", "subfolder", "variant")
 _NAME = re.compile(r"\w[\w./-]*")  # of a branch, a tag, a pull request (refs/pr/1), a commit, a folder or a variant
 
 
@@ -62,7 +62,7 @@ def check_base_model(base_model: Mapping[str, Any] | None) -> None:
         ConfigError: fields are missing or unknown, or of another type.
         UnsafePathError: the name, revision, subfolder or variant contains "..", and so leads out of its folder.
     """
-    if base_model is None or not _REQUIRED <= set(base_model) <= _REQUIRED | _OPTIONAL:
+    if base_model is None or not _REQUIRED <= set(base_model) <= _REQUIRED | set(_OPTIONAL):
         raise ConfigError("base_model in config.json must hold name, revision and fingerprint.")
     name = base_model["name"]
     if not isinstance(name, str) or not name or "\0" in name:
@@ -71,11 +71,11 @@ def check_base_model(base_model: Mapping[str, Any] | None) -> None:
     for field in ("revision", *_OPTIONAL):
         check_text(f"base_model.{field}", base_model.get(field), optional=True)
     # huggingface_hub looks up a revision as a file in its cache.
-    paths = {field: base_model.get(field) or "" for field in ("revision", "subfolder", "variant")}
-    for field, value in {"name": name, **paths}.items():
+    paths = {field: base_model.get(field) or "" for field in BASE_PLACE}
+    for field, value in paths.items():
         if ".." in value.replace("\\", "/").split("/"):
             raise UnsafePathError(f"base_model.{field} {shown(value)} in config.json leads out of its folder; refused.")
     for field, value in paths.items():
-        if value and _NAME.fullmatch(value) is None:
+        if field != "name" and value and _NAME.fullmatch(value) is None:
             kind = "branch, tag or commit" if field == "revision" else f"name of a {field}"
             raise ConfigError(f"base_model.{field} in config.json is no {kind}: {shown(value)}.")

@@ -26,8 +26,8 @@ def answer_change(model: Any) -> float | None:
         model: a corrected model.
 
     Returns:
-        Nats a token, or squared distance a sequence for an encoder; None if the model does not take token ids alone, or
-        if its outputs cannot be compared.
+        Nats a token, or squared distance a sequence for an encoder; None if the model cannot be run on token ids alone,
+        or if its outputs cannot be compared.
 
     Raises:
         NonFiniteError: the answers hold NaN or Inf.

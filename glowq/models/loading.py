@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, CorrectionError, GlowQError, ModelNotFoundError, ReadError, one_line
-from ..utils.files import only_variant, read_json, refuse_irregular, refuse_pickles
+from ..utils.files import read_json, refuse_irregular, refuse_pickles, stored_variant
 from ..utils.names import split_revision
 
 __all__ = [
@@ -180,7 +180,7 @@ def load_model(
         check_installed(backend, name)
     options: dict[str, Any] = {"use_safetensors": True} if gguf_file is None else _gguf(gguf_file)
     if gguf_file is None and Path(name).is_dir():
-        options["variant"] = only_variant(Path(name))
+        options["variant"] = stored_variant(Path(name))
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
-from ..utils.files import checkpoint_files, only_variant, read_json
+from ..utils.files import checkpoint_files, read_json, stored_variant
 from ..utils.hub import local_snapshot
 from ..utils.logging import quiet
 from ..utils.scratch import temporary_folder
@@ -71,9 +71,7 @@ class Reference:
     def __enter__(self) -> Reference:
         if self._model is None:
             folder = self._folder = local_snapshot(self.source, **self.hub_kwargs)
-            named = [f"model.{self.variant}.safetensors", f"model.safetensors.index.{self.variant}.json"]
-            if not any((folder / name).is_file() for name in named):
-                self.variant = only_variant(folder)
+            self.variant = stored_variant(folder, self.variant)
             checkpoint_files(folder, self.variant)
             if read_json(folder / "config.json").get("quantization_config") is not None:
                 raise UnsupportedModuleError(

@@ -39,7 +39,7 @@ from ..models.wrappers import correctable, uncompiled
 from ..quantizers.libraries.dense import adopt_dense, dequantized_from
 from ..quantizers.model import check_scales, packed_bytes, prepare_model, refuse_misloaded
 from ..quantizers.registry import methods
-from ..runtime.attach import attach, attached, detach
+from ..runtime.attach import applied, attach, attached, detach
 from ..runtime.attach import factor_dtype as dtype_of_factors
 from ..selection.allocation import allocate, by_benefit
 from ..selection.budget import RankRequest
@@ -175,12 +175,12 @@ def correct(
                 correction.config.record(improvement=found)
                 if found is not None and is_worse(found) and not request.force:
                     raise NoImprovementError(f"the correction makes the model worse: {not_better(found)}")
+            with applied(model, correction.factors):
+                correction.config.record(change=answer_change(model))
     finally:
         detach(model)
     for entry in correction.factors:
         attach(model, entry)
-    with uncompiled():
-        correction.config.record(change=answer_change(model))
     return correction
 
 

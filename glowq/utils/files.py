@@ -17,12 +17,12 @@ __all__ = [
     "PICKLES",
     "check_regular",
     "checkpoint_files",
-    "only_variant",
     "read_json",
     "refuse_irregular",
     "refuse_only_pickles",
     "refuse_pickles",
     "safe_join",
+    "stored_variant",
 ]
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -167,9 +167,8 @@ def checkpoint_files(folder: Path, variant: str | None = None) -> list[str]:
         ReadError: a shard or the index is no regular file.
     """
     refuse_pickles(folder)
-    variant = variant or only_variant(folder)
-    mark = f".{variant}" if variant else ""
-    index, names = safe_join(folder, f"model.safetensors.index{mark}.json"), [f"model{mark}.safetensors"]
+    index_name, *names = _weight_names(variant or stored_variant(folder))
+    index = safe_join(folder, index_name)
     if check_regular(index) is not None:
         names = _named_shards(index)
     files = [safe_join(folder, name) for name in names]
@@ -187,15 +186,26 @@ def _named_shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def only_variant(folder: Path) -> str | None:
-    """The variant whose name all the safetensors weights in a folder have; None if there are weights without a name.
+def _weight_names(variant: str | None) -> tuple[str, str]:
+    """Names of the index and of the only shard of a model."""
+    mark = f".{variant}" if variant else ""
+    return f"model.safetensors.index{mark}.json", f"model{mark}.safetensors"
+
+
+def stored_variant(folder: Path, wanted: str | None = None) -> str | None:
+    """The variant of the safetensors weights to read from a folder; None for the weights without such a name.
+
+    Args:
+        folder: the model's folder.
+        wanted: taken if there are weights of this variant. Otherwise it is the variant whose name all the weights have.
 
     Raises:
         ModelNotFoundError: there are several variants, and no weights without a name.
     """
     names = [entry.name for entry in folder.iterdir()]
-    if "model.safetensors" in names or "model.safetensors.index.json" in names:
-        return None
+    for variant in (wanted, None):
+        if not set(names).isdisjoint(_weight_names(variant)):
+            return variant
     found = sorted({match[1] or match[2] for match in map(_VARIANT.fullmatch, names) if match})
     if len(found) > 1:
         raise ModelNotFoundError(

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import glowq
+from glowq.errors import NonFiniteError
+from glowq.runtime.attach import attached
 from support.cli import call, result_of
 from support.tiny import CHEAP, correct, corrected, logits, quantized, tiny_llama
 
@@ -80,3 +82,18 @@ def test_what_was_not_measured_is_not_compared(saved: Path, tmp_path: Path) -> N
     model = quantized(saved / "model", "torchao-int4")
     correct(model, saved / "model", **CHEAP)
     assert model.config.quantization_config.provenance.change > 0
+
+
+def test_a_model_that_cannot_be_run_on_the_tokens_is_left_as_it_was(saved: Path) -> None:
+    model = quantized(saved / "model", "torchao-int4")
+    before = logits(model)
+    of_the_check = (2, 16)  # tokens; the calibration has longer sequences
+
+    def spoil(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.nan if args[0].shape[:2] == of_the_check else output
+
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteError, match="its answers hold NaN or Inf"):
+        correct(model, saved / "model", **CHEAP)
+    assert not attached(model)
+    assert torch.equal(logits(model), before)

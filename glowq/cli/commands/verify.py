@@ -20,7 +20,7 @@ def verify(
 ) -> None:
     """Load a corrected model and check that it is complete: no factor missing, all finite, made for these weights.
 
-    The model is run once: its answers must change by as much as when it was corrected.
+    The model is run on a few random tokens: its answers must change by as much as when it was corrected.
 
     \b
     Example:
@@ -65,13 +65,13 @@ def _table(result: dict[str, Any]) -> Any:
             "model": result["model"],
             "made for": f"{result['base_model']}, {shortened(result['fingerprint'])}: these weights",
             "factors": f"{result['groups']} groups, {result['factor_bytes']:,} bytes, all finite",
-            "runs": _words(result["change"], result["recorded_change"]),
+            "answers": _words(result["change"], result["recorded_change"]),
         }
     )
 
 
 def _words(found: float | None, recorded: float | None) -> str:
     if found is None:
-        return "yes; its answers cannot be compared"
+        return "not compared: it takes more than token ids, or returns neither logits nor final states"
     known = "when it was made that was not recorded" if recorded is None else f"{recorded:.3g} when it was made"
     return f"the correction changes its answers by {found:.3g} ({known})"

@@ -117,6 +117,18 @@ def base_of(model: nn.Module, fallback: Any) -> Any:
 
 
 def attach_all(model: nn.Module, config: GlowQConfig, factors: Sequence[GroupFactors], other_class: bool) -> None:
+    """Attach a saved correction to its base.
+
+    Args:
+        model: the base, prepared by `prepare_model`, without a correction.
+        config: description of the correction.
+        factors: its factors.
+        other_class: whether it was made for another class of model than this one.
+
+    Raises:
+        NonFiniteError: a scale of the base holds NaN or Inf.
+        FingerprintError: the correction was made for other quantized weights.
+    """
     check_scales(model)
     if other_class:
         config, factors = in_class(model, config, factors)
