@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data.tokens import batches
 from ..errors import EvaluationError, NonFiniteError
+from ..models.fast_products import fast_products
 from ..utils.logging import progress
 from .intervals import Interval, bootstrap
 
@@ -48,7 +49,11 @@ def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str
     parts: dict[str, list[Score]] = {name: [] for name in models}
     size = max(1, _BATCH_TOKENS // sequences.shape[1])
     steps = -(-sequences.shape[0] // size) * len(models)
-    with progress(total=steps, desc="Evaluating", unit="batch") as bar, torch.no_grad():
+    with (
+        progress(total=steps, desc="Evaluating", unit="batch") as bar,
+        torch.no_grad(),
+        fast_products(*models.values()),
+    ):
         for batch in batches(sequences, size):
             ids, reference = batch["input_ids"], None
             for name, model in models.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, EvaluationError, one_line
 from ..evaluation.figures import finite
+from ..models.fast_products import fast_products
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,9 +71,10 @@ def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> 
         options = {"tasks": tasks, "task_manager": _task_manager(), "log_samples": False, **seeds}
         # By default the harness computes log-probabilities in the model's dtype. In bfloat16 their sums would be
         # rounded to whole numbers.
-        found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype=torch.float32), **options
-        )
+        with fast_products(model):
+            found = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype=torch.float32), **options
+            )
     except (KeyError, ValueError, OSError) as error:
         raise EvaluationError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {one_line(error)}") from error
     return {task: _figures(metrics) for task, metrics in found["results"].items()}

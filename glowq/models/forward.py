@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModuleError
+from .fast_products import fast_products
 
 __all__ = ["evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_forward", "to_model"]
 
@@ -59,7 +60,10 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside this context, the model is in evaluation mode without a key/value cache; both are restored at the end."""
+    """Inside this context, the model is in evaluation mode without a key/value cache; both are restored at the end.
+
+    Its products are computed as `glowq.models.fast_products` says.
+    """
     training = {module: module.training for module in model.modules()}
     configs = [getattr(module, "config", None) for module in training]  # parts of a model can have their own
     caching = {id(config): config for config in configs if getattr(config, "use_cache", None)}.values()
@@ -67,7 +71,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         for config in caching:
             config.use_cache = False  # type: ignore[union-attr]
-        yield
+        with fast_products(model):
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode

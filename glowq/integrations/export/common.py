@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...artifact.config import GlowQConfig
 from ...errors import ExportError
+from ...models.fast_products import fast_products
 from ...models.loading import load_config, load_model
 
 __all__ = ["difference", "first_output", "load_corrected", "stored_correction"]
@@ -41,7 +42,7 @@ def load_corrected(source: str) -> Any:
 
 def first_output(model: Any, inputs: dict[str, Any]) -> Tensor:
     """The first output of a forward (logits, or an encoder's hidden states), float32 on the CPU."""
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(model):
         found: Tensor = model(**inputs)[0]
     return found.float().cpu()
 

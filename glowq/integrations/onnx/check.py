@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ExportError, one_line
+from ...models.fast_products import fast_products
 from ...runtime.attach import attached
 from ..export.common import difference
 from .graph import MODEL_FILE, TRANSPOSED, Interface
@@ -186,7 +187,7 @@ def _inputs(interface: Interface, ids: Tensor, mask: Tensor) -> dict[str, Tensor
 def _by_model(model: Any, interface: Interface, ids: Tensor, mask: Tensor) -> Tensor:
     """The model's outputs for all tokens but padding, from one forward without a cache, as a vector."""
     options: dict[str, Any] = {} if interface.cache is None else {"use_cache": False}
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(model):
         found = model(**_inputs(interface, ids, mask), return_dict=True, **options)
     return _unpadded([found[name] for name in interface.outputs], mask)
 
@@ -229,7 +230,7 @@ def _greedy(running: Any, model: Any, interface: Interface) -> int:
         inputs = _inputs(interface, ids, torch.ones_like(ids))
         new = [tensor if name == "attention_mask" else tensor[:, start:] for name, tensor in inputs.items()]
         logits, *kept = run(running, interface, [*new, *kept])
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(model):
             expected = model(**inputs, use_cache=False).logits[:, -1].argmax(-1)
         if not torch.equal(logits[:, -1].argmax(-1), expected):
             raise ExportError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import glowq_kernels
 
 from ...errors import BackendError, RepackedWeightError
+from ...utils.processor import float32_is_faster
 from ..base import Backend, FusedProduct, Scheme, StoredModule
 from ..derived import Derived
 from ..registry import register
@@ -63,6 +64,9 @@ class BitsAndBytes4Bit(Backend):
         # On AVX512-BF16 CPUs, the first forward without gradients repacks the weight in place. After that,
         # dequantize_4bit and save_pretrained silently produce a different weight.
         module.support_avx512bf16_for_cpu = False
+        # The stored config keeps the dtype that is fast on a GPU; a CPU without bfloat16 products computes in float32.
+        if module.weight.is_cpu and float32_is_faster(module.compute_dtype):
+            module.compute_dtype = torch.float32
 
     def release(self, module: Any) -> bool:
         from bitsandbytes.functional import has_avx512bf16
