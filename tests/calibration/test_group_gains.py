@@ -94,7 +94,7 @@ def test_a_smaller_last_batch_counts_as_little_as_it_is(
     reference, model = pair
     factors = [random_factors(group, scale=scale) for group in find_groups(model, {"input_ids": ids})][:2]
     whole = measure_groups(model, reference, factors, ids)
-    monkeypatch.setattr("glowq.calibration.group_gains._BATCH_TOKENS", 5 * ids.shape[1])  # 5 sequences, then 1
+    monkeypatch.setattr("glowq.calibration.block_replay._BATCH_TOKENS", 5 * ids.shape[1])  # 5 sequences, then 1
     parted = measure_groups(model, reference, factors, ids)
     for name, found in parted.items():
         assert found.change == pytest.approx(whole[name].change, rel=1e-3 if scale == 0.2 else 0.02)
