@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Backend", "FusedProduct", "Scheme", "StoredModule"]
+__all__ = ["Backend", "FusedProduct", "Scheme", "StoredModule", "Unavailable", "changed"]
 
 FusedProduct = Callable[[Any, Tensor], Callable[..., Tensor] | None]
 """See `Backend.fused_product`."""
@@ -54,6 +55,21 @@ class StoredModule:
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """Why a library has no such setting, as the end of a sentence."""
+
+    reason: str
+
+
+def changed(config: Any, **settings: Any) -> Any:
+    """A copy of a transformers quantization config with other settings."""
+    found = copy.copy(config)
+    for name, value in settings.items():
+        setattr(found, name, value)
+    return found
 
 
 class Backend(ABC):
@@ -210,6 +226,31 @@ class Backend(ABC):
                 has seen the files and before the weights are loaded.
             rename: module name in the files -> name in the model.
         """
+
+    def finer(self, config: Any) -> Any | Unavailable:
+        """A copy of `config` whose groups have half the size, so that there are twice as many scales."""
+        return Unavailable(f"{self.package} has no setting for smaller groups")
+
+    def wider(self, config: Any) -> Any | Unavailable:
+        """A copy of `config` with the next larger bit width for all modules."""
+        return Unavailable(f"{self.package} has no larger bit width")
+
+    def partner(self, config: Any) -> Any | Unavailable | None:
+        """The config that `mixed` gives to some modules; None if it leaves them in full precision."""
+        return Unavailable(f"{self.package} has one bit width for all modules")
+
+    def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
+        """A copy of `config` in which some modules have the settings of `partner`.
+
+        It is called only if `partner` does not return `Unavailable`.
+
+        Args:
+            config: a transformers quantization config of this backend.
+            wide: names of these modules, without the model's prefix ("layers.0.mlp.up_proj"), at least one.
+            others: names of the modules that keep the settings of `config`.
+            dense: names of the linear modules that `config` does not quantize.
+        """
+        raise NotImplementedError
 
     def quantizers(self) -> Mapping[str, type]:
         """`quant_method` -> transformers quantizer that glowq registers when it is imported.

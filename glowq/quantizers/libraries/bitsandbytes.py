@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ import glowq_kernels
 
 from ...errors import BackendError, RepackedWeightError
 from ...utils.processor import float32_is_faster
-from ..base import Backend, FusedProduct, Scheme, StoredModule
+from ..base import Backend, FusedProduct, Scheme, StoredModule, Unavailable, changed
 from ..derived import Derived
 from ..registry import register
 
@@ -88,6 +88,24 @@ class BitsAndBytes4Bit(Backend):
     def codes(self, module: Any) -> list[Tensor]:
         self._state(module)
         return [module.weight.data.view(torch.uint8)]
+
+    # A config of bitsandbytes is for both of its kinds of modules, and the registry finds this class first.
+
+    def finer(self, config: Any) -> Unavailable:
+        if config.load_in_8bit:
+            return Unavailable("bitsandbytes' int8 has no groups, but a scale for each row")
+        return Unavailable("transformers has no setting for the block of bitsandbytes, which is 64 values")
+
+    def wider(self, config: Any) -> Any | Unavailable:
+        if config.load_in_8bit:
+            return Unavailable("8 bits are the most that bitsandbytes quantizes a weight to")
+        return changed(_config_8bit(), llm_int8_skip_modules=config.llm_int8_skip_modules)
+
+    def partner(self, config: Any) -> None:
+        return None  # transformers quantizes a model to 4 bits or to 8, or leaves modules alone
+
+    def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
+        return changed(config, llm_int8_skip_modules=[*(config.llm_int8_skip_modules or dense), *wide])
 
     def scales(self, module: Any) -> list[Tensor]:
         state = self._state(module)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 import glowq_kernels
 
 from ...errors import BackendError, RepackedWeightError
-from ..base import Backend, FusedProduct, Scheme, StoredModule
+from ..base import Backend, FusedProduct, Scheme, StoredModule, Unavailable, changed
 from ..derived import Derived
 from ..registry import register
 from ._gptqmodel import keep_readable, let_rewrite
 
 GROUP_SIZE = 128
+_LEAST_GROUP = 16
+_NEXT_BITS = {2: 3, 3: 4, 4: 8}
 
 # Modules whose forward is only a product with the weight that `weight` returns.
 _PLAIN = ("TorchLinear", "TritonV2Linear", "TorchFusedLinear", "TorchAtenLinear")
@@ -106,6 +108,24 @@ class GPTQ(Backend):
     def packed_bytes(self, module: Any) -> int:
         zeros = 0 if _is_symmetric(module) else module.scales.numel() * module.bits // 8
         return super().packed_bytes(module) + zeros
+
+    def finer(self, config: Any) -> Any | Unavailable:
+        if config.group_size < 2 * _LEAST_GROUP:
+            return Unavailable(
+                f"gptqmodel reads no smaller groups than {_LEAST_GROUP}, or there is a scale for each row"
+            )
+        return changed(config, group_size=config.group_size // 2)
+
+    def wider(self, config: Any) -> Any | Unavailable:
+        if config.bits == 8:
+            return Unavailable("8 bits are the most that GPTQ packs")
+        return changed(config, bits=_NEXT_BITS[config.bits], sym=config.sym or config.bits == 2)
+
+    def partner(self, config: Any) -> Unavailable:
+        return Unavailable(
+            "transformers and optimum read one bit width for all modules of a GPTQ checkpoint; gptqmodel's own "
+            "`dynamic` settings are not among theirs"
+        )
 
     def calibrated(self, config: Any) -> bool:
         return getattr(config, "dataset", None) is None

@@ -11,7 +11,7 @@ has different weights on a GPU and on a CPU. The fingerprint shows this differen
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from ...errors import BackendError
-from ..base import Backend, Scheme, StoredModule
+from ..base import Backend, Scheme, StoredModule, Unavailable, changed
 from ..registry import register
 
 __all__ = ["HQQ", "LOAD", "HQQHfQuantizer"]
 
 GROUP_SIZE = 64  # HQQ's own default
+_GROUP_STEP = 8
+_NEXT_BITS = {1: 2, 2: 3, 3: 4, 4: 8}
+_SETTINGS = "weight_quant_params"  # of HQQ's own config; a config by name of modules does not have it
 LOAD = (
     "load the model with hqq.models.hf.base.AutoHQQHFModel.from_quantized(folder), then call "
     "glowq.load_correction(model, ...) or glowq.correct(model, ...); or quantize the full-precision model with "
@@ -89,6 +92,31 @@ class HQQ(Backend):
         extra = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(meta))
         return int(out_features * in_features * meta["nbits"]) // 8 + extra
 
+    def finer(self, config: Any) -> Any | Unavailable:
+        size = config.quant_config.get(_SETTINGS, {}).get("group_size")
+        if not size or size % (2 * _GROUP_STEP):
+            return Unavailable(
+                f"HQQ's groups hold multiples of {_GROUP_STEP} values, or there is more than one setting"
+            )
+        return _with(config, group_size=size // 2)
+
+    def wider(self, config: Any) -> Any | Unavailable:
+        bits = config.quant_config.get(_SETTINGS, {}).get("nbits")
+        if bits not in _NEXT_BITS:
+            return Unavailable("HQQ packs 8 bits at most, or there is more than one setting")
+        return _with(config, nbits=_NEXT_BITS[bits])
+
+    def partner(self, config: Any) -> Any | Unavailable:
+        return self.wider(config)
+
+    def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
+        from transformers.integrations.hqq import name_to_linear_tag
+
+        settings = {name_to_linear_tag(name): config.quant_config for name in others}
+        wider: Any = self.wider(config)
+        settings |= dict.fromkeys(wide, wider.quant_config)
+        return changed(config, quant_config=settings)
+
     def quantizers(self) -> dict[str, type]:
         from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
@@ -114,6 +142,14 @@ def _tensors(meta: Mapping[str, Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, Mapping):
             yield from _tensors(value)
+
+
+def _with(config: Any, **settings: Any) -> Any:
+    """A copy of an `HqqConfig` whose setting for all layers is changed; HQQ sets what depends on it."""
+    from transformers import HqqConfig
+
+    same = {name: config.quant_config[_SETTINGS][name] for name in ("nbits", "group_size", "axis", "view_as_float")}
+    return changed(config, quant_config=HqqConfig(**{**same, **settings}).quant_config)
 
 
 class HQQHfQuantizer(HfQuantizer):
@@ -164,7 +200,8 @@ def _quantize(model: nn.Module, config: Any) -> None:
 
     Args:
         model: the loaded full-precision model.
-        config: `HqqConfig`. Its `quant_config` holds settings for all layers, or settings by tag ("self_attn.q_proj").
+        config: `HqqConfig`. Its `quant_config` holds settings for all layers, or settings by tag ("self_attn.q_proj")
+            and by name ("layers.0.self_attn.q_proj"), which HQQ itself has no keys for.
 
     Raises:
         BackendError: the config leaves no layer to quantize, or a layer cannot be divided into groups.
@@ -175,7 +212,11 @@ def _quantize(model: nn.Module, config: Any) -> None:
         if not {name, name.rpartition(".")[2], name_to_linear_tag(name)}.isdisjoint(config.skip_modules or ()):
             return None
         settings = config.quant_config
-        return settings if "weight_quant_params" in settings else settings.get(name_to_linear_tag(name))
+        if _SETTINGS in settings:
+            return settings
+        # A key is a tag, which names all layers' modules of a kind, or a name, which may lack the model's prefix.
+        named = [key for key in settings if f".{name}".endswith(f".{key}") and key != name_to_linear_tag(key)]
+        return settings.get(named[0] if named else name_to_linear_tag(name))
 
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen = {name: settings for name in linears if (settings := settings_of(name)) is not None}
@@ -191,7 +232,7 @@ def _quantize(model: nn.Module, config: Any) -> None:
 def _quantized(name: str, linear: nn.Linear, settings: Mapping[str, Any]) -> nn.Module:
     from hqq.core.quantize import HQQLinear
 
-    group = settings["weight_quant_params"]["group_size"]
+    group = settings[_SETTINGS]["group_size"]
     if group is not None and linear.weight.numel() % group:
         raise BackendError(
             f"{name} has shape {tuple(linear.weight.shape)}, which HQQ cannot cut into groups of {group}; give a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BackendError
-from ..base import Backend, Scheme
+from ..base import Backend, Scheme, Unavailable, changed
 from ..registry import register
+
+_NEXT = {"int2": "int4", "int4": "int8"}
 
 
 def _config(weights: str) -> Any:
@@ -66,6 +69,20 @@ class Quanto(Backend):
         group = getattr(weight, "_group_size", None)
         mapping = "asymmetric" if weight.qtype.bits < 8 else "symmetric"
         return Scheme(weight.qtype.name, weight.qtype.bits, None if group == module.in_features else group, (mapping,))
+
+    def finer(self, config: Any) -> Unavailable:
+        return Unavailable("quanto has no setting for the size of its groups")
+
+    def wider(self, config: Any) -> Any | Unavailable:
+        if config.weights not in _NEXT:
+            return Unavailable("8 bits are the most that quanto quantizes a weight to")
+        return changed(config, weights=_NEXT[config.weights])
+
+    def partner(self, config: Any) -> None:
+        return None  # transformers has one width for all modules that it does not leave alone
+
+    def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
+        return changed(config, modules_to_not_convert=[*(config.modules_to_not_convert or dense), *wide])
 
     def packed_bytes(self, module: Any) -> int:
         shift = getattr(self._portable(module), "_shift", None)

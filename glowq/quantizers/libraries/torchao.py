@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BackendError
-from ..base import Backend, Scheme, StoredModule
+from ..base import Backend, Scheme, StoredModule, Unavailable
 from ..registry import register
+from ._torchao_mixing import finer, mixed, wider
 
 GROUP_SIZE = 64
 
@@ -62,6 +63,18 @@ class TorchAO(Backend):
         renamed = {name: ".".join([rename(name.rpartition(".")[0]), name.rpartition(".")[2]]) for name in names}
         moved = {renamed.get(key, key): value for key, value in stored.items()}
         quantizer.metadata = {**moved, "tensor_names": json.dumps(list(renamed.values()))}
+
+    def finer(self, config: Any) -> Any | Unavailable:
+        return finer(config)
+
+    def wider(self, config: Any) -> Any | Unavailable:
+        return wider(config)
+
+    def partner(self, config: Any) -> Any | Unavailable:
+        return wider(config)
+
+    def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
+        return mixed(config, wider(config), wide, others)
 
     def matches(self, module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear) or "torchao" not in sys.modules:
@@ -209,6 +222,8 @@ def _mapping(name: str, config: Mapping[str, Any]) -> str | None:
     found: Any = config.get("quant_type", {}).get("default", {}).get("_data", {})
     by_name = found.get("fqn_to_config", found.get("module_fqn_to_config"))
     if by_name is not None:
-        found = (by_name.get(name, by_name.get(f"{name}.weight", by_name.get("_default"))) or {}).get("_data", {})
+        keys = [key for key in by_name if key.startswith("re:")]
+        matching = next((key for key in keys if re.fullmatch(key[3:], f"{name}.weight")), "_default")
+        found = (by_name.get(name, by_name.get(f"{name}.weight", by_name.get(matching))) or {}).get("_data", {})
     mapping: str | None = found.get("mapping_type", {}).get("_data")
     return mapping
