@@ -66,6 +66,9 @@ def compare(
     int8: Annotated[
         bool, typer.Option("--int8", help="Also round the first method that allocates by gain to int8.")
     ] = False,
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives", help="Also score other settings of --base at the same bytes.")
+    ] = False,
     seed: SeedOption = 0,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens to calibrate on.")] = 32768,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on, from all parts of the text.")] = 32768,
@@ -85,9 +88,13 @@ def compare(
     with session(json) as show:
         from ..._version import __version__
         from ...data.overlap import check_disjoint
+        from ...pipeline.alternatives import alternatives_of
         from ...pipeline.comparison import compare_methods, distill_entries, score_entries
         from ...quantizers.registry import base_config, with_calibration
+        from ...selection.budget import parse_budget
 
+        if alternatives and base in ("none", "dense"):
+            raise ConfigError("--alternatives quantizes with other settings of a --base: name one, such as nf4.")
         names, sizes, wanted = _list(methods), _list(budgets), _list(tasks)
         _check_early(names, wanted, output, {"--distill": bool(distill), "--int8": int8})
         quantization = None if base in ("none", "dense") else base_config(base)
@@ -117,12 +124,26 @@ def compare(
             learned = distill_entries(quantized, full, comparison.entries, train, steps=distill, seed=seed)
             comparison = replace(comparison, entries=[*comparison.entries, *learned])
         scores = score_entries(full, quantized, comparison.entries, report)
+        others = {}
+        if alternatives:
+            found = alternatives_of(
+                quantized,
+                full,
+                quantization,
+                lambda settings: load_model(model, config, settings),
+                calibration=train,
+                sequences=report,
+                budgets={size: parse_budget(size, comparison.base_bytes) for size in sizes},
+                seed=seed,
+            )
+            others = {other.label: other for other, _ in found}
+            scores |= {other.label: score for other, score in found if score is not None}
         result = {
             "model": model,
             "base": base,
             "reference": source,
             "base_bytes": comparison.base_bytes,
-            **figures(comparison, scores, seed),
+            **figures(comparison, scores, seed, list(others.values())),
             "benefit": None if comparison.benefit is None else asdict(comparison.benefit),
             "calibration": {"source": calibration, "tokens": train.numel()},
             "data": {"source": data, "tokens": report.numel(), "sequences": len(report)},

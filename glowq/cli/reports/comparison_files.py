@@ -94,9 +94,16 @@ def _notes(result: dict[str, Any]) -> list[str]:
             f"{overlap['windows'] / overlap['of']:.1%} of this text was calibrated on (--force), so that the figures "
             "look better than they are."
         )
+    if any(row["allocation"] == "alternative" for row in result["rows"]):
+        notes.append(
+            "finer, wider and mixed are no corrections but other settings of the base's library: half the group size, "
+            "the next bit width for all modules, and more bits for the groups that gain most by measured divergence. "
+            "Their bytes are those of the weights above the base's."
+        )
     for reason in dict.fromkeys(row["reason"] for row in result["rows"] if row["reason"] is not None):
-        left_out = ", ".join(f"{row['method']} at {row['budget']}" for row in result["rows"] if row["reason"] == reason)
-        notes.append(f"Nothing chosen by {left_out}: {reason}.")
+        left_out = [row for row in result["rows"] if row["reason"] == reason]
+        names = [f"{row['method']} at {row['budget']}" if row["budget"] else row["method"] for row in left_out]
+        notes.append(f"Nothing chosen by {', '.join(names)}: {reason}.")
     equal = {row["method"]: row["same_as"] for row in result["rows"] if row["same_as"] is not None}
     notes += [f"{method} is the same solve as {first}." for method, first in equal.items()]
     for model, tasks in result.get("tasks", {}).items():
@@ -125,6 +132,8 @@ def _cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _ranks(row: dict[str, Any]) -> str:
+    if row["allocation"] == "alternative":
+        return str(row["settings"])
     whole = f"{row['rank']} in {row['groups']} groups"
     return {"uniform": str(row["rank"]), "gain": "by gain", "groups": whole}[row["allocation"]]
 
