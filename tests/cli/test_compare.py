@@ -299,6 +299,42 @@ class TestInt8:
         assert "--int8 needs a method that allocates by gain: add glowq to --methods" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def instead(folder: Path, command: list[Any]) -> dict[str, Any]:
+    """The result with --alternatives, whose files are in instead/."""
+    asked = ["--methods", "svd,glowq", "--budgets", "9%,60%", "--alternatives", "--output", folder / "instead"]
+    return result_of(*command, *asked)
+
+
+class TestAlternatives:
+    def test_rows_follow_those_of_the_methods(self, instead: dict[str, Any]) -> None:
+        result = instead
+        rows = [(row["method"], row["budget"]) for row in result["rows"]]
+        assert rows[4:] == [("finer", ""), ("wider", ""), ("mixed", "9%"), ("mixed", "60%")]
+        assert all(set(row) == {*result["rows"][0], "settings", "widened"} for row in result["rows"][4:])
+        finer, wider, _, mixed = result["rows"][4:]
+        assert "the block of bitsandbytes" in finer["reason"]
+        assert finer["perplexity"] is None
+        assert wider["settings"] == "int8, one scale a row"
+        assert 0 < mixed["factor_bytes"] <= mixed["budget_bytes"]
+        assert mixed["overhead"] == mixed["factor_bytes"] / result["base_bytes"]
+        assert mixed["groups"] == len(mixed["widened"]) > 0
+        assert ("mixed", "60%") in {(pair["method"], pair["budget"]) for pair in result["pairs"]}
+
+    def test_table(self, instead: dict[str, Any], folder: Path) -> None:
+        text = (folder / "instead" / "table.md").read_text()
+        wider, *_, mixed = instead["rows"][5:]
+        assert f"| wider |  | {wider['factor_bytes']:,} (+{wider['overhead']:.2%}) | int8, one scale a row |" in text
+        assert f"| mixed | 60% | {mixed['factor_bytes']:,} (+{mixed['overhead']:.2%}) | {mixed['settings']} |" in text
+        assert "Nothing chosen by finer: transformers has no setting" in text
+        assert "are no corrections but other settings of the base's library" in text
+
+    def test_a_model_that_is_quantized_already_has_none(self, command: list[Any]) -> None:
+        done = call(*command[:2], *command[4:], "--alternatives")
+        assert done.exit_code == 1
+        assert "--alternatives quantizes with other settings of a --base" in done.stderr
+
+
 def test_a_gguf_file(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     writers.gguf(small_model(), tmp_path / "model-Q4_0.gguf", "Q4_0")
