@@ -24,11 +24,11 @@ __all__ = ["FORMAT_MINOR", "FORMAT_VERSION", "GlowQConfig"]
 FORMAT_VERSION = 1
 """Major version of the format of config.json. A newer one is refused."""
 
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 """Minor version of the format. Fields of a newer minor version are ignored with a warning.
 
 Version 1 added "minor", "sha256" to a group, "backbone", "subfolder" and "variant" to the base model, and "change" to
-the provenance.
+the provenance. Version 2 added "mixed" to the provenance.
 """
 
 FORMATS = ("correction", "full")

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..factors.units import GainUnit
 from ..utils.checks import check_amount, check_int, check_text, is_number, shown
 
-__all__ = ["Benefit", "HeldOut", "Improvement", "Provenance", "RoundingCost", "Selected"]
+__all__ = ["Benefit", "HeldOut", "Improvement", "Mixed", "Provenance", "RoundingCost", "Selected"]
 
 
 class HeldOut(TypedDict, total=False):
@@ -59,8 +59,16 @@ class Improvement(TypedDict, total=False):
     benefit: Benefit
 
 
-_COUNTS = frozenset({"tokens", "of_factor_bytes"})
-_KINDS = (HeldOut, RoundingCost, Selected, Benefit, Improvement)
+class Mixed(TypedDict, total=False):
+    """The groups of the base that have more bits, the bytes of these bits, and the bytes of a base without them."""
+
+    widened: list[str]
+    added_bytes: int
+    of_base_bytes: int
+
+
+_COUNTS = frozenset({"tokens", "of_factor_bytes", "added_bytes", "of_base_bytes"})
+_KINDS = (HeldOut, RoundingCost, Selected, Benefit, Improvement, Mixed)
 _FIGURES = frozenset(key for kind in _KINDS for key in kind.__annotations__)
 
 
@@ -85,6 +93,7 @@ class Provenance:
             `glowq.evaluation.change`.
         held_out: figures on held-out text.
         selected: the larger correction that this one was cut from.
+        mixed: the groups of the base that were quantized with more bits, within the same budget as the factors.
         command: the exact command lines, one per line.
         adapter_base: base model of the adapter that the correction was imported from.
 
@@ -106,6 +115,7 @@ class Provenance:
     change: float | None = None
     held_out: HeldOut | None = None
     selected: Selected | None = None
+    mixed: Mixed | None = None
     command: str | None = None
     adapter_base: str | None = None
 
@@ -114,7 +124,7 @@ class Provenance:
             check_int(f"provenance.{name}", getattr(self, name), 0, optional=True)
         for name in ("glowq", "factor_dtype", "command", "adapter_base"):
             check_text(f"provenance.{name}", getattr(self, name), optional=True)
-        for name in ("int8", "improvement", "held_out", "selected"):
+        for name in ("int8", "improvement", "held_out", "selected", "mixed"):
             if getattr(self, name) is not None:
                 _check_figures(f"provenance.{name}", getattr(self, name))
         if self.not_restored is not None:
@@ -148,7 +158,7 @@ def _items(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _check_figures(name: str, figures: Any) -> None:
-    """Refuse figures of `HeldOut`, `RoundingCost`, `Selected`, `Improvement` or `Benefit` that are not of their types.
+    """Refuse figures of one of `_KINDS` that are not of their types.
 
     A field that this version does not know is accepted if it is a plain value, because another minor version of the
     format may write it.
@@ -167,6 +177,9 @@ def _check_figures(name: str, figures: Any) -> None:
             pair = [None, None] if value is None else value
             if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_figure, pair)):
                 raise ConfigError(f"{field} in config.json must be two numbers, found {shown(value)}.")
+        elif key == "widened":
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise ConfigError(f"{field} in config.json must be a list of names, found {shown(value)}.")
         elif key == "budget":
             if not (value is None or is_number(value)):
                 check_text(field, value)

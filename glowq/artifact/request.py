@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ConfigError
-from ..selection.budget import RankRequest
+from ..selection.budget import RankRequest, parse_target
 from ..utils.checks import check_int
 
 __all__ = ["CorrectionRequest"]
@@ -39,6 +39,8 @@ class CorrectionRequest:
             ranks. The loss of accuracy by rounding is measured on text that the factors were not calibrated on.
         seed: seed for the choice of sequences and for the solver.
         force: keep a correction that is measured to be no better than none, on text that it was not calibrated on.
+        mixed: spend the budget on bits, too: quantize the groups with the next larger width that gain more by it than
+            by ranks of the same bytes. The budget must be one of bytes, and the base must be quantized here.
 
     Raises:
         ConfigError: a field holds a value that cannot be used, or two fields exclude each other.
@@ -56,6 +58,7 @@ class CorrectionRequest:
     factor_dtype: str = "auto"
     seed: int = 0
     force: bool = False
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         from ..factors.int8 import check_factor_dtype
@@ -68,10 +71,16 @@ class CorrectionRequest:
         check_int("sequence_length", self.sequence_length, 2)
         check_int("distill", self.distill, 0)
         check_int("seed", self.seed, 0)
-        if not isinstance(self.force, bool):
-            raise ConfigError(f"force must be True or False, found {self.force!r}.")
+        for name in ("force", "mixed"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, found {getattr(self, name)!r}.")
         check_factor_dtype(self.factor_dtype)
         method = get_method(self.method)
+        if self.mixed and (self.budget is None or parse_target(self.budget) is not None or method.allocation != "gain"):
+            raise ConfigError(
+                "mixed (--mixed) divides a budget of bytes between ranks and bits by what each gains: give such a "
+                "budget (--budget 3%), and a method that allocates by gain (glowq)."
+            )
         if self.budget is not None and method.allocation == "groups":
             raise ConfigError(
                 f"method {self.method!r} gives a budget to whole groups, which only `glowq compare` does; give a "
@@ -97,6 +106,19 @@ class CorrectionRequest:
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(cls.names())}."
             raise ConfigError(f"unknown option {unknown[0]!r} of a correction. {hint}")
         return cls(**options) if request is None else request
+
+    def of_quantized_model(self) -> CorrectionRequest:
+        """This request, if it can be met for a model that is quantized already.
+
+        Raises:
+            ConfigError: it asks for a base with two widths.
+        """
+        if self.mixed:
+            raise ConfigError(
+                "mixed decides how the base is quantized, and this model is quantized already: use "
+                "GlowQConfig(base=..., mixed=True) with from_pretrained, or `glowq correct --base ... --mixed`."
+            )
+        return self
 
     @classmethod
     def names(cls) -> list[str]:

@@ -114,7 +114,7 @@ def correct(
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
     model = correctable(model)
-    request = CorrectionRequest.of(request, options)
+    request = CorrectionRequest.of(request, options).of_quantized_model()
     solver, ranks_asked, seed = get_method(request.method), request.ranks, request.seed
     int8 = request.factor_dtype == "int8"
     if attached(model):

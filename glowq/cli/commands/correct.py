@@ -67,6 +67,9 @@ def correct(
     force: Annotated[
         bool, typer.Option("--force", help="Keep a correction that held-out text shows to be no better than none.")
     ] = False,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Spend the budget on more bits, too, for groups that gain more by them.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks in OUT.resume.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -100,6 +103,7 @@ def correct(
                 factor_dtype=factor_dtype,
                 seed=seed,
                 force=force,
+                mixed=mixed,
             ),
             base=base,
             reference=reference,
@@ -139,6 +143,7 @@ def _table(result: dict[str, Any]) -> Any:
         **_predicted(result),
         **_measured(result),
         **_rounding(result["int8"]),
+        **_mixed(result),
         "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
         "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
     }
@@ -170,6 +175,15 @@ def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:
         "int8 factors": f"{shares['int8']:.1%} of the divergence undone on {figures['tokens']:,} tokens; unrounded: "
         f"{shares['same_bytes']:.1%} in the same bytes, {shares['same_ranks']:.1%} at the same ranks"
     }
+
+
+def _mixed(result: dict[str, Any]) -> dict[str, str]:
+    found = result["mixed"]
+    if found is None:
+        return {}
+    groups = f"{len(found['widened'])} groups have more bits, {found['added_bytes']:,} bytes"
+    instead = "" if found["ranks_gain"] else "; bits gain more than ranks everywhere, ranks got what was left over"
+    return {"mixed base": groups + instead}
 
 
 def held_out_rows(figures: dict[str, Any] | None) -> dict[str, str]:

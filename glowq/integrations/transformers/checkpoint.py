@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...evaluation.held_out import held_out_figures, parted_sequences, reference
 from ...evaluation.improvement import is_better, not_better
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ...pipeline.block_store import check_blocks, remove_blocks
+from ...pipeline.mixed import check_mixable, plan_mixture
 from ...quantizers.registry import base_config, with_calibration
 from ...utils.names import split_revision
 from ...utils.output import check_output, output_path, write_directory
@@ -61,7 +63,8 @@ def correct_checkpoint(
         or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype", "int8" (measured cost of rounding,
         see `glowq.evaluation.rounding_cost`; None if the factors are not rounded), "improvement" (measured divergences
         without and with the correction, see `glowq.evaluation.improvement`; None if no sequence could be held out),
-        "held_out" (perplexities; None if the model does not predict the next token) and "seed".
+        "held_out" (perplexities; None if the model does not predict the next token), "mixed" (the groups that got more
+        bits, see `glowq.pipeline.mixed.Mixture`; None if none did) and "seed".
 
     Raises:
         NoImprovementError: the correction is not better than none beyond chance, on text that it was not made of.
@@ -73,6 +76,8 @@ def correct_checkpoint(
     if resume:
         check_blocks(kept)
     quantization = None if base in ("none", "dense") else base_config(base)
+    if request.mixed:
+        check_mixable(quantization)
     config = load_config(model, gguf_file)
     source = reference_name(model, config, base, reference)
     tokenizer = load_tokenizer(model, source)
@@ -82,21 +87,20 @@ def correct_checkpoint(
     score = reference_score(source, held) if scores_text(config, auto_class) else None
     if quantization is not None:
         quantization = with_calibration(quantization, train)
-    corrected = load_model(model, config, quantization, gguf_file, auto_class)
-    correction = correct(
-        corrected,
-        reference=source,
-        tokenizer=tokenizer,
-        resume=kept if resume else None,
-        dense=base == "dense",
-        revision=split_revision(model)[1],
-        request=replace(request, calibration=train),
-    )
+    load = partial(load_model, model, config, gguf_file=gguf_file, auto_class=auto_class)
+    corrected, asked = load(quantization), replace(request, calibration=train)
+    common = {"reference": source, "tokenizer": tokenizer, "revision": split_revision(model)[1]}
+    mixture = plan_mixture(corrected, quantization, load, request=asked, **common) if request.mixed else None
+    if mixture is not None:
+        corrected, asked = load(mixture.config), replace(asked, budget=mixture.budget)
+    asked = replace(asked, mixed=False)
+    kept_blocks = kept if resume else None
+    correction = correct(corrected, resume=kept_blocks, dense=base == "dense", request=asked, **common)
     if not request.force:
         _check_better(correction)
     held_out = None if score is None else held_out_figures(score, corrected, held, request.seed)
     for stored in (correction.config, corrected.config.quantization_config):
-        stored.record(command=command, held_out=held_out)
+        stored.record(command=command, held_out=held_out, mixed=None if mixture is None else mixture.record)
     _save(correction, corrected, target, format or ("correction" if correction.unstored is None else "full"))
     if resume:
         remove_blocks(kept)
@@ -114,6 +118,7 @@ def correct_checkpoint(
         "int8": correction.config.provenance.int8,
         "improvement": correction.config.provenance.improvement,
         "held_out": held_out,
+        "mixed": None if mixture is None else {**mixture.record, "ranks_gain": mixture.ranks_gain},
         "seed": request.seed,
     }
 

@@ -27,6 +27,7 @@ from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
 from ...models.candidates import renaming
 from ...models.model_config import read_model_config
+from ...pipeline.mixed import Mixture, check_mixable, plan_mixture
 from ...pipeline.sequences import calibration_sequences
 from ...quantizers.model import prepare_model
 from ...quantizers.registry import backend_of, check_installed, is_calibrated, method_of, with_calibration
@@ -71,6 +72,8 @@ class GlowQHfQuantizer(CorrectedHfQuantizer):
             raise ConfigError("GlowQConfig needs calibration text, or the correction to attach.")
         if calibration is not None:
             check_source(calibration)
+        if config.request is not None and config.request.mixed:
+            check_mixable(config.base)
         self.glowq_config = config
         if config.is_stored and config.format == "correction":
             self._base_folder = base_folder(config)
@@ -158,13 +161,39 @@ class GlowQHfQuantizer(CorrectedHfQuantizer):
     def _correct_now(self, model: nn.Module) -> None:
         source, folder = str(model.config.name_or_path), Path(self._shards[0]).parent  # type: ignore[union-attr]
         place = _place_of(source, Path(self._shards[0]))
-        correct(
-            model,
-            reference=folder if (folder / "config.json").is_file() else source,
-            tokenizer=_tokenizer(source, place),
-            **place,
-            request=replace(self._request(), calibration=self._calibration),
-        )
+        reference = folder if (folder / "config.json").is_file() else source
+        request = replace(self._request(), calibration=self._calibration)
+        common = {"reference": reference, "tokenizer": _tokenizer(source, place), **place}
+        mixture = self._mix(model, source, request, common) if request.mixed else None
+        budget = request.budget if mixture is None else mixture.budget
+        correct(model, **common, request=replace(request, mixed=False, budget=budget))
+        if mixture is not None:
+            self.glowq_config.record(mixed=mixture.record)
+
+    def _mix(
+        self, model: nn.Module, source: str, request: CorrectionRequest, common: Mapping[str, Any]
+    ) -> Mixture | None:
+        """Give more bits to the groups that gain more by them than by ranks; None if there are none."""
+        place = {name: common[name] for name in ("revision", "subfolder", "variant") if common[name] is not None}
+        options = {**place, "dtype": model.dtype, "device_map": {"": model.device}}
+
+        kind: Any = type(model)
+
+        def load(config: Any) -> nn.Module:
+            other: nn.Module = kind.from_pretrained(source, quantization_config=config, **options)
+            prepare_model(other)
+            return other.eval()
+
+        mixture = plan_mixture(model, self.quantization_config, load, request=request, **common)
+        if mixture is not None:
+            other = load(mixture.config)
+            for name in (member for group in mixture.groups for member in group.members):
+                model.set_submodule(name, other.get_submodule(name))
+            self.quantization_config = self.base.quantization_config = mixture.config
+            self.glowq_config.base = mixture.config
+            model_config: Any = model.config
+            model_config.quantization_config = mixture.config  # `correct` makes it that of a corrected model
+        return mixture
 
     def _request(self) -> CorrectionRequest:
         """The request in the config. It is None only for a stored correction, for which this is not called."""
