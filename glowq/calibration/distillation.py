@@ -25,6 +25,7 @@ from ..models.forward import evaluating, to_model
 from ..runtime.attach import attach, attached, detach
 from ..runtime.container import SharedCorrection
 from ..utils.logging import progress
+from ..utils.timeline import stage
 
 __all__ = ["distill"]
 
@@ -34,6 +35,7 @@ _RATE = 0.03  # learning rate of the first step, as a share of a factor's root m
 _HELD_OUT = 1 / 8  # share of the sequences
 
 
+@stage("distilling")
 def distill(
     model: nn.Module,
     reference: nn.Module,

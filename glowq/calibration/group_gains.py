@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
 from ..runtime.attach import applied
 from ..utils.logging import progress
+from ..utils.timeline import stage
 from .block_replay import Replay, replaying, steps_of
 
 __all__ = ["Measured", "calibrated", "measure_groups"]
 
 _LEAST_CHANGE = 4e-3  # nats; a smaller change cannot be distinguished from the rounding of half precision
-_MAX_AMPLIFICATION = 32.0  # largest factor by which a correction is amplified
+_TARGET_CHANGE = 2e-2  # nats; by how much an amplified correction shall change the outputs
+_MOST_CHANGE = 0.2  # nats; an amplified correction that changes them by more is no longer a small one
+_MOST_POWER = 32.0**2  # largest square of an amplification
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Measured:
         return self.benefit.high < 0
 
 
+@stage("measuring")
 def measure_groups(
     model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
 ) -> dict[str, Measured]:
@@ -61,14 +66,13 @@ def measure_groups(
         sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
 
     Returns:
-        Group name -> measurement. If the rounding of half precision could hide the change, the correction is measured
-        again with an amplification. The change is then computed from the difference of both measurements, in which the
-        rounding error cancels.
+        Group name -> measurement. If the rounding of half precision could hide the change, an amplified correction is
+        measured, and its change and benefit are scaled back, see `_Samples.add`.
 
     Raises:
         SensitivityError: the models return neither logits nor final states.
     """
-    samples: dict[str, _Samples] = {entry.group.name: _Samples([], [], []) for entry in factors}
+    measurements = _Measurements(model)
     unit, blocks = GainUnit.NATS, [entry.group.block for entry in factors]
     with (
         replaying(model, reference, blocks, sequences) as replays,
@@ -77,9 +81,9 @@ def measure_groups(
         for replay in replays:
             unit = replay.unit
             for entry in factors:
-                _measure(model, replay, entry, samples[entry.group.name])
+                measurements.add(replay, entry)
                 bar.update()
-    return {name: found.summary(unit) for name, found in samples.items()}
+    return {name: found.summary(unit) for name, found in measurements.samples.items()}
 
 
 def calibrated(factors: Sequence[GroupFactors], measured: Mapping[str, Measured]) -> list[GroupFactors]:
@@ -95,42 +99,79 @@ def calibrated(factors: Sequence[GroupFactors], measured: Mapping[str, Measured]
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Samples:
     """The measurements of one group, one entry per batch.
 
     Attributes:
-        changes: divergence that the correction causes, summed over tokens (for an encoder: over sequences).
-        amplified: the same sum for the amplified correction, and the square of the amplification; empty if no
-            amplification is needed.
-        benefits: decrease of the divergence from the reference, shape (batch, length), or (batch, 1) for an encoder.
+        power: square of the amplification t with which the correction is measured, at least 1.
+        changes: divergence that the amplified correction causes, summed over tokens (for an encoder: over sequences).
+        benefits: decrease of the divergence from the reference by the correction itself, shape (batch, length), or
+            (batch, 1) for an encoder.
     """
 
+    power: float
     changes: list[float]
-    amplified: list[tuple[float, float]]
     benefits: list[Tensor]
+
+    def add(self, changes: Tensor, benefits: Tensor) -> None:
+        """Add the change and the benefit that the amplified correction has in one batch, of any equal number of values.
+
+        For a small correction, the change grows with t^2, and the benefit with t L - t^2 C, where C is the change of
+        the correction itself. So one measurement determines L and C, and with them the benefit L - C.
+        """
+        self.changes.append(float(changes.double().sum()))
+        changes, t = changes.reshape(benefits.shape).to(benefits), math.sqrt(self.power)
+        self.benefits.append(benefits if t == 1 else (benefits + changes) / t - changes / self.power)
 
     def summary(self, unit: GainUnit) -> Measured:
         benefits = torch.cat(self.benefits)
-        change = math.fsum(self.changes) / benefits.numel()
-        if self.amplified:
-            larger = math.fsum(found for found, _ in self.amplified) / benefits.numel()
-            change = max(0.0, (larger - change) / (self.amplified[0][1] - 1))
+        change = math.fsum(self.changes) / benefits.numel() / self.power
         return Measured(change, mean_interval(text_parts(benefits)), unit)
 
 
-def _measure(model: nn.Module, replay: Replay, entry: GroupFactors, samples: _Samples) -> None:
-    given = replay.answer(entry.group.block, applied(model, [entry]))
-    changes = divergences(replay.plain, given)
-    change = float(changes.mean())
-    samples.changes.append(change * changes.numel())
-    samples.benefits.append(replay.benefits(given))
-    if samples.amplified or (len(samples.changes) == 1 and change < _LEAST_CHANGE):
-        power = (
-            samples.amplified[0][1]
-            if samples.amplified
-            else min(_MAX_AMPLIFICATION**2, max(4.0, _LEAST_CHANGE / max(change, 1e-12)))
-        )
-        larger = replace(entry, lefts={member: left * math.sqrt(power) for member, left in entry.lefts.items()})
-        given = replay.answer(entry.group.block, applied(model, [larger]))
-        samples.amplified.append((float(divergences(replay.plain, given).mean()) * changes.numel(), power))
+class _Measurements:
+    """Measures groups one after the other, with an amplification that rounding to half precision calls for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.samples: dict[str, _Samples] = {}
+        self._is_half = getattr(model, "dtype", torch.float32) in (torch.bfloat16, torch.float16)
+        self._ratios: list[float] = []  # measured over predicted change, of the groups so far
+
+    def add(self, replay: Replay, entry: GroupFactors) -> None:
+        """Measure one group on one batch."""
+        name = entry.group.name
+        if name in self.samples:
+            self.samples[name].add(*self._run(replay, entry, self.samples[name].power))
+            return
+        power = self._first_power(entry)
+        changes, benefits = self._run(replay, entry, power)
+        found = float(changes.mean())
+        is_off = (found < _LEAST_CHANGE and power < _MOST_POWER) or (found > _MOST_CHANGE and power > 1)
+        if self._is_half and is_off:
+            power = _power(found / power)
+            changes, benefits = self._run(replay, entry, power)
+            found = float(changes.mean())
+        self.samples[name] = _Samples(power, [], [])
+        self.samples[name].add(changes, benefits)
+        predicted = float(entry.gains.sum())
+        if predicted > 0 and found > 0:
+            self._ratios.append(found / power / predicted)
+
+    def _first_power(self, entry: GroupFactors) -> float:
+        """The amplification for the change that the solver predicts, as far as its earlier predictions were right."""
+        ratio = median(self._ratios) if self._ratios else 1.0
+        return _power(float(entry.gains.sum()) * ratio) if self._is_half else 1.0
+
+    def _run(self, replay: Replay, entry: GroupFactors, power: float) -> tuple[Tensor, Tensor]:
+        if power != 1:
+            factor = math.sqrt(power)
+            entry = replace(entry, lefts={member: left * factor for member, left in entry.lefts.items()})
+        given = replay.answer(entry.group.block, applied(self.model, [entry]))
+        return divergences(replay.plain, given), replay.benefits(given)
+
+
+def _power(change: float) -> float:
+    """The square of the amplification that brings a change to `_TARGET_CHANGE`; 1 if rounding cannot hide it."""
+    return 1.0 if change >= _LEAST_CHANGE else min(_MOST_POWER, _TARGET_CHANGE / max(change, 1e-12))

@@ -25,6 +25,7 @@ from ..models.forward import evaluating
 from ..quantizers.model import quantized_modules
 from ..solving.moments import OutputMoment
 from ..utils.logging import progress
+from ..utils.timeline import stage
 from .gradient_sums import SKETCH_RANK, GradientProduct, GradientSketch
 from .input_moments import BROKEN
 
@@ -36,6 +37,7 @@ Batch = Mapping[str, Any]
 Teacher = Callable[[Batch], Tensor]
 
 
+@stage("gradients")
 def output_moments(
     model: nn.Module,
     groups: Sequence[Group],

@@ -16,6 +16,7 @@ from ..evaluation.intervals import Interval, mean_interval, text_parts
 from ..factors.group import Group
 from ..models.forward import replaced_forward
 from ..utils.logging import progress
+from ..utils.timeline import stage
 from .block_replay import replaying, steps_of
 
 __all__ = ["measure_weights"]
@@ -23,6 +24,7 @@ __all__ = ["measure_weights"]
 Weights = Callable[[Group], Mapping[str, Tensor]]
 
 
+@stage("measuring wider weights")
 def measure_weights(
     model: nn.Module, reference: nn.Module, groups: Sequence[Group], weights: Weights, sequences: Tensor
 ) -> dict[str, Interval]:

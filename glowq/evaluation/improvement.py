@@ -15,6 +15,7 @@ from ..errors import NonFiniteError
 from ..factors.factors import GroupFactors
 from ..models.forward import evaluating, to_model
 from ..runtime.attach import applied
+from ..utils.timeline import stage
 from .divergence import answer, divergences
 from .figures import finite
 from .intervals import mean_interval, text_parts
@@ -75,6 +76,7 @@ def not_better(found: Mapping[str, Any]) -> str:
     )
 
 
+@stage("comparing with the reference")
 @torch.no_grad()
 def measured_divergences(
     model: nn.Module, reference: nn.Module, several: Mapping[str, Sequence[GroupFactors]], sequences: Tensor

@@ -13,6 +13,7 @@ from ..data.tokens import batches
 from ..errors import EvaluationError, NonFiniteError
 from ..models.fast_products import fast_products
 from ..utils.logging import progress
+from ..utils.timeline import stage
 from .intervals import Interval, bootstrap
 
 __all__ = ["Score", "perplexity", "perplexity_ratio", "recovered", "score_models"]
@@ -35,6 +36,7 @@ class Score:
     top1: Tensor
 
 
+@stage("evaluating")
 def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str, Score]:
     """Run every model on the same sequences. The first model is the reference for KL and top-1.
 

@@ -15,6 +15,7 @@ from ..models.fast_products import fast_products
 
 if TYPE_CHECKING:
     from torch import nn
+from ..utils.timeline import stage
 
 __all__ = ["check_tasks", "run_tasks"]
 
@@ -46,6 +47,7 @@ def _task_manager() -> Any:
     return TaskManager()
 
 
+@stage("tasks")
 def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> dict[str, dict[str, Any]]:
     """Run tasks on a model.
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModuleError
+from .dequantized import dequantized
 from .fast_products import fast_products
 
 __all__ = ["evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_forward", "to_model"]
@@ -62,7 +63,8 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside this context, the model is in evaluation mode without a key/value cache; both are restored at the end.
 
-    Its products are computed as `glowq.models.fast_products` says.
+    On a CPU it runs as fast as it can, and answers the same but for rounding: see `glowq.models.fast_products` and
+    `glowq.models.dequantized`.
     """
     training = {module: module.training for module in model.modules()}
     configs = [getattr(module, "config", None) for module in training]  # parts of a model can have their own
@@ -71,7 +73,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         for config in caching:
             config.use_cache = False  # type: ignore[union-attr]
-        with fast_products(model):
+        with fast_products(model), dequantized(model):
             yield
     finally:
         for module, mode in training.items():

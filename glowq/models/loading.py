@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConfigError, CorrectionError, GlowQError, ModelNotFoundError, ReadError, one_line
 from ..utils.files import read_json, refuse_irregular, refuse_pickles, stored_variant
 from ..utils.names import split_revision
+from ..utils.timeline import stage
 
 __all__ = [
     "load_config",
@@ -154,6 +155,7 @@ def _refuse_unnamed_gguf(path: Path) -> None:
         )
 
 
+@stage("loading")
 def load_model(
     name: str, config: Any, quantization_config: Any = None, gguf_file: str | None = None, auto_class: Any = None
 ) -> Any:

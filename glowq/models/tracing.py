@@ -21,6 +21,7 @@ from ..errors import UnsupportedModuleError
 from ..factors.group import Group, group_name
 from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend
+from ..utils.timeline import stage
 from .blocks import block_index
 from .forward import evaluating
 from .wrappers import uncompiled, underlying
@@ -61,6 +62,7 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
     return trace_groups(model, example_inputs).groups
 
 
+@stage("tracing")
 def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
     """Like `find_groups`, with the reasons why candidates were left out."""
     model = underlying(model)

@@ -15,6 +15,7 @@ from ..errors import FoldingError, ReferenceMismatchError
 from ..factors.group import Group
 from ..quantizers.base import Backend
 from ..quantizers.model import read_weight
+from ..utils.timeline import stage
 from .blocks import blocks
 from .channel_scales import VISIBLE, Pair, Scales, Slopes, best_match, fit_columns, slopes
 from .reference import Reference
@@ -47,6 +48,7 @@ class WeightErrors:
         self.backends = backends
         self.scales: dict[str, Scales] = {}
 
+    @stage("weight errors")
     def errors(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Compute the stacked weight error of each group.
 

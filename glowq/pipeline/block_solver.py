@@ -23,6 +23,7 @@ from ..runtime.attach import attach, factor_dtype
 from ..solving.methods.base import Method
 from ..solving.moments import Moments, OutputMoment
 from ..utils.logging import progress
+from ..utils.timeline import stage
 from .block_store import Resume
 
 __all__ = ["BlockSolver", "stops_of"]
@@ -63,6 +64,7 @@ class BlockSolver:
         self.resume = resume
         self.outputs = outputs
 
+    @stage("blocks")
     def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[GroupFactors]:
         """Solve every group.
 
@@ -112,6 +114,7 @@ class BlockSolver:
         narrow = sum(group.out_features) < group.in_features  # E S E^T, shape (O, O), is then smaller than S, (d, d)
         return MomentCollector(group, self.method.statistic, error if narrow else None)
 
+    @stage("solving")
     def _factors(self, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype) -> list[GroupFactors]:
         parts = [(group, error, moments)] if self.method.shared else list(_members(group, error, moments))
         solved = []

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ...evaluation.figures import shown, shown_share, undone
+from ...utils.timeline import timeline
 from ..options import (
     BASE_NAMES,
     METHOD_NAMES,
@@ -124,10 +125,11 @@ def report(run: Callable[[str], dict[str, Any]], model: str, output: str, json: 
         model, output: arguments of the command.
         json: see `session`.
     """
-    with session(json) as show:
+    with session(json) as show, timeline() as stages:
         started = time.monotonic()
         result = run(command_line(output))
         result["command"] = command_line()
+        result["timeline"] = {name: round(seconds, 1) for name, seconds in stages.items()}
         result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())
         if result["held_out"] is None:
             note = f"{model} predicts no next token: nothing is measured on held-out text."

@@ -19,6 +19,7 @@ from ...pipeline.mixed import check_mixable, plan_mixture
 from ...quantizers.registry import base_config, with_calibration
 from ...utils.names import split_revision
 from ...utils.output import check_output, output_path, write_directory
+from ...utils.timeline import stage
 from .memory import correct
 
 __all__ = ["correct_checkpoint"]
@@ -130,6 +131,7 @@ def _check_better(correction: Correction) -> None:
         raise NoImprovementError(f"the correction is not better than none: {not_better(found)}")
 
 
+@stage("saving")
 def _save(correction: Correction, model: Any, target: Path, format: str) -> None:
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
