@@ -1,9 +1,9 @@
-"""`BlockSolver`: computes the factors of each block from its weight errors and input moments."""
+"""`BlockSolver`: computes the factors of each block from its weight errors and input moments, for several methods."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,30 +19,42 @@ from ..models.reference import Reference
 from ..models.tracing import Trace
 from ..models.weight_errors import WeightErrors
 from ..quantizers.base import Backend
-from ..runtime.attach import attach, factor_dtype
-from ..solving.methods.base import Method
+from ..runtime.attach import factor_dtype
+from ..solving.methods.base import Method, Statistic
 from ..solving.moments import Moments, OutputMoment
 from ..utils.logging import progress
 from ..utils.timeline import stage
 from .block_store import Resume
 
-__all__ = ["BlockSolver", "stops_of"]
+__all__ = ["BlockSolver", "Job", "stops_of"]
 
 _BATCH_TOKENS = 4096
 
 
+@dataclass(frozen=True)
+class Job:
+    """A correction to solve.
+
+    Attributes:
+        method: computes factors from a group's weight error and moments.
+        ranks: group name -> rank; groups that are not named are left out.
+    """
+
+    method: Method
+    ranks: Mapping[str, int]
+
+
 class BlockSolver:
-    """Solves a model's groups block by block. Each block's correction is attached before the next block is measured.
+    """Solves a model's groups block by block, for several corrections in one pass over the text.
 
     Args:
         model: quantized model; corrected in place.
         reference: full-precision weights.
         backends: module name -> backend of every quantized module.
-        method: computes factors from a group's weight error and moments.
-        ranks: group name -> rank.
+        jobs: the corrections.
         seed: seed of the solver.
-        resume: stores finished blocks.
-        outputs: group name -> second moment of the loss gradient at the group's outputs, if the method uses it.
+        resume: stores finished blocks. Only for a single correction: for several it must have no folder.
+        outputs: group name -> second moment of the loss gradient at the group's outputs, if a method uses it.
     """
 
     def __init__(
@@ -50,77 +62,83 @@ class BlockSolver:
         model: nn.Module,
         reference: Reference,
         backends: Mapping[str, Backend],
-        method: Method,
-        ranks: Mapping[str, int],
+        jobs: Sequence[Job],
         seed: int,
         resume: Resume,
         outputs: Mapping[str, OutputMoment],
     ) -> None:
         self.model = model
         self.weight_errors = WeightErrors(model, reference, backends)
-        self.method = method
-        self.ranks = ranks
+        self.jobs = jobs
         self.seed = seed
         self.resume = resume
         self.outputs = outputs
 
     @stage("blocks")
-    def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[GroupFactors]:
-        """Solve every group.
+    def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[list[GroupFactors]]:
+        """Solve every group of every job. The inputs are those of the quantized model without a correction.
 
         Args:
             stops: what `stops_of` returned.
             sequences: token ids of the calibration text, shape (n, length), int64.
 
         Returns:
-            The factors of every group, in the order of `stops`. They are attached to the model.
+            For every job, the factors of its groups, in the order of `stops`.
         """
-        solved: list[GroupFactors] = []
+        solved: list[list[GroupFactors]] = [[] for _ in self.jobs]
         inputs = [to_model(batch, self.model) for batch in batches(sequences, _batch_size(sequences))]
-        work = len(inputs) * len(stops) if self.method.statistic != "none" else len(stops)
-        bar = progress(total=work, desc="Correcting", unit="block")
+        bar = progress(total=len(inputs) * len(stops), desc="Correcting", unit="block")
         with bar, BlockWalk(self.model, inputs, list(stops)) as walk:
-            for stop, members in stops.items():
-                done = self.resume.load(stop, members)
-                if done is None:
-                    done = self._solve_block(walk, stop, members, bar)
-                    self.resume.save(stop, done)
+            for stop, groups in stops.items():
+                kept = self.resume.load(stop, groups)
+                found = self._solve_block(walk, stop, groups, bar) if kept is None else [kept]
+                if kept is None:
+                    self.resume.save(stop, found[0])
                 else:
                     bar.update(len(inputs))
-                for entry in done:
-                    attach(self.model, entry)
-                solved.extend(done)
+                for entries, more in zip(solved, found, strict=True):
+                    entries.extend(more)
         return solved
 
-    def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[GroupFactors]:
+    def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[list[GroupFactors]]:
         errors = self.weight_errors.errors(groups)
-        moments = dict.fromkeys(errors, Moments(tokens=0))
-        if self.method.statistic == "none":
+        moments: dict[Statistic, dict[str, Moments]] = {"none": dict.fromkeys(errors, Moments(tokens=0))}
+        collectors = {
+            statistic: [self._collector(group, errors[group.name], statistic) for group in groups]
+            for statistic in dict.fromkeys(job.method.statistic for job in self.jobs)
+            if statistic != "none"
+        }
+        every = [one for several in collectors.values() for one in several]
+        for _ in walk.collect(stop, every) if every else walk.batches:
             bar.update()
-        else:
-            collectors = [self._collector(group, errors[group.name]) for group in groups]
-            for _ in walk.collect(stop, collectors):
-                bar.update()
-            moments = {collector.group.name: self._moments(collector) for collector in collectors}
-        solved: list[GroupFactors] = []
-        for group in groups:
-            solved.extend(self._factors(group, errors[group.name], moments[group.name], factor_dtype(self.model)))
-        return solved
+        for statistic, several in collectors.items():
+            moments[statistic] = {one.group.name: one.moments() for one in several}
+        return [self._factors_of(job, groups, errors, moments[job.method.statistic]) for job in self.jobs]
 
-    def _moments(self, collector: MomentCollector) -> Moments:
-        return replace(collector.moments(), output=self.outputs.get(collector.group.name))
-
-    def _collector(self, group: Group, error: Tensor) -> MomentCollector:
+    def _collector(self, group: Group, error: Tensor, statistic: Statistic) -> MomentCollector:
         narrow = sum(group.out_features) < group.in_features  # E S E^T, shape (O, O), is then smaller than S, (d, d)
-        return MomentCollector(group, self.method.statistic, error if narrow else None)
+        return MomentCollector(group, statistic, error if narrow else None)
 
     @stage("solving")
-    def _factors(self, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype) -> list[GroupFactors]:
-        parts = [(group, error, moments)] if self.method.shared else list(_members(group, error, moments))
+    def _factors_of(
+        self, job: Job, groups: Sequence[Group], errors: Mapping[str, Tensor], moments: Mapping[str, Moments]
+    ) -> list[GroupFactors]:
+        dtype, solved = factor_dtype(self.model), []
+        for group in (group for group in groups if group.name in job.ranks):
+            found = moments[group.name]
+            if job.method.two_sided:
+                found = replace(found, output=self.outputs.get(group.name))
+            solved.extend(self._factors(job, group, errors[group.name], found, dtype))
+        return solved
+
+    def _factors(
+        self, job: Job, group: Group, error: Tensor, moments: Moments, dtype: torch.dtype
+    ) -> list[GroupFactors]:
+        parts = [(group, error, moments)] if job.method.shared else list(_members(group, error, moments))
         solved = []
         for part, part_error, part_moments in parts:
-            rank = min(self.ranks[group.name], part_error.shape[0], part_error.shape[1])
-            result = self.method.solve(part_error, part_moments, rank, self.seed)
+            rank = min(job.ranks[group.name], part_error.shape[0], part_error.shape[1])
+            result = job.method.solve(part_error, part_moments, rank, self.seed)
             lefts = result.left.to(dtype).cpu().split(list(part.out_features))
             solved.append(
                 GroupFactors(

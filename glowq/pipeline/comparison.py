@@ -10,29 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifact.correction import Correction
-from ..errors import RoundingError, UnsupportedModuleError
 from ..evaluation.scores import Score, score_models
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
-from ..models.forward import to_model
-from ..models.reference import Reference
-from ..models.tracing import Trace, trace_groups
+from ..models.tracing import Trace
 from ..models.weight_errors import WeightErrors
-from ..quantizers.libraries.dense import adopt_dense
-from ..quantizers.model import packed_bytes, prepare_model, read_weight
-from ..runtime.attach import applied, detach, factor_dtype
+from ..quantizers.model import packed_bytes, read_weight
+from ..runtime.attach import applied, factor_dtype
 from ..selection.benefit import Benefit, benefit_map
 from ..selection.budget import parse_budget
-from ..solving.methods.base import Method, get_method
+from ..solving.methods.base import get_method
 from .block_solver import stops_of
-from .correct import correct
-from .method_budgets import ALLOCATORS, BudgetContext, Entry
-from .sequences import checked_ids
+from .block_store import Resume
+from .method_budgets import BudgetContext, Entry
+from .method_plans import plans_of, split, twin_key
+from .prepared import opened, readable_modules, traced
+from .problem import Problem
+from .sequences import check_token_count, checked_ids
 
 __all__ = ["Comparison", "compare_methods", "distill_entries", "score_entries"]
-
-_TRACE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,12 @@ def compare_methods(
     seed: int = 0,
     dense: bool = False,
 ) -> Comparison:
-    """Solve every method once, and cut its factors to every budget. Afterwards `model` has no correction attached.
+    """Solve every method in one pass over the text, and cut its factors to every budget.
 
     A method whose gains have one unit for the whole model keeps the ranks that gain most. The other methods keep what
     their papers describe: either the largest rank that every group can have within the budget; or whole groups at a
     fixed rank (see `glowq.pipeline.method_budgets`), in the order of their score, until the next group does not fit.
     These methods do not use the bytes that are left.
-
-    When a block is measured, the blocks before it carry all ranks that were solved for, also those that are cut later.
 
     Args:
         model: quantized transformers model.
@@ -85,70 +79,49 @@ def compare_methods(
         ConfigError: an unknown method, or a budget that cannot be parsed.
         GlowQError: see `glowq.correct`.
     """
-    solvers = [get_method(name) for name in methods]
-    if dense:
-        adopt_dense(model)
-    backends = prepare_model(model)
-    if not backends:
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} holds no quantized linear module: there is nothing to compare. Quantize it first."
-        )
+    solvers = list(dict.fromkeys(get_method(name) for name in methods))
+    backends = readable_modules(model, dense)
     calibration = checked_ids(model, calibration)
+    trace = traced(model, calibration)
     base_bytes = packed_bytes(model)
     available = {budget: parse_budget(budget, base_bytes) for budget in budgets}
-    trace = trace_groups(model, to_model({"input_ids": calibration[:1, :_TRACE_TOKENS]}, model))
-    done: dict[tuple[Any, ...], Correction] = {}
+    with opened(reference, model, trace, calibration, dense=dense) as source:
 
-    def solve(method: Method, **size: Any) -> Correction:
-        key = (*_solve_of(method), *size.items())
-        if key not in done:
-            options: dict[str, Any] = {"method": method.name, "seed": seed, "dense": dense, "force": True}
-            done[key] = correct(model, reference=reference, calibration=calibration, **options, **size)
-            detach(model)
-        return done[key]
-
-    @cache
-    def ratios() -> Mapping[str, float]:
-        with Reference(reference, type(model), device=getattr(model, "device", None), fresh=model) as source:
+        @cache
+        def ratios() -> Mapping[str, float]:
             return _error_ratios(WeightErrors(model, source, backends), trace)
 
-    context = BudgetContext(trace.groups, available, factor_dtype(model).itemsize, solve, ratios)
-    entries: list[Entry] = []
-    benefit = None
-    firsts: dict[tuple[Any, ...], Method] = {}
-    for method in solvers:
-        first = firsts.setdefault((*_solve_of(method), method.allocation, method.score), method)
-        if first is not method:
-            entries += [
-                replace(entry, method=method.name, same_as=first.name)
-                for entry in entries
-                if entry.method == first.name
-            ]
-            continue
-        found, whole = ALLOCATORS[method.allocation](method, context)
-        entries += found
-        if method.allocation == "gain" and benefit is None and whole is not None:
-            unit = whole.config.provenance.gains or GainUnit.SQUARED_OUTPUT
-            benefit = benefit_map(whole.factors, trace.groups, unit, context.largest)
-            entries += _in_int8(method, context) if int8 else []
-    return Comparison(entries, base_bytes, benefit)
+        context = BudgetContext(trace.groups, available, factor_dtype(model).itemsize, ratios)
+        plans = plans_of(solvers, context, int8, base_bytes)
+        train, held = split(calibration, plans, seed)
+        problem = Problem(model, source, backends, trace, train, held, base_bytes, seed)
+        jobs = {plan.job_key: plan.job for plan in plans if plan.job is not None}
+        for job in jobs.values():
+            check_token_count(train, job.ranks)
+        solved = dict(zip(jobs, problem.solve(list(jobs.values()), Resume(None, "")) if jobs else [], strict=True))
+        entries: list[Entry] = []
+        benefit = None
+        for plan in plans:
+            found, whole = plan.entries(problem, solved, reference, calibration)
+            entries += found
+            if plan.method.allocation == "gain" and benefit is None and whole is not None:
+                unit = whole.config.provenance.gains or GainUnit.SQUARED_OUTPUT
+                benefit = benefit_map(whole.factors, trace.groups, unit, context.largest)
+    return Comparison(_with_twins(methods, entries), base_bytes, benefit)
 
 
-def _in_int8(method: Method, context: BudgetContext) -> list[Entry]:
-    """The entries of a method that allocates by gain, with int8 factors; without factors if rounding is refused."""
-
-    def solve(method: Method, **size: Any) -> Correction:
-        return context.solve(method, factor_dtype="int8", **size)
-
-    name = f"{method.name}+int8"
-    try:
-        entries, _ = ALLOCATORS[method.allocation](method, replace(context, itemsize=1, solve=solve))
-    except RoundingError as error:
-        refused = Entry(
-            name, method.allocation, context.largest, context.available[context.largest], None, (), str(error)
-        )
-        return [replace(refused, budget=budget, budget_bytes=found) for budget, found in context.available.items()]
-    return [replace(entry, method=name) for entry in entries]
+def _with_twins(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
+    """The entries in the order of the names; a method that solves as an earlier one does gets the entries of that."""
+    found: list[Entry] = []
+    firsts: dict[tuple[Any, ...], str] = {}
+    for name in dict.fromkeys(names):
+        first = firsts.setdefault(twin_key(get_method(name)), name)
+        own = [entry for entry in entries if entry.method.partition("+")[0] == first]
+        if first == name:
+            found += own
+        else:
+            found += [replace(entry, method=name, same_as=first) for entry in own if entry.method == first]
+    return found
 
 
 def distill_entries(
@@ -233,11 +206,6 @@ class _Corrected(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         with applied(self.model, self.factors):
             return self.model(**inputs)
-
-
-def _solve_of(method: Method) -> tuple[Any, ...]:
-    """The attributes of a method that determine its factors at given ranks."""
-    return method.solve, method.shared, method.statistic, method.two_sided
 
 
 def _error_ratios(weight_errors: WeightErrors, trace: Trace) -> dict[str, float]:

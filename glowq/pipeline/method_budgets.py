@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..artifact.correction import Correction
-from ..errors import NoGainError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..selection.allocation import largest_rank
+from ..selection.budget import RankRequest
 from ..solving.methods.base import Allocation, Method
 
-__all__ = ["ALLOCATORS", "BudgetContext", "Entry", "fixed_rank_within", "uniform_rank_within"]
+__all__ = ["ALLOCATORS", "NO_GAIN", "BudgetContext", "Entry", "fixed_rank_within", "refused", "uniform_rank_within"]
 
 _PUBLISHED_RANK = 64  # rank of the groups in the paper's GlowQ-S
-_NO_GAIN = "no rank of any group gains anything"
+NO_GAIN = "no rank of any group gains anything"
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,12 @@ class BudgetContext:
         groups: every group of the model.
         available: budget as the user gave it -> its bytes; at least one.
         itemsize: bytes of one factor value.
-        solve: function of (method, rank= or budget=) that returns the correction of that size.
         error_ratios: function that returns group name -> ||E||_F / ||W||_F.
     """
 
     groups: Sequence[Group]
     available: Mapping[str, int]
     itemsize: int
-    solve: Callable[..., Correction]
     error_ratios: Callable[[], Mapping[str, float]]
 
     @property
@@ -130,29 +128,35 @@ def fixed_rank_within(groups: Sequence[Group], available: int, itemsize: int) ->
     return rank
 
 
-def _uniform(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
-    ranks = {
-        budget: uniform_rank_within(context.groups, found, context.itemsize, shared=method.shared)
-        for budget, found in context.available.items()
-    }
-    most = ranks[context.largest]
-    whole = context.solve(method, rank=most) if most else None
+def _uniform_size(method: Method, context: BudgetContext) -> RankRequest | None:
+    rank = _uniform_rank(method, context, context.largest)
+    return RankRequest(rank=rank) if rank else None
+
+
+def _uniform(method: Method, context: BudgetContext, whole: Correction | None) -> list[Entry]:
     entries = []
-    for budget, rank in ranks.items():
+    for budget in context.available:
+        rank = _uniform_rank(method, context, budget)
         if rank and whole is not None:
             entries.append(_entry(method, context, budget, whole.cut(rank=rank).factors, rank))
         else:
             reason = f"one rank of every group takes {sum(context.rank_bytes(method))} bytes, more than the budget"
             entries.append(_entry(method, context, budget, reason=reason))
-    return entries, whole
+    return entries
 
 
-def _by_gain(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
-    most, smallest = context.available[context.largest], min(context.rank_bytes(method))
-    try:
-        whole = context.solve(method, budget=most) if most >= smallest else None
-    except NoGainError:
-        return [_entry(method, context, budget, reason=_NO_GAIN) for budget in context.available], None
+def _uniform_rank(method: Method, context: BudgetContext, budget: str) -> int:
+    available = context.available[budget]
+    return uniform_rank_within(context.groups, available, context.itemsize, shared=method.shared)
+
+
+def _gain_size(method: Method, context: BudgetContext) -> RankRequest | None:
+    most = context.available[context.largest]
+    return RankRequest(budget=most) if most >= min(context.rank_bytes(method)) else None
+
+
+def _by_gain(method: Method, context: BudgetContext, whole: Correction | None) -> list[Entry]:
+    smallest = min(context.rank_bytes(method))
     if whole is not None and whole.factors:  # groups without gain get no bytes, so their bytes do not matter
         smallest = min(entry.factor_bytes // entry.rank for entry in whole.factors)
     entries = []
@@ -162,47 +166,64 @@ def _by_gain(method: Method, context: BudgetContext) -> tuple[list[Entry], Corre
             entries.append(_entry(method, context, budget, reason=reason))
         else:
             cut = whole if budget == context.largest or not whole.factors else whole.cut(budget=found)
-            found_none = None if cut.factors else _NO_GAIN
+            found_none = None if cut.factors else NO_GAIN
             entries.append(
                 replace(_entry(method, context, budget, cut.factors, reason=found_none), predicted=cut.predicted)
             )
-    return entries, whole
+    return entries
 
 
-def _whole_groups(method: Method, context: BudgetContext) -> tuple[list[Entry], Correction | None]:
+def _groups_size(method: Method, context: BudgetContext) -> RankRequest | None:
+    most = context.available[context.largest]
+    if most < min(context.rank_bytes(method)):
+        return None
+    return RankRequest(rank=fixed_rank_within(context.groups, most, context.itemsize))
+
+
+def _whole_groups(method: Method, context: BudgetContext, whole: Correction | None) -> list[Entry]:
     """Take whole groups in the order of their score (not of score per byte), until the next group does not fit."""
     assert method.score is not None
-    ranks = {
-        budget: fixed_rank_within(context.groups, found, context.itemsize)
-        for budget, found in context.available.items()
-    }
-    most, smallest = context.available[context.largest], min(context.rank_bytes(method))
-    whole = context.solve(method, rank=ranks[context.largest]) if most >= smallest else None
+    smallest = min(context.rank_bytes(method))
     ratios = {} if whole is None else context.error_ratios()
     entries = []
-    for budget, rank in ranks.items():
+    for budget, available in context.available.items():
         if whole is None:
             reason = f"one rank of the smallest group takes {smallest} bytes, more than the budget"
             entries.append(_entry(method, context, budget, reason=reason))
             continue
+        rank = fixed_rank_within(context.groups, available, context.itemsize)
         scored = [
             (method.score(entry.gains, ratios[entry.group.name]), entry) for entry in whole.cut(rank=rank).factors
         ]
         ordered = [entry for _, entry in sorted(scored, key=lambda pair: -pair[0])]
-        names = _first_within(ordered, context.available[budget])
+        names = _first_within(ordered, available)
         if names:
             chosen = [entry for _, entry in scored if entry.group.name in names]
             entries.append(_entry(method, context, budget, chosen, rank))
         else:
             first = f"rank {rank} of the group of the highest score takes {ordered[0].factor_bytes} bytes"
             entries.append(_entry(method, context, budget, reason=f"{first}, more than the budget"))
-    return entries, whole
+    return entries
 
 
-ALLOCATORS: Mapping[Allocation, Callable[[Method, BudgetContext], tuple[list[Entry], Correction | None]]] = {
-    "uniform": _uniform,
-    "gain": _by_gain,
-    "groups": _whole_groups,
+@dataclass(frozen=True)
+class Allocator:
+    """How a kind of methods uses budgets.
+
+    Attributes:
+        size: function (method, context) -> the ranks or the budget to solve for, of which every budget's factors are a
+            part; None if not even the largest budget holds a rank.
+        entries: function (method, context, the correction of that size or None) -> one entry per budget.
+    """
+
+    size: Callable[[Method, BudgetContext], RankRequest | None]
+    entries: Callable[[Method, BudgetContext, Correction | None], list[Entry]]
+
+
+ALLOCATORS: Mapping[Allocation, Allocator] = {
+    "uniform": Allocator(_uniform_size, _uniform),
+    "gain": Allocator(_gain_size, _by_gain),
+    "groups": Allocator(_groups_size, _whole_groups),
 }
 
 
@@ -226,6 +247,11 @@ def _entry(
     reason: str | None = None,
 ) -> Entry:
     return Entry(method.name, method.allocation, budget, context.available[budget], rank, tuple(factors), reason)
+
+
+def refused(method: Method, context: BudgetContext, reason: str) -> list[Entry]:
+    """One entry per budget, without factors, for a method that was refused."""
+    return [_entry(method, context, budget, reason=reason) for budget in context.available]
 
 
 def _parts(groups: Sequence[Group], shared: bool) -> list[tuple[int, int]]:

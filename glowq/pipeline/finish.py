@@ -1,0 +1,122 @@
+"""From solved factors to a correction: measure each group, choose ranks, distill, and round to int8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..artifact.build import correction_of
+from ..artifact.config import GlowQConfig
+from ..artifact.correction import Correction
+from ..artifact.request import CorrectionRequest
+from ..calibration.distillation import distill
+from ..calibration.group_gains import calibrated, measure_groups
+from ..errors import NoGainError
+from ..evaluation.rounding_cost import rounding_cost
+from ..factors.factors import GroupFactors
+from ..factors.units import GainUnit
+from ..selection.allocation import allocate, by_benefit
+from ..selection.budget import RankRequest
+from ..solving.methods.base import Method
+from .problem import Problem
+
+__all__ = ["finished"]
+
+
+def finished(
+    problem: Problem,
+    method: Method,
+    factors: list[GroupFactors],
+    request: CorrectionRequest,
+    config: GlowQConfig,
+    tokenizer: Any,
+) -> Correction:
+    """Make a correction of the factors that a method solved.
+
+    Args:
+        problem: see `Problem`. Its model has no correction afterwards.
+        method: the method.
+        factors: what `Problem.solve` returned for it.
+        request: ranks or budget, distillation, and the dtype of the factors.
+        config: what config.json will store; the facts of this correction are recorded in it.
+        tokenizer: tokenizer of the model, for the correction.
+
+    Raises:
+        NoGainError: a budget is requested, and no rank of any group gains anything.
+        RoundingError: int8 factors would lose more accuracy than the saved bytes can give back.
+        ConfigError: a target ("recover 80%") that the factors cannot reach.
+    """
+    model, reference, held = problem.model, problem.source.model, problem.held
+    config.record(gains=problem.unit if method.two_sided else GainUnit.SQUARED_OUTPUT)
+    if held is not None and method.allocation == "gain":
+        factors, facts = _measured(model, reference, factors, held, request.ranks)
+        config.record(**facts)
+    # The total also covers groups that are not restored, so record it before they are removed.
+    config.record(total=math.fsum(entry.total for entry in factors))
+    lacking = problem.source.missing
+    whole = correction = correction_of(model, factors, config, problem.base_bytes, tokenizer, lacking=lacking)
+    if request.budget is not None:
+        _check_gains(factors, problem.train)
+        correction = whole.kept(whole.choose(request.ranks, request.factor_dtype))
+    if request.distill:
+        correction.factors = distill(
+            model, reference, correction.factors, problem.train, steps=request.distill, seed=problem.seed
+        )
+        correction.config.record(distilled_steps=request.distill)
+    if request.factor_dtype == "int8":
+        assert held is not None
+        correction = _rounded(model, reference, whole, correction, held)
+    return correction
+
+
+def _measured(
+    model: nn.Module,
+    reference: nn.Module,
+    factors: Sequence[GroupFactors],
+    sequences: Tensor,
+    request: RankRequest,
+) -> tuple[list[GroupFactors], dict[str, Any]]:
+    """Measure each group, and return the factors with rescaled gains, and facts for the provenance.
+
+    The gains are in the unit of the measurement. If a budget is given, the gains of groups that make the answers worse
+    are set to zero.
+    """
+    measured = measure_groups(model, reference, factors, sequences)
+    found = calibrated(factors, measured)
+    harmful = {name for name, entry in measured.items() if request.budget is not None and entry.harms}
+    facts = {
+        "gains": next(iter(measured.values())).unit,
+        "measured_tokens": int(sequences.numel()),
+        "not_restored": {name: asdict(measured[name].benefit) for name in sorted(harmful)},
+    }
+    return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found], facts
+
+
+def _rounded(
+    model: nn.Module, reference: nn.Module, whole: Correction, correction: Correction, sequences: Tensor
+) -> Correction:
+    """The correction with int8 factors. Its config records the loss of accuracy by rounding.
+
+    For this record, the int8 factors are compared with the unrounded ones, and with the best ranks of `whole` that fit
+    in the same bytes.
+    """
+    found = correction.to_int8()
+    steps = allocate(by_benefit(whole.group_gains), found.factor_bytes)
+    same_bytes = whole.kept({step.name: step.rank for step in steps})
+    cost = rounding_cost(model, reference, found.factors, correction.factors, same_bytes.factors, sequences)
+    found.config.record(int8=cost)
+    return found
+
+
+def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:
+    if not any(bool((entry.gains > 0).any()) for entry in factors):
+        raise NoGainError(
+            "in the measurement, no rank of any group brings the model's answers nearer to the reference's, so that a "
+            "budget has no use. The factors were calibrated on "
+            f"{sequences.numel():,} tokens: calibrate on more, or on text that is more similar to the model's task; or "
+            "leave the model uncorrected."
+        )

@@ -1,0 +1,95 @@
+"""`Problem`: what the corrections of one quantized model share. Several are solved in one pass over the text."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..calibration.output_gradients import output_moments
+from ..data.tokens import batches
+from ..errors import NoGradientWarning, SensitivityError
+from ..factors.factors import GroupFactors
+from ..factors.units import GainUnit
+from ..models.forward import to_model
+from ..models.reference import Reference
+from ..models.tracing import Trace
+from ..quantizers.base import Backend
+from ..solving.moments import OutputMoment
+from ..solving.shrinkage import effective_tokens, shrunk
+from .block_solver import BlockSolver, Job, stops_of
+from .block_store import Resume
+
+__all__ = ["Problem"]
+
+_GRADIENT_TOKENS = 8192
+_GRADIENT_BATCH = 512  # tokens per backward pass, which keeps the activations of all its tokens
+
+
+@dataclass
+class Problem:
+    """A quantized model, its reference, and the text that its corrections are made of.
+
+    Attributes:
+        model: quantized model without a correction.
+        source: the opened reference.
+        backends: module name -> backend of every quantized module.
+        trace: the groups of the model.
+        train: token ids to calibrate on, shape (n, length), int64.
+        held: token ids to measure on, shape (m, length), int64; None if there are too few.
+        base_bytes: bytes of the quantized weights.
+        seed: seed of the gradients and of the solver.
+        unit: unit of the gains of the factors that `solve` returned last for a method that reads gradients.
+    """
+
+    model: nn.Module
+    source: Reference
+    backends: Mapping[str, Backend]
+    trace: Trace
+    train: Tensor
+    held: Tensor | None
+    base_bytes: int
+    seed: int
+    unit: GainUnit = GainUnit.SQUARED_OUTPUT
+
+    def solve(self, jobs: Sequence[Job], resume: Resume) -> list[list[GroupFactors]]:
+        """Solve corrections in one pass; returns the factors of each, in the order of the model's calls.
+
+        Args:
+            jobs: the corrections, at least one.
+            resume: see `BlockSolver`.
+        """
+        outputs = self._output_moments() if any(job.method.two_sided for job in jobs) else {}
+        self.unit = GainUnit.SECOND_ORDER if outputs else GainUnit.SQUARED_OUTPUT
+        names = {name for job in jobs for name in job.ranks}
+        run = BlockSolver(self.model, self.source, self.backends, jobs, self.seed, resume, outputs)
+        return run.solve(stops_of(self.trace, names), self.train)
+
+    def _output_moments(self) -> dict[str, OutputMoment]:
+        """Second moment of the loss gradient at each group's outputs: of the model, or of the reference if that fails.
+
+        The moments are shrunk as far as the number of tokens, and of distinct tokens, asks for.
+
+        If neither model has a gradient, the result is empty, and one warning is shown.
+        """
+        length = self.train.shape[1]
+        chosen = self.train[: max(1, _GRADIENT_TOKENS // length)]
+        inputs = [to_model(batch, self.model) for batch in batches(chosen, max(1, _GRADIENT_BATCH // length))]
+        refusals = []
+        for candidate in (self.model, self.source.model):
+            try:
+                moments = output_moments(candidate, self.trace.groups, inputs, seed=self.seed)
+            except SensitivityError as error:
+                refusals.append(error)
+                continue
+            for name, moment in moments.items():
+                moments[name] = shrunk(moment, effective_tokens(chosen))
+            return moments
+        warnings.warn(
+            f"{refusals[0]} Errors are counted in output units instead of in loss, so a budget is allocated less well.",
+            NoGradientWarning,
+            stacklevel=4,
+        )
+        return {}
