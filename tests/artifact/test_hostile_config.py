@@ -124,6 +124,7 @@ def _wrong(*path: str, but: tuple[str, ...] = ()) -> dict[str, Change]:
 
 
 NUMBERS = ("fraction", "huge")
+NOT_NAMES = {kind: value for kind, value in WRONG.items() if kind != "list"} | {"numbers": [1, 2]}
 BOMB = "(a+)+$"
 VARIANTS: dict[str, Change] = {
     # Of the correction.
@@ -154,6 +155,7 @@ VARIANTS: dict[str, Change] = {
     **_wrong("provenance", "int8", but=("object",)),
     **_wrong("provenance", "selected", but=("object",)),
     **_wrong("provenance", "not_restored", but=("object",)),
+    **_wrong("provenance", "mixed", but=("object",)),
     **_wrong("provenance", "command", but=("words",)),
     **_wrong("provenance", "glowq", but=("words",)),
     **_wrong("provenance", "calibration_tokens", but=("huge",)),
@@ -165,6 +167,8 @@ VARIANTS: dict[str, Change] = {
     "selected held out": put("provenance", "selected", value={"of_held_out": {"quantized": "x"}}),
     "benefit": put("provenance", "not_restored", value={"g": {"value": "x"}}),
     "int8 of a text": put("provenance", "int8", value={"same_ranks": "x"}),
+    **{f"widened: {kind}": put("provenance", "mixed", value={"widened": value}) for kind, value in NOT_NAMES.items()},
+    "added bytes of a text": put("provenance", "mixed", value={"added_bytes": "x"}),
     "an interval of three": put("provenance", "held_out", "recovered_ci95", value=[1, 2, 3]),
     "an interval of lists": put("provenance", "held_out", "recovered_ci95", value=[[1], [2]]),
     "gains of 10^400": put("groups", GROUP, "gains", value=[10**400] * 7),

@@ -28,12 +28,17 @@ ASKED: dict[str, Any] = {
     "factor_dtype": "int8",
     "seed": 3,
     "force": True,
+    "mixed": True,
 }
 WRONG = [
     ({"rank": "8"}, "rank must be a whole number"),
     ({"rank": 8.0}, "rank must be a whole number"),
     ({"rank": True}, "rank must be a whole number"),
     ({"force": "yes"}, "force must be True or False"),
+    ({"mixed": 1, "budget": "1%"}, "mixed must be True or False"),
+    ({"mixed": True}, "divides a budget of bytes"),
+    ({"mixed": True, "budget": "recover 50%"}, "divides a budget of bytes"),
+    ({"mixed": True, "budget": "1%", "method": "svd"}, "a method that allocates by gain"),
     ({"rank": 4, "budget": "1%"}, "either rank or budget"),
     ({"budget": "much"}, "neither a share"),
     ({"rank_step": 8}, "give a budget with them"),
