@@ -16,6 +16,7 @@ __all__ = [
     "BUDGET",
     "METHOD_NAMES",
     "BudgetOption",
+    "ClozeOption",
     "FactorDtypeOption",
     "JsonOption",
     "MaxRankOption",
@@ -101,6 +102,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or H
 FactorDtypeOption = Annotated[
     Literal["auto", "int8"],
     typer.Option(help="auto: the model's own dtype. int8: one byte per value, so that a budget gives twice the ranks."),
+]
+ClozeOption = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Also ask N times which of 4 continuations the text has; 0: not.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,10 @@ from .prepared import opened, readable_modules, traced
 from .problem import Problem
 from .sequences import check_token_count, checked_ids
 
-__all__ = ["Comparison", "compare_methods", "distill_entries", "score_entries"]
+__all__ = ["Comparison", "compare_methods", "distill_entries", "run_entries", "score_entries"]
+
+_Text = TypeVar("_Text")
+_Score = TypeVar("_Score")
 
 
 @dataclass(frozen=True)
@@ -178,11 +181,32 @@ def score_entries(
     Raises:
         EvaluationError, NonFiniteError: see `score_models`.
     """
+    return run_entries(score_models, reference, model, entries, sequences)
+
+
+def run_entries(
+    score: Callable[[Mapping[str, nn.Module], _Text], dict[str, _Score]],
+    reference: nn.Module,
+    model: nn.Module,
+    entries: Sequence[Entry],
+    text: _Text,
+) -> dict[str, _Score]:
+    """Let `score` run the models that `score_entries` describes.
+
+    Args:
+        score: function of named models and `text`, for example `glowq.evaluation.cloze.cloze_scores`; it returns the
+            score of every model.
+        reference, model, entries: see `score_entries`.
+        text: what `score` takes.
+
+    Returns:
+        See `score_entries`.
+    """
     models: dict[str, nn.Module] = {"reference": reference, "quantized": model}
     models.update(
         {entry.label: _Corrected(model, entry.factors) for entry in entries if entry.factors and entry.same_as is None}
     )
-    scores = score_models(models, sequences)
+    scores = score(models, text)
     for entry in entries:
         if entry.same_as is not None and entry.factors:
             scores[entry.label] = scores[replace(entry, method=entry.same_as).label]

@@ -218,6 +218,17 @@ class TestEvaluate:
         assert "1.0000 [1.0000, 1.0000]" in done.stdout
         assert f"{MODEL} (2)" in done.stdout
 
+    def test_cloze_items_of_two_models(self, quantized, notes):
+        longer = ["--tokens", "960", "--sequence-length", "96", "--cloze", "8"]
+        result = result_of("evaluate", MODEL, quantized, "--data", notes, *longer)
+        assert (result["cloze"]["items"], result["cloze"]["over"]) == (8, MODEL)
+        first, second = result["cloze"]["models"].values()
+        assert first["gain"] is None
+        assert second["gain"] == second["accuracy"] - first["accuracy"]
+        done = call("evaluate", MODEL, MODEL, "--data", notes, *longer[:-1], "4")
+        assert done.exit_code == 0, done.stderr
+        assert "cloze" in done.stdout  # of fewer than eight items there is no interval
+
     def test_other_vocabulary_is_refused_before_loading(self, folder, notes):
         other = folder / "other-vocabulary"
         other.mkdir()

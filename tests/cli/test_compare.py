@@ -335,6 +335,32 @@ class TestAlternatives:
         assert "--alternatives quantizes with other settings of a --base" in done.stderr
 
 
+class TestCloze:
+    def test_every_model_answers_the_same_items(self, folder: Path, command: list[Any]) -> None:
+        few = ["--methods", "svd,glowq", "--budgets", "9%", "--sequence-length", 96, "--cloze", 8]
+        result = result_of(*command, *few, "--output", folder / "cloze")
+        cloze = result["cloze"]
+        assert (cloze["items"], cloze["over"]) == (8, "quantized")
+        assert list(cloze["models"]) == ["reference", "quantized", "svd at 9%", "glowq at 9%"]
+        plain = cloze["models"]["quantized"]
+        assert (plain["gain"], plain["gain_ci95"]) == (None, None)
+        for name, found in cloze["models"].items():
+            assert found["accuracy"] * 8 == int(found["accuracy"] * 8)
+            assert found["accuracy_ci95"][0] <= found["accuracy"] <= found["accuracy_ci95"][1]
+            if name != "quantized":
+                assert found["gain"] == found["accuracy"] - plain["accuracy"]
+                assert found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
+        table = (folder / "cloze" / "table.md").read_text()
+        assert "Cloze, 8 items, share answered right (chance: 25%), gain over quantized:" in table
+        assert re.search(r"^- glowq at 9%: [\d.]+% \[.*\]; [+-][\d.]+ \[.*\] points\.", table, re.MULTILINE)
+
+    def test_more_items_than_passages_are_refused_before_the_work(self, folder: Path, command: list[Any]) -> None:
+        done = call(*command, "--sequence-length", 96, "--cloze", 11, "--output", folder / "never")
+        assert done.exit_code == 1
+        assert "11 cloze items need 11 passages of 80 tokens, found 10 in 10 sequences of 96 tokens" in done.stderr
+        assert not (folder / "never").exists()
+
+
 def test_a_gguf_file(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     writers.gguf(small_model(), tmp_path / "model-Q4_0.gguf", "Q4_0")

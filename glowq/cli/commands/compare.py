@@ -12,8 +12,9 @@ import typer
 from ...errors import ConfigError, EvaluationError
 from ...integrations.lm_eval import check_tasks, run_tasks
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
-from ..options import BASE_NAMES, METHOD_NAMES, JsonOption, ModelArgument, SeedOption, check_budget
+from ..options import BASE_NAMES, METHOD_NAMES, ClozeOption, JsonOption, ModelArgument, SeedOption, check_budget
 from ..output import command_line, session
+from ..reports.cloze import cloze_figures
 from ..reports.comparison_files import tables, write_comparison
 from ..reports.comparison_rows import figures
 
@@ -60,6 +61,7 @@ def compare(
         str | None,
         typer.Option(callback=_check_list, metavar="NAMES", help="Also run these tasks of lm-evaluation-harness."),
     ] = None,
+    cloze: ClozeOption = 0,
     distill: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Also distill the first method that allocates by gain.")
     ] = 0,
@@ -88,8 +90,9 @@ def compare(
     with session(json) as show:
         from ..._version import __version__
         from ...data.overlap import check_disjoint
+        from ...evaluation.cloze import cloze_items, cloze_scores
         from ...pipeline.alternatives import alternatives_of
-        from ...pipeline.comparison import compare_methods, distill_entries, score_entries
+        from ...pipeline.comparison import compare_methods, distill_entries, run_entries, score_entries
         from ...quantizers.registry import base_config, with_calibration
         from ...selection.budget import parse_budget
 
@@ -106,6 +109,7 @@ def compare(
         train = _sequences(config, tokenizer, calibration, calibration_tokens, sequence_length, seed)
         report = _sequences(config, tokenizer, data, tokens, sequence_length, seed)
         overlap = check_disjoint(train, report, force=force)
+        items = cloze_items(report, cloze, seed=seed) if cloze else None
         if quantization is not None:
             quantization = with_calibration(quantization, train)
         quantized = load_model(model, config, quantization, gguf_file)
@@ -153,6 +157,9 @@ def compare(
             "glowq": __version__,
             "command": command_line(),
         }
+        if items is not None:
+            answers = run_entries(cloze_scores, full, quantized, comparison.entries, items)
+            result["cloze"] = cloze_figures(answers, "quantized", seed)
         if wanted:
             result["tasks"] = _tasks(full, quantized, comparison.entries, tokenizer, wanted, seed)
         if output is not None:

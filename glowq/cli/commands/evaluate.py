@@ -9,8 +9,9 @@ import typer
 from ...errors import EvaluationError
 from ...evaluation.figures import finite, shown
 from ...models.loading import load_config, load_model, load_tokenizer, scores_text, token_limits
-from ..options import JsonOption, SeedOption
+from ..options import ClozeOption, JsonOption, SeedOption
 from ..output import command_line, session
+from ..reports.cloze import cloze_figures, cloze_text
 
 __all__ = ["evaluate"]
 
@@ -22,6 +23,7 @@ def evaluate(
     data: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to use, from all parts of the text.")] = 32768,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+    cloze: ClozeOption = 0,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
@@ -34,6 +36,7 @@ def evaluate(
     with session(json) as show:
         from ...data.text import read_texts
         from ...data.tokens import token_sequences
+        from ...evaluation.cloze import cloze_items, cloze_scores
         from ...evaluation.intervals import LEAST_SEQUENCES
         from ...evaluation.scores import perplexity, perplexity_ratio, score_models
 
@@ -42,6 +45,7 @@ def evaluate(
         texts = read_texts(data)
         tokenizer = load_tokenizer(*models)
         sequences = token_sequences(texts, tokenizer, length=limits[0], limit=tokens, seed=seed, vocab_size=limits[1])
+        items = cloze_items(sequences, cloze, seed=seed) if cloze else None
         labels = [name if name not in models[:at] else f"{name} ({at + 1})" for at, name in enumerate(models)]
         loaded = {label: load_model(name, configs[name]) for label, name in zip(labels, models, strict=True)}
         scores = score_models(loaded, sequences)
@@ -70,6 +74,8 @@ def evaluate(
             "seed": seed,
             "command": command_line(),
         }
+        if items is not None:
+            result["cloze"] = cloze_figures(cloze_scores(loaded, items), labels[0], seed)
         show(result, lambda: _table(result))
 
 
@@ -110,6 +116,9 @@ def _table(result: dict[str, Any]) -> Any:
     table.add_column("model", overflow="fold")
     for heading in ("perplexity", "ratio [95% CI]", "KL, nats", "top-1 agreement", "weights, MB"):
         table.add_column(heading, justify="right")
+    cloze = result.get("cloze")
+    if cloze is not None:
+        table.add_column(f"right of {cloze['items']} cloze items", justify="right")
     pairs = {pair["model"]: pair for pair in result["pairs"]}
     for row in result["models"]:
         table.add_row(
@@ -119,6 +128,7 @@ def _table(result: dict[str, Any]) -> Any:
             shown(row["kl"], ".5f"),
             f"{row['top1']:.2%}",
             f"{row['weight_bytes'] / 1e6:,.1f}",
+            *([] if cloze is None else [cloze_text(cloze["models"][row["model"]])]),
         )
     return table
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..output import markdown_table, table
+from .cloze import cloze_notes
 
 if TYPE_CHECKING:
     from ...selection.benefit import Benefit
@@ -106,6 +107,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         notes.append(f"Nothing chosen by {', '.join(names)}: {reason}.")
     equal = {row["method"]: row["same_as"] for row in result["rows"] if row["same_as"] is not None}
     notes += [f"{method} is the same solve as {first}." for method, first in equal.items()]
+    notes += cloze_notes(result["cloze"]) if "cloze" in result else []
     for model, tasks in result.get("tasks", {}).items():
         for task, metrics in tasks.items():
             shown = ", ".join(f"{name} {_text(metric['value'], metric['ci95'])}" for name, metric in metrics.items())
