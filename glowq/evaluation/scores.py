@@ -16,7 +16,7 @@ from ..utils.logging import progress
 from ..utils.timeline import stage
 from .intervals import Interval, bootstrap
 
-__all__ = ["Score", "perplexity", "perplexity_ratio", "recovered", "score_models"]
+__all__ = ["Score", "perplexity", "perplexity_ratio", "recovered", "score_models", "undone"]
 
 _BATCH_TOKENS = 4096
 
@@ -88,6 +88,12 @@ def recovered(reference: Score, quantized: Score, corrected: Score, *, seed: int
         return (ppl[..., 1] - ppl[..., 2]) / (ppl[..., 1] - ppl[..., 0])
 
     return bootstrap(share, columns, seed=seed)
+
+
+def undone(quantized: Score, corrected: Score, *, seed: int = 0) -> Interval:
+    """Share of the quantized model's KL divergence from the reference that the correction undoes (1 = all of it)."""
+    columns = torch.stack([quantized.kl, corrected.kl], dim=1)
+    return bootstrap(lambda means: 1 - means[..., 1] / means[..., 0], columns, seed=seed)
 
 
 def perplexity_ratio(first: Score, second: Score, *, seed: int = 0) -> Interval:

@@ -23,7 +23,14 @@ from ..factors.rounding import rounded
 from ..runtime.attach import attach, attached_factors, detach
 from ..utils.logging import progress
 
-__all__ = ["Shape", "machine", "measure", "per_module", "variants"]
+__all__ = [
+    "Shape",
+    "machine",
+    "measure",
+    "per_module",
+    "processor",
+    "variants",
+]
 
 _WARM_UP = 3  # steps
 
@@ -129,7 +136,7 @@ def measure(
 def machine(model: nn.Module) -> dict[str, Any]:
     """Describe what the times depend on: processor or accelerator, threads, torch's version, platform and dtype."""
     device = next(model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -276,7 +283,7 @@ def _copy_with(model: nn.Module, factors: Sequence[GroupFactors]) -> nn.Module:
     return copied
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name, from Linux or else from Python, and its number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -12,8 +12,9 @@ import typer
 from ...errors import ConfigError, EvaluationError
 from ...integrations.lm_eval import check_tasks, run_tasks
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
+from ...utils.timeline import timeline
 from ..options import BASE_NAMES, METHOD_NAMES, ClozeOption, JsonOption, ModelArgument, SeedOption, check_budget
-from ..output import command_line, session
+from ..output import command_line, peak_rss_bytes, session
 from ..reports.cloze import cloze_figures
 from ..reports.comparison_files import tables, write_comparison
 from ..reports.comparison_rows import figures
@@ -87,7 +88,7 @@ def compare(
     Example:
       glowq compare org/model --base nf4 --calibration notes.txt --data held-out.txt --budgets 0.5%,1%,2% --output DIR
     """
-    with session(json) as show:
+    with session(json) as show, timeline() as stages:
         from ..._version import __version__
         from ...data.overlap import check_disjoint
         from ...evaluation.cloze import cloze_items, cloze_scores
@@ -165,7 +166,9 @@ def compare(
         if output is not None:
             command = command_line(output, "DIR")
             write_comparison(Path(output), {**result, "command": command}, comparison.benefit)
-        show({**result, "output": output}, lambda: tables(result))
+        times = {name: round(seconds, 1) for name, seconds in stages.items()}
+        more = {"output": output, "timeline": times, "peak_rss_bytes": peak_rss_bytes()}
+        show({**result, **more}, lambda: tables(result))
 
 
 def _list(text: str | None) -> list[str]:

@@ -83,15 +83,16 @@ def _alternative_row(other: Alternative, base_bytes: int, scores: Mapping[str, S
 
 
 def _with_figures(row: dict[str, Any], score: Score | None, scores: Mapping[str, Score], seed: int) -> dict[str, Any]:
-    from ...evaluation.scores import perplexity, perplexity_ratio, recovered
+    from ...evaluation.scores import perplexity, perplexity_ratio, recovered, undone
 
     if score is None:
-        names = ("perplexity", "kl", "top1", "ppl_ratio", "recovered")
+        names = ("perplexity", "kl", "top1", "ppl_ratio", "recovered", "undone")
         return {**row, **{key: None for name in names for key in (name, f"{name}_ci95")}}
     reference, quantized = scores["reference"], scores["quantized"]
     row.update(_own(score, seed))
     row.update(_interval("ppl_ratio", perplexity_ratio(quantized, score, seed=seed), len(score.nll)))
     row.update(_interval("recovered", recovered(reference, quantized, score, seed=seed), len(score.nll)))
+    row.update(_interval("undone", undone(quantized, score, seed=seed), len(score.nll)))
     if perplexity(quantized) <= perplexity(reference):  # there is no gap, so the recovered share is undefined
         row.update(recovered=None, recovered_ci95=None)
     return row

@@ -1,0 +1,148 @@
+"""Correct models that people know, on several bases, and compare the methods and what a user would do instead.
+
+python examples/benchmarks/real.py                      # SmolLM2-135M on nf4 and torchao-int3, under an hour on 2 cores
+python examples/benchmarks/real.py --all                # every base and every model of `make models-all`: hours
+python examples/benchmarks/real.py --table              # the tables of what was measured before; runs nothing
+python examples/benchmarks/real.py --calibration valid.txt --data test.txt   # WikiText-2 from files
+
+`make real` and `make real-all` run this. For each model and base it runs `glowq compare`, and writes its figures, with
+the command, the machine and the versions, to examples/benchmarks/results/MODEL-BASE.json, and its plot beside it. What
+is there already is not run again, so that an interrupted run goes on; --again measures anew. A model that `make models`
+has not fetched is left out with one line. Then `glowq correct` is run once, for the time and the memory that it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from glowq.evaluation.timing import processor
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "build" / "models"
+RESULTS = Path(__file__).parent / "results"
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+BASES = ["nf4", "torchao-int3"]
+MORE_BASES = ["torchao-int4", "torchao-int2", "gptq-3", "hqq-3", "hqq-2"]
+NAMES = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
+METHODS = "svd,lqer,qera,eora,glowq-published,glowq"
+BUDGETS = "1%,3%,6%"
+PACKAGES = ["torch", "transformers", "torchao", "bitsandbytes"]
+
+
+def main() -> None:
+    """Measure what is asked for and not measured yet, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of {', '.join(NAMES)}; default: the first")
+    parser.add_argument("--bases", nargs="+", metavar="BASE", help=f"default: {' '.join(BASES)}")
+    parser.add_argument("--all", action="store_true", help=f"all models, and also {' '.join(MORE_BASES)}")
+    parser.add_argument("--table", action="store_true", help="print the tables of earlier measurements")
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
+    parser.add_argument("--calibration", default=f"{WIKITEXT}:validation", help="text to calibrate on (%(default)s)")
+    parser.add_argument("--data", default=f"{WIKITEXT}:test", help="text to measure on (%(default)s)")
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=6144, help="number of tokens to measure on")
+    parser.add_argument("--distill", type=int, default=20, help="steps of the distilled rows (%(default)s)")
+    parser.add_argument("--cloze", type=int, default=100, help="number of multiple-choice items (%(default)s)")
+    arguments = parser.parse_args()
+    names = arguments.models or (NAMES if arguments.all else NAMES[:1])
+    bases = arguments.bases or (BASES + MORE_BASES if arguments.all else BASES)
+    for name in () if arguments.table else names:
+        if not (MODELS / name / "config.json").is_file():
+            print(f"{MODELS / name} is not there: left out; `make models-all` fetches it", file=sys.stderr)
+            continue
+        for base in bases:
+            result = RESULTS / f"{name}-{base}.json"
+            if arguments.again or not result.is_file():
+                measure(name, base, result, arguments)
+    for name in names:
+        for file in (RESULTS / f"{name}-{base}.json" for base in bases):
+            if file.is_file():
+                Console().print(Markdown(table(json.loads(file.read_text()))))
+
+
+def measure(name: str, base: str, result: Path, arguments: argparse.Namespace) -> None:
+    """Run `glowq compare` and `glowq correct` on one model and base, and write the figures and the plot."""
+    text = ["--calibration", arguments.calibration, "--calibration-tokens", str(arguments.calibration_tokens)]
+    report = ["--data", arguments.data, "--tokens", str(arguments.tokens), "--cloze", str(arguments.cloze)]
+    chosen = ["--methods", METHODS, "--budgets", BUDGETS, "--int8", "--distill", str(arguments.distill)]
+    model = str((MODELS / name).relative_to(ROOT))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "compared"
+        output = ["--alternatives", "--output", str(folder)]
+        compared = run("compare", model, "--base", base, *text, *report, *chosen, *output)
+        made = run("correct", model, "--base", base, *text, "--budget", "3%", "--output", str(Path(scratch) / "made"))
+        stored = json.loads((folder / "compare.json").read_text())
+        stored.pop("benefit")
+        stored["making"] = {
+            "command": _without_folders(made["command"]),
+            **{key: made[key] for key in ("seconds", "peak_rss_bytes", "timeline", "predicted", "improvement")},
+        }
+        stored["comparing"] = {key: compared[key] for key in ("timeline", "peak_rss_bytes")}
+        stored["machine"] = processor()
+        stored["versions"] = {package: version(package) for package in PACKAGES}
+        RESULTS.mkdir(exist_ok=True)
+        shutil.copyfile(folder / "bytes.png", result.with_suffix(".png"))
+        whole = Path(scratch) / result.name
+        whole.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
+        shutil.move(whole, result)
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    """Run a command of glowq from the repository's root, and return its JSON."""
+    print(f"glowq {' '.join(arguments)}", file=sys.stderr)
+    command = [sys.executable, "-m", "glowq", *arguments, "--json"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"glowq {arguments[0]} ended with status {done.returncode}; what was measured before is kept")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures of one model and base as a Markdown table: a row a method, and perplexity and KL at every budget."""
+    reference, quantized = result["models"]
+    budgets = BUDGETS.split(",")
+    rows = [row for row in result["rows"] if row["perplexity"] is not None]
+    lines = [
+        f"**{Path(result['model']).name}, {result['base']}**: perplexity {reference['perplexity']:.2f}, quantized "
+        f"{quantized['perplexity']:.2f}, at a KL divergence of {quantized['kl']:.3f} nats",
+        "",
+        f"| perplexity, KL divergence undone | {' | '.join(f'+{budget} bytes' for budget in budgets)} |",
+        f"|---|{'---|' * len(budgets)}",
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows if row["budget"]):
+        found = {row["budget"]: row for row in rows if row["method"] == method}
+        lines.append(f"| {method} | {' | '.join(_cell(found.get(budget)) for budget in budgets)} |")
+    for row in (row for row in rows if not row["budget"]):
+        empty = "| " * (len(budgets) - 1)
+        lines.append(f"| {row['method']}: {row['settings']} | {empty}+{row['overhead']:.1%} bytes: {_cell(row)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    low, high = row["undone_ci95"] or (row["undone"],) * 2
+    return f"{row['perplexity']:.2f}, {row['undone']:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _without_folders(command: str) -> str:
+    """The command without the temporary folder that it wrote to."""
+    words: Sequence[str] = command.split()
+    return " ".join("OUT" if before == "--output" else word for before, word in zip(["", *words], words, strict=False))
+
+
+if __name__ == "__main__":
+    main()
