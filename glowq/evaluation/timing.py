@@ -155,7 +155,8 @@ class _Runner:
         self.config = model.config.get_text_config()
         self.device = next(model.parameters()).device
         self.decodes = bool(model.can_generate())
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT passes options on
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
         self.static = compiled and self.decodes
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         self.call: Callable[..., Any] = torch.compile(model, fullgraph=True, mode=mode) if compiled else model

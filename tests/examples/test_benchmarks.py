@@ -102,3 +102,30 @@ def test_what_a_correction_adds_to_a_forward(run: Any, options: list[str]) -> No
     _, shared, single = rows[:3]
     assert single["factor_bytes"] / shared["factor_bytes"] == (3 * 256 + 384) / (256 + 384)
     assert all(row["decode"][1] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_real_model_beside_its_adapter(run: Any, tmp_path: Path, mode: str) -> None:
+    pytest.importorskip("peft")
+    model = tiny_llama(tmp_path / "llama", num_hidden_layers=1)
+    sizes = ["--prompt", "8", "--new-tokens", "2", "--repeats", "1", "--rank", "4"]
+    found = run("runtime_real.py", "--model", str(model), "--bases", "nf4", "--modes", mode, *sizes)
+    (part,) = found["parts"]
+    assert (part["base"], part["mode"]) == ("nf4", mode)
+    base, shared, single, adapter = part["rows"]
+    assert [row["model"] for row in part["rows"]] == ["base", "shared", "per module", "PEFT"]
+    assert base["factor_bytes"] == 0 < shared["factor_bytes"] < single["factor_bytes"] == adapter["factor_bytes"]
+    assert (base["difference"], shared["difference"]) == (1, 0)
+    assert max(single["difference"], adapter["difference"]) < 0.1
+    assert all(row[kind][1] > 0 for row in part["rows"] for kind in ("first_token", "decode"))
+
+
+def test_a_real_model_that_is_absent_is_skipped_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["runtime_real.py", "--model", str(tmp_path / "none")])
+    runpy.run_path(str(BENCHMARKS / "runtime_real.py"), run_name="__main__")
+    assert capsys.readouterr().err == (
+        f"skipped: there is no model in {tmp_path / 'none'}; `make models` fetches SmolLM2-135M\n"
+    )
