@@ -181,10 +181,10 @@ def best_within(groups: Sequence[WiderGroup], available: int) -> list[WiderGroup
     """The groups that gain most for their bytes with more bits; a group that no longer fits is left out.
 
     Args:
-        groups: measured groups; those without a benefit are never chosen.
+        groups: measured groups; those without a gain are never chosen.
         available: bytes.
     """
-    steps = [Step(entry.group.name, 1, entry.bytes, entry.benefit.value) for entry in groups if entry.benefit.value > 0]
+    steps = [Step(entry.group.name, 1, entry.bytes, entry.gain) for entry in groups if entry.gain > 0]
     steps.sort(key=lambda step: (-step.gain / step.bytes, step.name))
     names = {step.name for step in allocate(steps, available)}
     return [entry for entry in groups if entry.group.name in names]

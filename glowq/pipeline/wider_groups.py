@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration.weight_gains import measure_weights
-from ..evaluation.intervals import Interval
+from ..calibration.weight_gains import Weights, measure_weights
 from ..factors.group import Group
 from ..models.reference import Reference
 from ..quantizers.model import quantized_modules, read_weight
@@ -27,13 +26,12 @@ class WiderGroup:
     Attributes:
         group: the group.
         bytes: bytes that its members would take above those that they take now.
-        benefit: measured decrease of the divergence from the reference if this group alone has more bits, in nats per
-            token (for an encoder: squared distance per sequence).
+        gain: see `measure_weights`.
     """
 
     group: Group
     bytes: int
-    benefit: Interval
+    gain: float
 
 
 def linear_bytes(model: nn.Module, names: Iterable[str]) -> int:
@@ -50,7 +48,7 @@ def linear_bytes(model: nn.Module, names: Iterable[str]) -> int:
 def measure_wider(
     model: nn.Module, wider: nn.Module | None, source: Reference, groups: Sequence[Group], sequences: Tensor
 ) -> list[WiderGroup]:
-    """Measure every group with the weights that its members have in a wider model.
+    """Measure what every group gains with the weights that its members have in a wider model.
 
     Args:
         model: quantized model without a correction.
@@ -65,20 +63,20 @@ def measure_wider(
     Raises:
         GlowQError: see `read_weight`, `Reference.weight` and `measure_weights`.
     """
-    backends = {} if wider is None else quantized_modules(wider)
     dtype = getattr(model, "dtype", torch.float32)
-
-    def weights(group: Group) -> dict[str, Tensor]:
-        if wider is None:
-            return {name: source.weight(name, shape).to(dtype) for name, shape in group.shapes.items()}
-        return {name: read_weight(backends[name], name, wider.get_submodule(name)) for name in group.members}
 
     def added(group: Group) -> int:
         dense = dtype.itemsize * group.in_features * sum(group.out_features)
         return (dense if wider is None else linear_bytes(wider, group.members)) - linear_bytes(model, group.members)
 
-    found = measure_weights(model, source.model, groups, weights, sequences)
-    return [WiderGroup(group, added(group), found[group.name]) for group in groups]
+    more = None if wider is None else _weights_of(wider)
+    gains = measure_weights(model, source.model, groups, _weights_of(model), source.weight, more, sequences)
+    return [WiderGroup(group, added(group), gains[group.name]) for group in groups]
+
+
+def _weights_of(model: nn.Module) -> Weights:
+    backends = quantized_modules(model)
+    return lambda name, shape: read_weight(backends[name], name, model.get_submodule(name))
 
 
 def mixed_config(model: nn.Module, config: Any, wide: Sequence[Group]) -> Any:

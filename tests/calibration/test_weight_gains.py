@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glowq.calibration.weight_gains import measure_weights
+from glowq.calibration.weight_gains import Weights, measure_weights
 from glowq.factors.group import Group
 from glowq.models.tracing import find_groups
 
@@ -43,26 +43,59 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
     return (first.exp() * (first - second)).sum(-1)
 
 
-def test_benefits_are_those_of_whole_forwards_with_the_weights(pair: tuple[nn.Module, nn.Module]) -> None:
-    reference, model = pair
-    groups = find_groups(model, {"input_ids": IDS})
+def weights_of(model: nn.Module) -> Weights:
+    return lambda name, shape: model.get_submodule(name).weight.detach()
 
-    def weights(group: Group) -> dict[str, Tensor]:
-        return {name: reference.get_submodule(name).weight.detach().double() for name in group.members}
 
-    found = measure_weights(model, reference, groups, weights, IDS)
-    wanted, plain = log_probabilities(reference), log_probabilities(model)
-    assert list(found) == [group.name for group in groups]
-    for group in groups:
-        other = copy.deepcopy(model)
+def changed(model: nn.Module, group: Group, errors: dict[str, Tensor]) -> Tensor:
+    """The log probabilities of a copy whose weights have these errors added."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
         for name in group.members:
-            other.get_submodule(name).load_state_dict(reference.get_submodule(name).state_dict())
-        benefit = kl(wanted, plain) - kl(wanted, log_probabilities(other))
-        assert found[group.name].value == pytest.approx(float(benefit.mean()), rel=1e-3, abs=1e-7)
-        spread = 2.5706 * float(benefit.mean(1).std()) / math.sqrt(len(IDS))  # Student's t, 5 degrees of freedom
-        assert found[group.name].high - found[group.name].value == pytest.approx(spread, rel=2e-3)
+            other.get_submodule(name).weight += errors[name]
+    return log_probabilities(other)
+
+
+def test_gains_are_those_of_whole_forwards(pair: tuple[nn.Module, nn.Module]) -> None:
+    reference, model = pair
+    wider = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in wider.named_parameters():
+            parameter.lerp_(reference.get_parameter(name), 0.6)  # errors of 0.4 times the model's
+    groups = find_groups(model, {"input_ids": IDS})
+    sides = [weights_of(side) for side in (model, reference, wider)]
+    found = measure_weights(model, reference, groups, *sides, IDS)
+    whole = measure_weights(model, reference, groups, *sides[:2], None, IDS)
+    plain, wanted = log_probabilities(model), log_probabilities(reference)
+    assert list(found) == list(whole) == [group.name for group in groups]
+    harmless = 0
+    for group in groups:
+        error = {name: sides[1](name, (0, 0)) - sides[0](name, (0, 0)) for name in group.members}
+        left = {name: sides[2](name, (0, 0)) - sides[1](name, (0, 0)) for name in group.members}
+        repaired = changed(model, group, error)
+        benefit = (kl(wanted, plain) - kl(wanted, repaired)).mean(1)  # of each sequence, shorter than a part
+        spread = 2.5706 * float(benefit.std()) / math.sqrt(len(IDS))  # Student's t, 5 degrees of freedom
+        if float(benefit.mean()) + spread < 0:
+            assert found[group.name] == whole[group.name] == 0
+            continue
+        harmless += 1
+        removed = float(kl(plain, repaired).mean())
+        assert whole[group.name] == pytest.approx(removed, rel=0.1)  # small ones are amplified
+        remains = float(kl(plain, changed(model, group, left)).mean())
+        assert found[group.name] == pytest.approx(removed - remains, rel=0.1)
+    assert harmless > 3
     assert torch.equal(log_probabilities(model), plain)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_group_that_does_harm_even_without_an_error_gains_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
+    reference, model = pair
+    group = find_groups(model, {"input_ids": IDS})[0]
+    away = {name: 2 * model.get_submodule(name).weight - reference.get_submodule(name).weight for name in group.members}
+    found = measure_weights(
+        model, reference, [group], weights_of(model), lambda name, shape: away[name].detach() * 3, None, IDS
+    )
+    assert found == {group.name: 0.0}
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(pair: tuple[nn.Module, nn.Module]) -> None:
@@ -70,10 +103,10 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(pair: tuple[nn.Module, n
     groups = find_groups(model, {"input_ids": IDS})
     plain = log_probabilities(model)
 
-    def misshaped(group: Group) -> dict[str, Tensor]:
-        return dict.fromkeys(group.members, torch.zeros(3, 3))
+    def misshaped(name: str, shape: tuple[int, int]) -> Tensor:
+        return torch.zeros(3, 5)
 
     with pytest.raises(RuntimeError):
-        measure_weights(model, reference, groups, misshaped, IDS)
+        measure_weights(model, reference, groups, weights_of(model), misshaped, None, IDS)
     assert torch.equal(log_probabilities(model), plain)
     assert not any("forward" in module.__dict__ for module in model.modules())

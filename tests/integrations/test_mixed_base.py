@@ -20,7 +20,7 @@ from glowq.runtime.attach import attached_factors
 from glowq.selection.mixing import Division
 from support.bases import small_model
 from support.cli import call, result_of
-from support.tiny import TEXTS, gap, load, logits
+from support.tiny import TEXTS, gap, library_texts, load, logits
 
 SIZES: dict[str, Any] = {"calibration_tokens": 2048, "sequence_length": 64}
 BUDGETS = {"torchao-int3": "20%", "hqq-3": "20%", "nf4": "60%"}
@@ -28,9 +28,8 @@ SPECS = ["torchao-int3", "nf4", "hqq-3"]
 
 
 def command(folder: Path, base: str, *more: Any, budget: str | None = None) -> list[Any]:
-    text = folder / "text.txt"
-    text.write_text("\n".join(TEXTS))
-    sizes = ["--calibration", text, "--calibration-tokens", 2048, "--sequence-length", 64]
+    library_texts(folder)
+    sizes = ["--calibration", folder / "train.txt", "--calibration-tokens", 2048, "--sequence-length", 64]
     budget = BUDGETS[base] if budget is None else budget
     return ["correct", small_model(), "--base", base, "--mixed", "--budget", budget, *sizes, "--force", *more]
 
@@ -39,6 +38,16 @@ def plain(base: str) -> Any:
     model = load(small_model(), dtype="auto", quantization_config=base_config(base))
     prepare_model(model)
     return model
+
+
+def widen_one_group(patch: pytest.MonkeyPatch, rank_bytes: int = 1) -> None:
+    """Give one group more bits, whatever it gains: with nf4, full precision of a group never gains more than ranks."""
+    name = "model.layers.0.self_attn.o_proj"
+
+    def divide(ranks: Any, wider: Any, *_: Any, **__: Any) -> Division:
+        return Division(frozenset({name}), wider[name].bytes, rank_bytes)
+
+    patch.setattr("glowq.pipeline.mixed.divide", divide)
 
 
 def members(widened: list[str]) -> set[str]:
@@ -87,7 +96,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The base, the folder of the correction, and the result of the command."""
     pytest.importorskip({"torchao-int3": "torchao", "nf4": "bitsandbytes", "hqq-3": "hqq"}[request.param])
     folder = tmp_path_factory.mktemp("mixed")
-    return request.param, folder / "out", result_of(*command(folder, request.param, "--output", folder / "out"))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "nf4":
+            widen_one_group(patch)
+        return request.param, folder / "out", result_of(*command(folder, request.param, "--output", folder / "out"))
 
 
 class TestCommand:
@@ -133,9 +145,13 @@ class TestCommand:
 
 
 @pytest.mark.parametrize("base", ["torchao-int3", "nf4"])
-def test_while_loading(base: str, tmp_path: Path) -> None:
+def test_while_loading(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao" if base == "torchao-int3" else "bitsandbytes")
-    asked = {"base": base, "mixed": True, "budget": BUDGETS[base], "calibration": TEXTS, "force": True, **SIZES}
+    if base == "nf4":
+        widen_one_group(monkeypatch)
+    library_texts(tmp_path)
+    text = {"calibration": str(tmp_path / "train.txt"), **SIZES}
+    asked = {"base": base, "mixed": True, "budget": BUDGETS[base], "force": True, **text}
     model = AutoModelForCausalLM.from_pretrained(small_model(), quantization_config=glowq.GlowQConfig(**asked))
     stored = model.config.quantization_config
     found = stored.provenance.mixed
@@ -144,12 +160,12 @@ def test_while_loading(base: str, tmp_path: Path) -> None:
     assert found["of_base_bytes"] == before
     assert 0 < found["added_bytes"] + factor_bytes <= int(float(BUDGETS[base][:-1]) / 100 * before)
     wanted = logits(model)
-    model.save_pretrained(tmp_path)
-    again = load(tmp_path, dtype="auto")
+    model.save_pretrained(tmp_path / "full")
+    again = load(tmp_path / "full", dtype="auto")
     assert gap(again, wanted) == 0.0
     assert again.config.quantization_config.provenance.mixed == found
     # The stored config alone makes the same base of the full-precision model.
-    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["base"]
+    config = json.loads((tmp_path / "full" / "config.json").read_text())["quantization_config"]["base"]
     rebuilt = load(small_model(), dtype="auto", quantization_config=glowq.GlowQConfig(base=config).base)
     glowq.detach(again)
     for name, weight in weights(again).items():
@@ -171,10 +187,7 @@ def test_without_a_group_that_fits_it_is_the_plain_correction(tmp_path: Path) ->
 
 def test_where_bits_win_everywhere_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
-    name = "model.layers.0.self_attn.o_proj"
-    monkeypatch.setattr(
-        "glowq.pipeline.mixed.divide", lambda ranks, wider, *_, **__: Division(frozenset({name}), wider[name].bytes, 0)
-    )
+    widen_one_group(monkeypatch, rank_bytes=0)
     done = call(*command(tmp_path, "torchao-int3", "--output", tmp_path / "out"))
     assert done.exit_code == 0
     assert "bits gain more than ranks everywhere" in " ".join(done.stdout.split())

@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 
 from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
-from glowq.evaluation.intervals import Interval
 from glowq.evaluation.scores import Score, score_models
 from glowq.factors.group import Group
 from glowq.pipeline.alternatives import Alternative, alternatives_of, best_within
@@ -160,8 +159,8 @@ def test_full_precision_is_the_wider_half_of_a_mixture_with_bitsandbytes(texts: 
     assert other.settings == f"{len(modules(other.widened))} of 14 modules bfloat16"
 
 
-def group(name: str, added: int, benefit: float) -> WiderGroup:
-    return WiderGroup(Group(name, (name,), 8, (8,), name), added, Interval(benefit, benefit, benefit))
+def group(name: str, added: int, gain: float) -> WiderGroup:
+    return WiderGroup(Group(name, (name,), 8, (8,), name), added, gain)
 
 
 def test_the_best_groups_within_a_budget() -> None:
