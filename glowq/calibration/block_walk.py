@@ -27,8 +27,6 @@ class BlockWalk:
     """Runs one forward per batch, and pauses it at the end of each block.
 
     Use it as a context manager, and call `collect` for each block in the order in which the model calls the blocks.
-    Before a forward continues after a block, it runs this block a second time. If a correction was attached to the
-    block in the meantime, the next block reads the corrected output.
 
     Args:
         model: any model. It is restored to its earlier state when the context ends.
@@ -50,9 +48,8 @@ class BlockWalk:
         self._exit.enter_context(evaluating(self.model))
         for stop in self.stops:
             if stop:
-                handles = _pause_at(self.model.get_submodule(stop), self._order[stop])
-                for handle in handles:
-                    self._exit.callback(handle.remove)
+                handle = _pause_at(self.model.get_submodule(stop), self._order[stop])
+                self._exit.callback(handle.remove)
         self._forwards = [_PausedForward(self.model, batch) for batch in self.batches]
         self._exit.callback(self._abandon)
         return self
@@ -81,8 +78,6 @@ class _PausedForward(greenlet):  # type: ignore[misc]
         self.model = model
         self.batch = batch
         self.position = -1
-        self.repeating = False
-        self.versions: list[int] = []
 
     @property
     def mask(self) -> Tensor | None:
@@ -99,33 +94,17 @@ class _PausedForward(greenlet):  # type: ignore[misc]
                 self.switch()
 
 
-def _pause_at(module: nn.Module, position: int) -> list[Any]:
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward = getcurrent()
-        if isinstance(forward, _PausedForward) and not forward.repeating:
-            forward.versions = _versions(args, kwargs)
+def _pause_at(module: nn.Module, position: int) -> Any:
+    """Pause the running forward whenever `module` has returned; returns the handle of the hook."""
 
-    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
         forward = getcurrent()
-        if not isinstance(forward, _PausedForward) or forward.repeating:
-            return None
-        # A block that writes into its own input cannot be run again: its first output is used.
-        repeatable = forward.versions == _versions(args, kwargs)
-        forward.position = position
-        with _own_autocast():
-            forward.parent.switch()
-        if not repeatable:
-            return None
-        forward.repeating = True
-        try:
-            return module(*args, **kwargs)
-        finally:
-            forward.repeating = False
+        if isinstance(forward, _PausedForward):
+            forward.position = position
+            with _own_autocast():
+                forward.parent.switch()
 
-    return [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, with_kwargs=True),
-    ]
+    return module.register_forward_hook(leave)
 
 
 @contextmanager
@@ -140,9 +119,3 @@ def _own_autocast() -> Iterator[None]:
         for kind, enabled, dtype in before:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
-
-
-def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
-    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    # A tensor made in inference mode has no version; outside of that mode PyTorch forbids writing into it.
-    return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -31,10 +31,14 @@ class MomentCollector:
         statistic: the statistic that the method needs: "second" or "magnitude".
         error: stacked weight error E, shape (O, d), float32. Give it if O < d, to sum E S E^T, shape (O, O), instead of
             S, shape (d, d).
+        divisor: what the inputs are divided by, shape (d,): the scales that a quantizer folded into the layer before.
     """
 
-    def __init__(self, group: Group, statistic: str, error: Tensor | None = None) -> None:
+    def __init__(
+        self, group: Group, statistic: str, error: Tensor | None = None, divisor: Tensor | None = None
+    ) -> None:
         self.group = group
+        self.divisor = divisor
         self.error = error
         self.tokens = 0
         self._update = self._add_magnitude if statistic == "magnitude" else self._add_second
@@ -51,6 +55,8 @@ class MomentCollector:
                 row per token.
         """
         sequences = x.detach().reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.detach().flatten(1, -2)
+        if self.divisor is not None:
+            sequences = sequences / self.divisor.to(sequences)
         keep = _token_mask(sequences, mask)
         self.tokens += sequences.shape[0] * sequences.shape[1] if keep is None else int(keep.sum())
         self._update(sequences, keep)

@@ -10,7 +10,9 @@ from torch.nn.functional import normalize
 
 from ..errors import SensitivityError
 
-__all__ = ["answer", "divergences", "final_states", "token_logits"]
+__all__ = ["answer", "divergences", "final_states", "kl_divergences", "token_logits"]
+
+_CHUNK = 2**20  # values of the vocabulary's distributions that are computed at a time
 
 
 def token_logits(output: Any) -> Tensor | None:
@@ -53,6 +55,23 @@ def answer(output: Any) -> list[Tensor]:
     return [normalize(state, dim=-1) for state in (*states, *means)]
 
 
+def kl_divergences(reference: Tensor, other: Tensor) -> Tensor:
+    """KL divergence of every token, in nats: sum of p (log p - log q) over the vocabulary.
+
+    It is computed for some tokens at a time: values of all tokens at once are slower, because each intermediate result
+    is written to memory, and for a large vocabulary they take gigabytes.
+
+    Args:
+        reference, other: log p and log q, shape (..., vocabulary), float32.
+
+    Returns:
+        Shape (...), float32, differentiable in both.
+    """
+    rows = max(1, _CHUNK // reference.shape[-1])
+    pairs = zip(reference.flatten(0, -2).split(rows), other.flatten(0, -2).split(rows), strict=True)
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).reshape(reference.shape[:-1])
+
+
 def divergences(reference: list[Tensor], other: list[Tensor]) -> Tensor:
     """Compute the KL divergence of every token, in nats, or for an encoder the squared distance of every sequence.
 
@@ -70,6 +89,6 @@ def divergences(reference: list[Tensor], other: list[Tensor]) -> Tensor:
         if first.shape[-1] != second.shape[-1]:
             common = min(first.shape[-1], second.shape[-1])
             first, second = (part[..., :common].log_softmax(-1) for part in (first, second))
-        return (first.exp() * (first - second)).sum(-1).flatten()
+        return kl_divergences(first, second).flatten()
     parts = [(ours - theirs).square().sum(-1) for ours, theirs in zip(reference, other, strict=True)]
     return torch.stack([part.mean(1) if part.dim() == 2 else part for part in parts]).sum(0)

@@ -14,11 +14,13 @@ from ..errors import EvaluationError, NonFiniteError
 from ..models.fast_products import fast_products
 from ..utils.logging import progress
 from ..utils.timeline import stage
+from .divergence import kl_divergences
 from .intervals import Interval, bootstrap
 
 __all__ = ["Score", "perplexity", "perplexity_ratio", "recovered", "score_models", "undone"]
 
 _BATCH_TOKENS = 4096
+_BATCH_VALUES = 2**26  # log probabilities of one batch: 256 MiB for each model that is compared
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str
         NonFiniteError: a model's logits hold NaN or Inf.
     """
     parts: dict[str, list[Score]] = {name: [] for name in models}
-    size = max(1, _BATCH_TOKENS // sequences.shape[1])
+    size = max(1, min(_BATCH_TOKENS, _BATCH_VALUES // _vocabulary(models)) // sequences.shape[1])
     steps = -(-sequences.shape[0] // size) * len(models)
     with (
         progress(total=steps, desc="Evaluating", unit="batch") as bar,
@@ -102,6 +104,12 @@ def perplexity_ratio(first: Score, second: Score, *, seed: int = 0) -> Interval:
     return bootstrap(lambda means: (means[..., 1] - means[..., 0]).exp(), columns, seed=seed)
 
 
+def _vocabulary(models: Mapping[str, nn.Module]) -> int:
+    """Size of the vocabulary, as the first model's config has it; 1 if it has none."""
+    config: Any = getattr(next(iter(models.values())), "config", None)
+    return 1 if config is None else getattr(config.get_text_config(), "vocab_size", None) or 1
+
+
 def _log_probabilities(name: str, model: nn.Module, ids: Tensor) -> Tensor:
     device = getattr(model, "device", torch.device("cpu"))
     output: Any = model(input_ids=ids.to(device), use_cache=False)
@@ -116,6 +124,6 @@ def _log_probabilities(name: str, model: nn.Module, ids: Tensor) -> Tensor:
 
 def _score(logp: Tensor, reference: Tensor, ids: Tensor) -> Score:
     nll = -logp.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-    kl = (reference.exp() * (reference - logp)).sum(-1)
+    kl = kl_divergences(reference, logp)
     top1 = (logp.argmax(-1) == reference.argmax(-1)).double()
     return Score(nll.double().mean(1), kl.double().mean(1), top1.mean(1))

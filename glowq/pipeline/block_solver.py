@@ -76,7 +76,12 @@ class BlockSolver:
 
     @stage("blocks")
     def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[list[GroupFactors]]:
-        """Solve every group of every job. The inputs are those of the quantized model without a correction.
+        """Solve every group of every job.
+
+        The inputs are those of the reference. Those of the quantized model are damaged by the errors of the blocks
+        before, which the correction removes: measured on SmolLM2 at 3 bits and 3% of the bytes, their moments leave a
+        KL divergence of 0.98 nats where the reference's leave 0.88, and those of a model whose blocks before are
+        corrected 0.93, for twice the time.
 
         Args:
             stops: what `stops_of` returned.
@@ -86,9 +91,10 @@ class BlockSolver:
             For every job, the factors of its groups, in the order of `stops`.
         """
         solved: list[list[GroupFactors]] = [[] for _ in self.jobs]
-        inputs = [to_model(batch, self.model) for batch in batches(sequences, _batch_size(sequences))]
+        reference = self.weight_errors.reference.model
+        inputs = [to_model(batch, reference) for batch in batches(sequences, _batch_size(sequences))]
         bar = progress(total=len(inputs) * len(stops), desc="Correcting", unit="block")
-        with bar, BlockWalk(self.model, inputs, list(stops)) as walk:
+        with bar, BlockWalk(reference, inputs, list(stops)) as walk:
             for stop, groups in stops.items():
                 kept = self.resume.load(stop, groups)
                 found = self._solve_block(walk, stop, groups, bar) if kept is None else [kept]
@@ -117,7 +123,9 @@ class BlockSolver:
 
     def _collector(self, group: Group, error: Tensor, statistic: Statistic) -> MomentCollector:
         narrow = sum(group.out_features) < group.in_features  # E S E^T, shape (O, O), is then smaller than S, (d, d)
-        return MomentCollector(group, statistic, error if narrow else None)
+        scale = self.weight_errors.scales.get(group.members[0])
+        divisor = None if scale is None else scale.columns
+        return MomentCollector(group, statistic, error if narrow else None, divisor)
 
     @stage("solving")
     def _factors_of(
