@@ -18,9 +18,9 @@ from ..factors.group import Group
 from ..solving.moments import Moments
 from ..solving.scaling import near_one
 
-__all__ = ["BROKEN", "Feed", "MomentCollector", "collecting"]
+__all__ = ["Feed", "MomentCollector", "collecting"]
 
-BROKEN = "The quantized model itself is broken: check that it generates, or quantize it in another dtype."
+_BROKEN = "The reference itself is broken: check that it generates, or load it in another dtype."
 
 
 class MomentCollector:
@@ -89,7 +89,7 @@ class MomentCollector:
         if self.tokens == 0 or not streamed:
             raise CalibrationError(f"{where}: no calibration token reached this module; give longer text.")
         if not all(bool(torch.isfinite(sums).all()) for sums in streamed):
-            raise NonFiniteError(f"{where}: its input holds NaN or Inf during calibration. {BROKEN}")
+            raise NonFiniteError(f"{where}: its input holds NaN or Inf during calibration. {_BROKEN}")
         if self._matrix is None:
             return Moments(self.tokens, magnitude=self._magnitude)
         matrix = self._matrix / self.tokens

@@ -27,10 +27,10 @@ from ..solving.moments import OutputMoment
 from ..utils.logging import progress
 from ..utils.timeline import stage
 from .gradient_sums import SKETCH_RANK, GradientProduct, GradientSketch
-from .input_moments import BROKEN
 
 __all__ = ["FULL_WIDTH", "output_moments"]
 
+_BROKEN = "The quantized model itself is broken: check that it generates, or quantize it in another dtype."
 FULL_WIDTH = 4096  # a group with more outputs gets a diagonal plus a low-rank part as its moment, not a matrix
 
 Batch = Mapping[str, Any]
@@ -105,7 +105,7 @@ def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator
     if logits is not None:
         gradient = _label_gradient(logits.detach(), None if teacher is None else teacher(batch).detach(), generator)
     if not bool(torch.isfinite(start.detach() if gradient is None else gradient.sum())):
-        raise NonFiniteError(f"{_first_broken(model, batch)} holds NaN or Inf during calibration. {BROKEN}")
+        raise NonFiniteError(f"{_first_broken(model, batch)} holds NaN or Inf during calibration. {_BROKEN}")
     start.backward(gradient)
     return tokens
 

@@ -211,9 +211,10 @@ def test_a_group_that_only_does_harm_is_not_restored(tmp_path: Path, monkeypatch
     def negated(entry: GroupFactors) -> GroupFactors:
         return replace(entry, lefts={name: -left for name, left in entry.lefts.items()})
 
-    def solve_reversed(self: Any, stops: Any, sequences: Tensor) -> list[GroupFactors]:
+    def solve_reversed(self: Any, stops: Any, sequences: Tensor) -> list[list[GroupFactors]]:
         """Solve, and reverse the sign of the correction of `reversed_group`, so that it increases the error."""
-        return [negated(entry) if entry.group == reversed_group else entry for entry in solve(self, stops, sequences)]
+        (found,) = solve(self, stops, sequences)
+        return [[negated(entry) if entry.group == reversed_group else entry for entry in found]]
 
     monkeypatch.setattr(BlockSolver, "solve", solve_reversed)
     guarded = correct(quantized(source, "torchao-int2"), source, rank=None, budget="5%")

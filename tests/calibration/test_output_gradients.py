@@ -234,7 +234,7 @@ def test_without_gradients_errors_are_counted_in_output_units_and_it_is_said(
 
     options["calibration"] = token_sequences(TEXTS, tokenizer, length=128, limit=1024)
     expected = glowq.correct(quantized(source, "nf4"), method="glowq-one-sided", **options)
-    monkeypatch.setattr("glowq.pipeline.correct.output_moments", refuse)
+    monkeypatch.setattr("glowq.pipeline.problem.output_moments", refuse)
     with pytest.warns(NoGradientWarning, match=r"down_proj: no gradient .* counted in output units"):
         found = glowq.correct(quantized(source, "nf4"), **options)
     assert found.config.provenance.gains == "nats"  # the gains are measured nevertheless

@@ -166,7 +166,7 @@ def test_what_is_refused_before_the_work(
     def work(*args: Any, **options: Any) -> Any:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("glowq.pipeline.correct.trace_groups", work)
+    monkeypatch.setattr("glowq.pipeline.prepared.trace_groups", work)
     with pytest.raises((CalibrationError, TokenizerMismatchError), match=message):
         solved(model, source, given)
 

@@ -196,7 +196,7 @@ def test_where_every_group_harms_a_budget_restores_nothing(
         found = measure_groups(*arguments)
         return {name: replace(entry, benefit=Interval(-1.0, -2.0, -0.5)) for name, entry in found.items()}
 
-    monkeypatch.setattr("glowq.pipeline.correct.measure_groups", harmful)
+    monkeypatch.setattr("glowq.pipeline.finish.measure_groups", harmful)
     model = quantized(source, "nf4")
     with pytest.raises(NoGainError, match=r"a budget has no use\. .* calibrate on more"):
         correct(model, source, rank=None, budget="9%", factor_dtype=factor_dtype)

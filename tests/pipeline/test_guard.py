@@ -27,9 +27,11 @@ def reversed_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every correction points away from the error that it should remove."""
     solve = BlockSolver.solve
 
-    def backwards(self: Any, stops: Any, sequences: Tensor) -> list[Any]:
-        found = solve(self, stops, sequences)
-        return [replace(item, lefts={name: -left for name, left in item.lefts.items()}) for item in found]
+    def backwards(self: Any, stops: Any, sequences: Tensor) -> list[list[Any]]:
+        return [
+            [replace(item, lefts={name: -left for name, left in item.lefts.items()}) for item in found]
+            for found in solve(self, stops, sequences)
+        ]
 
     monkeypatch.setattr(BlockSolver, "solve", backwards)
 
