@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,24 @@ from ..factors.group import Group
 from ..models.forward import replaced_forward
 from .measured_changes import Change, measure_changes
 
-__all__ = ["Weights", "measure_weights"]
+__all__ = ["WeightGain", "Weights", "measure_weights"]
 
 Weights = Callable[[str, tuple[int, int]], Tensor]
 """Function that takes a module's name and (out_features, in_features), and returns a weight of that shape."""
+
+
+@dataclass(frozen=True)
+class WeightGain:
+    """What more bits for one group gain.
+
+    Attributes:
+        gain: nats per token (for an encoder: squared distance per sequence).
+        trust: what the gains of the group's ranks are to be multiplied by, to be compared with gains of bits; see
+            `measure_weights`.
+    """
+
+    gain: float
+    trust: float
 
 
 def measure_weights(
@@ -29,11 +44,13 @@ def measure_weights(
     exact: Weights,
     wider: Weights | None,
     sequences: Tensor,
-) -> dict[str, float]:
-    """Measure what each group gains with other weights: the change by its whole error, less that by the error left.
+) -> dict[str, WeightGain]:
+    """Measure what each group gains with other weights: by losing its error, less the change by the error left.
 
-    Both changes are measured like those of factors, so that the gains of bits and of ranks can be compared. The
-    divergence from the reference is not, because on a few hundred tokens the errors of all other groups outweigh it.
+    Without its error a group changes the answers, and brings them nearer to the reference's. To second order both have
+    the same size. The change is known more exactly, but where errors are large it also counts what does not help; the
+    decrease of the divergence is blurred by the errors of all other groups. So the gain is their mean. Its ratio to the
+    change alone, by which ranks are measured, is the group's `trust`.
 
     Args:
         model: quantized model without a correction, which is the same afterwards.
@@ -45,8 +62,7 @@ def measure_weights(
         sequences: token ids that are not calibrated on, shape (n, length), int64.
 
     Returns:
-        Group name -> gain in nats per token (for an encoder: squared distance per sequence). It is zero for a group
-        that makes the answers worse even with the weights of the reference, beyond the 95% interval.
+        Group name -> what it gains. A group that would be better off with its error gains nothing, and has no trust.
 
     Raises:
         SensitivityError: the models return neither logits nor final states.
@@ -71,7 +87,9 @@ def measure_weights(
     gains = {}
     for group in groups:
         removed, left = found[f"{group.name} removed"], found.get(f"{group.name} left")
-        gains[group.name] = 0.0 if removed.harms else removed.change - (0.0 if left is None else left.change)
+        mean = max(0.0, (removed.change + removed.benefit.value) / 2)
+        remaining = 0.0 if left is None else left.change
+        gains[group.name] = WeightGain(max(0.0, mean - remaining), mean / removed.change if removed.change else 0.0)
     return gains
 
 

@@ -26,12 +26,13 @@ class WiderGroup:
     Attributes:
         group: the group.
         bytes: bytes that its members would take above those that they take now.
-        gain: see `measure_weights`.
+        gain, trust: see `glowq.calibration.weight_gains.WeightGain`.
     """
 
     group: Group
     bytes: int
     gain: float
+    trust: float = 1.0
 
 
 def linear_bytes(model: nn.Module, names: Iterable[str]) -> int:
@@ -71,7 +72,8 @@ def measure_wider(
 
     more = None if wider is None else _weights_of(wider)
     gains = measure_weights(model, source.model, groups, _weights_of(model), source.weight, more, sequences)
-    return [WiderGroup(group, added(group), gains[group.name]) for group in groups]
+    found = [(group, gains[group.name]) for group in groups]
+    return [WiderGroup(group, added(group), measured.gain, measured.trust) for group, measured in found]
 
 
 def _weights_of(model: nn.Module) -> Weights:
