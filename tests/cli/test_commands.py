@@ -89,6 +89,7 @@ class TestCorrect:
                 "factor_dtype",
                 "int8",
                 "improvement",
+                "mixed",
             ),
         }
         assert result["output"] == "out"

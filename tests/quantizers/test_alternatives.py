@@ -19,6 +19,7 @@ from glowq.quantizers.model import quantized_modules, read_weight
 from glowq.quantizers.registry import backend_of, base_config, base_names
 from glowq.quantizers.settings import check_settings
 from support.bases import rows, small_model
+from support.cli import result_of
 from support.tiny import biased_llama, gap, load, logits
 
 WIDE = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj", "layers.1.mlp.down_proj")
@@ -161,7 +162,7 @@ def test_two_widths_in_one_model(base: str, narrow: Oracle, wide: Oracle) -> Non
     assert "lm_head" not in quantized_modules(model)
 
 
-@pytest.mark.parametrize("base", ["torchao-int3", "nf4"])
+@pytest.mark.parametrize("base", ["torchao-int2", "torchao-int3", "nf4"])
 def test_two_widths_are_saved_and_loaded_by_transformers_alone(base: str, tmp_path: Path) -> None:
     installed(base)
     model = load(small_model(), dtype="auto", quantization_config=settings(base, "mixed"))
@@ -169,6 +170,11 @@ def test_two_widths_are_saved_and_loaded_by_transformers_alone(base: str, tmp_pa
     model = load(small_model(), dtype="auto", quantization_config=settings(base, "mixed"))
     model.save_pretrained(tmp_path)
     assert gap(load(tmp_path, dtype="auto"), wanted) == 0.0
+    schemes = {
+        name: str(backend.scheme(model.get_submodule(name))) for name, backend in quantized_modules(model).items()
+    }
+    assert len(set(schemes.values())) == (1 if base == "nf4" else 2)
+    assert result_of("inspect", tmp_path)["modules"] == schemes  # read from the headers and the config alone
 
 
 @pytest.mark.parametrize("base", ["torchao-int3", "nf4", "hqq-3", "quanto-int4"])
