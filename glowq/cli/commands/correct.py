@@ -183,7 +183,7 @@ def _mixed(result: dict[str, Any]) -> dict[str, str]:
     found = result["mixed"]
     if found is None:
         return {}
-    groups = f"{len(found['widened'])} groups have more bits, {found['added_bytes']:,} bytes"
+    groups = f"{len(found['widened'])} groups have more bits, {found['added_bytes']:,} bytes; quantized means this base"
     instead = "" if found["ranks_gain"] else "; bits gain more than ranks everywhere, ranks got what was left over"
     return {"mixed base": groups + instead}
 
