@@ -49,13 +49,16 @@ def measure_groups(
 
 
 def calibrated(factors: Sequence[GroupFactors], measured: Mapping[str, Measured]) -> list[GroupFactors]:
-    """Return the factors with gains and totals scaled so that the gains of a group add up to its measured change.
+    """Return the factors with gains and totals scaled so that the gains of a group add up to its measured gain.
 
-    A group keeps its gains and total if its gains or its change are zero.
+    A group whose gains or change are zero keeps its gains and total. One without a measured gain has gains of zero, and
+    a total that is scaled to its change: its error is still there.
     """
     found = []
     for entry in factors:
-        predicted, change = float(entry.gains.sum()), measured[entry.group.name].change
-        scale = change / predicted if predicted > 0 and change > 0 else 1.0
-        found.append(replace(entry, gains=entry.gains * scale, total=entry.total * scale))
+        predicted, effect = float(entry.gains.sum()), measured[entry.group.name]
+        if predicted > 0 and effect.change > 0:
+            total = entry.total * (effect.gain or effect.change) / predicted
+            entry = replace(entry, gains=entry.gains * (effect.gain / predicted), total=total)
+        found.append(entry)
     return found

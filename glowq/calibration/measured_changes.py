@@ -66,6 +66,17 @@ class Measured:
     unit: GainUnit
 
     @property
+    def gain(self) -> float:
+        """What the change is worth beside others: the mean of its change and its benefit, at least 0.
+
+        Alone, a change with the direction d gains d^T H e - d^T H d / 2, where e is the error of the whole model and H
+        the curvature of the divergence: this is the benefit, and d^T H d / 2 is the change. If errors of other layers
+        are removed as well, less or more is left to gain. The average over all orders in which the errors can be
+        removed is d^T H e / 2, the mean of both (the Shapley value of a quadratic loss).
+        """
+        return max(0.0, (self.change + self.benefit.value) / 2)
+
+    @property
     def harms(self) -> bool:
         """Whether it makes the outputs worse: the whole interval of its benefit is below zero."""
         return self.benefit.high < 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,24 +15,10 @@ from ..factors.group import Group
 from ..models.forward import replaced_forward
 from .measured_changes import Change, measure_changes
 
-__all__ = ["WeightGain", "Weights", "measure_weights"]
+__all__ = ["Weights", "measure_weights"]
 
 Weights = Callable[[str, tuple[int, int]], Tensor]
 """Function that takes a module's name and (out_features, in_features), and returns a weight of that shape."""
-
-
-@dataclass(frozen=True)
-class WeightGain:
-    """What more bits for one group gain.
-
-    Attributes:
-        gain: nats per token (for an encoder: squared distance per sequence).
-        trust: what the gains of the group's ranks are to be multiplied by, to be compared with gains of bits; see
-            `measure_weights`.
-    """
-
-    gain: float
-    trust: float
 
 
 def measure_weights(
@@ -44,13 +29,8 @@ def measure_weights(
     exact: Weights,
     wider: Weights | None,
     sequences: Tensor,
-) -> dict[str, WeightGain]:
+) -> dict[str, float]:
     """Measure what each group gains with other weights: by losing its error, less the change by the error left.
-
-    Without its error a group changes the answers, and brings them nearer to the reference's. To second order both have
-    the same size. The change is known more exactly, but where errors are large it also counts what does not help; the
-    decrease of the divergence is blurred by the errors of all other groups. So the gain is their mean. Its ratio to the
-    change alone, by which ranks are measured, is the group's `trust`.
 
     Args:
         model: quantized model without a correction, which is the same afterwards.
@@ -62,7 +42,8 @@ def measure_weights(
         sequences: token ids that are not calibrated on, shape (n, length), int64.
 
     Returns:
-        Group name -> what it gains. A group that would be better off with its error gains nothing, and has no trust.
+        Group name -> gain in nats per token (for an encoder: squared distance per sequence), at least 0. Gains of ranks
+        can be compared with it, see `Measured.gain`.
 
     Raises:
         SensitivityError: the models return neither logits nor final states.
@@ -87,9 +68,7 @@ def measure_weights(
     gains = {}
     for group in groups:
         removed, left = found[f"{group.name} removed"], found.get(f"{group.name} left")
-        mean = max(0.0, (removed.change + removed.benefit.value) / 2)
-        remaining = 0.0 if left is None else left.change
-        gains[group.name] = WeightGain(max(0.0, mean - remaining), mean / removed.change if removed.change else 0.0)
+        gains[group.name] = max(0.0, removed.gain - (0.0 if left is None else left.change))
     return gains
 
 

@@ -131,8 +131,6 @@ def plan_mixture(
     with Reference(reference, type(model), device, fresh=model, variant=place.get("variant")) as source:
         measured = measure_wider(model, wider, source, groups, held)
     steps = {entry.group.name: Step(entry.group.name, 1, entry.bytes, entry.gain) for entry in measured}
-    trust = {entry.group.name: entry.trust for entry in measured}
-    ranks = [replace(item, gains=[trust[item.group.name] * gain for gain in item.gains]) for item in ranks]
     # The correction that follows needs one step of ranks, or it would be refused.
     itemsize = 1 if int8 else factor_dtype(model).itemsize
     least = min(itemsize * request.rank_step * (group.in_features + sum(group.out_features)) for group in groups)

@@ -26,13 +26,12 @@ class WiderGroup:
     Attributes:
         group: the group.
         bytes: bytes that its members would take above those that they take now.
-        gain, trust: see `glowq.calibration.weight_gains.WeightGain`.
+        gain: see `glowq.calibration.weight_gains.measure_weights`.
     """
 
     group: Group
     bytes: int
     gain: float
-    trust: float = 1.0
 
 
 def linear_bytes(model: nn.Module, names: Iterable[str]) -> int:
@@ -72,8 +71,7 @@ def measure_wider(
 
     more = None if wider is None else _weights_of(wider)
     gains = measure_weights(model, source.model, groups, _weights_of(model), source.weight, more, sequences)
-    found = [(group, gains[group.name]) for group in groups]
-    return [WiderGroup(group, added(group), measured.gain, measured.trust) for group, measured in found]
+    return [WiderGroup(group, added(group), gains[group.name]) for group in groups]
 
 
 def _weights_of(model: nn.Module) -> Weights:
