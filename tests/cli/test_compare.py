@@ -47,7 +47,7 @@ class TestResult:
         result, _ = compared
         assert set(result) == {
             *("model", "base", "reference", "base_bytes", "models", "rows", "pairs", "benefit", "calibration", "data"),
-            *("sequence_length", "overlap", "seed", "glowq", "command", "output"),
+            *("sequence_length", "overlap", "seed", "glowq", "command", "output", "timeline", "peak_rss_bytes"),
         }
         assert [row["model"] for row in result["models"]] == ["reference", "quantized"]
         assert [(row["method"], row["budget"]) for row in result["rows"]] == [(m, b) for m in METHODS for b in BUDGETS]
@@ -70,7 +70,24 @@ class TestResult:
             assert (row["predicted"] is None) == (row["method"] != "glowq")
         most = next(row["predicted"] for row in result["rows"] if (row["method"], row["budget"]) == ("glowq", "9%"))
         assert 0 < most < 1
-        assert f"{most:.1%} of glowq at 9%" in (output / "table.md").read_text()
+        undone = next(row["undone"] for row in result["rows"] if (row["method"], row["budget"]) == ("glowq", "9%"))
+        text = (output / "table.md").read_text()
+        assert f"glowq at 9% {most:.1%} (measured {undone:.1%})" in text
+        assert ("differ by more than 10 points" in text) == any(
+            abs(row["predicted"] - row["undone"]) > 0.1 for row in result["rows"] if row["predicted"] is not None
+        )
+
+    def test_the_share_of_kl_undone_is_that_of_the_figures(self, compared: tuple[dict[str, Any], Path]) -> None:
+        result, _ = compared
+        quantized = result["models"][1]["kl"]
+        for row in (row for row in result["rows"] if row["kl"] is not None):
+            assert row["undone"] == pytest.approx(1 - row["kl"] / quantized)
+            assert row["undone_ci95"][0] <= row["undone"] <= row["undone_ci95"][1]
+
+    def test_the_time_line_names_the_stages(self, compared: tuple[dict[str, Any], Path]) -> None:
+        stages = compared[0]["timeline"]
+        assert {"loading", "gradients", "blocks", "solving", "measuring", "evaluating"} <= set(stages)
+        assert all(seconds >= 0 for seconds in stages.values())
 
     def test_uniform_ranks_are_the_largest_that_fit(self, compared: tuple[dict[str, Any], Path]) -> None:
         for row in compared[0]["rows"]:
@@ -135,7 +152,11 @@ class TestFiles:
         command = stored.pop("command")
         assert "--output DIR" in command
         assert str(output.parent) not in command  # folders outside of the working directory are not stored
-        assert stored == {key: value for key, value in result.items() if key not in ("command", "output")}
+        assert stored == {
+            key: value
+            for key, value in result.items()
+            if key not in ("command", "output", "timeline", "peak_rss_bytes")
+        }
 
     def test_table(self, compared: tuple[dict[str, Any], Path]) -> None:
         result, output = compared
