@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..utils.processor import float32_is_faster
+from ..quantizers.model import quantized_modules
+from ..utils.processor import float32_is_faster, slowdown
 
-__all__ = ["fast_products"]
+__all__ = ["fast_products", "slow_here"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -74,6 +75,20 @@ def _computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
     tensors = (tensor for group in (model.parameters(), model.buffers()) for tensor in group)
     kept = {tensor.dtype for tensor in tensors if tensor.device.type in ("cpu", "meta")}
     return dtype in kept
+
+
+def slow_here(model: nn.Module) -> str | None:
+    """Say that the layers of a quantized model are slow on this processor outside of `fast_products`, if they are."""
+    for name in quantized_modules(model):
+        module: Any = model.get_submodule(name)
+        dtype: Any = getattr(module, "compute_dtype", None) or getattr(model, "dtype", torch.float32)
+        if float32_is_faster(dtype) and any(tensor.device.type in ("cpu", "meta") for tensor in module.parameters()):
+            return (
+                f"this processor multiplies {str(dtype).removeprefix('torch.')} matrices {slowdown(dtype):.0f} times "
+                "slower than float32. glowq's own steps use float32, but the model itself will be slow here in other "
+                "programs. With --base nf4 its layers compute in float32 on such a processor."
+            )
+    return None
 
 
 class _Float32Products(TorchDispatchMode):

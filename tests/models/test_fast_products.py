@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import glowq
 from glowq.data.tokens import token_sequences
-from glowq.models.fast_products import fast_products
+from glowq.models.fast_products import fast_products, slow_here
 from glowq.models.forward import evaluating
 from glowq.quantizers.model import prepare_model, read_weight
 from glowq.utils.processor import float32_is_faster, forced, slowdown
@@ -136,3 +136,15 @@ def test_bitsandbytes_computes_in_the_dtype_that_is_fast_here(force: bool, tmp_p
     wanted = torch.float32 if force else torch.bfloat16
     assert {model.get_submodule(name).compute_dtype for name in names} == {wanted}
     assert model.config.quantization_config.bnb_4bit_compute_dtype is torch.bfloat16  # what is stored does not change
+
+
+@pytest.mark.parametrize(
+    ("base", "force", "slow"), [("torchao-int4", True, True), ("torchao-int4", False, False), ("nf4", True, False)]
+)
+def test_a_base_that_is_slow_here_is_told(base: str, force: bool, slow: bool, tmp_path: Path) -> None:
+    with forced(force):
+        model = quantized(saved_llama(tmp_path), base, dtype=torch.bfloat16)
+        prepare_model(model)
+        told = slow_here(model)
+    assert (told is not None) == slow
+    assert told is None or ("multiplies bfloat16 matrices" in told and "--base nf4" in told)

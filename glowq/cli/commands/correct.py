@@ -134,6 +134,8 @@ def report(run: Callable[[str], dict[str, Any]], model: str, output: str, json: 
         if result["held_out"] is None:
             note = f"{model} predicts no next token: nothing is measured on held-out text."
             print_note(note)
+        if result["slow_here"] is not None:
+            print_note(result["slow_here"])
         show(result, lambda: _table(result))
 
 

@@ -13,6 +13,7 @@ from ...artifact.request import CorrectionRequest
 from ...errors import NoImprovementError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
 from ...evaluation.improvement import is_better, not_better
+from ...models.fast_products import slow_here
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ...pipeline.block_store import check_blocks, remove_blocks
 from ...pipeline.mixed import check_mixable, plan_mixture
@@ -65,7 +66,8 @@ def correct_checkpoint(
         see `glowq.evaluation.rounding_cost`; None if the factors are not rounded), "improvement" (measured divergences
         without and with the correction, see `glowq.evaluation.improvement`; None if no sequence could be held out),
         "held_out" (perplexities; None if the model does not predict the next token), "mixed" (the groups that got more
-        bits, see `glowq.pipeline.mixed.Mixture`; None if none did) and "seed".
+        bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "seed", and "slow_here" (a sentence if the model's
+        layers are slow on this processor, or None).
 
     Raises:
         NoImprovementError: the correction is not better than none beyond chance, on text that it was not made of.
@@ -121,6 +123,7 @@ def correct_checkpoint(
         "held_out": held_out,
         "mixed": None if mixture is None else {**mixture.record, "ranks_gain": mixture.ranks_gain},
         "seed": request.seed,
+        "slow_here": slow_here(corrected),
     }
 
 
