@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help=f"all models, and also {' '.join(MORE_BASES)}")
     parser.add_argument("--table", action="store_true", help="print the tables of earlier measurements")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
+    parser.add_argument("--folder", type=Path, default=MODELS, help="where the models are (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures go (%(default)s)")
     parser.add_argument("--calibration", default=f"{WIKITEXT}:validation", help="text to calibrate on (%(default)s)")
     parser.add_argument("--data", default=f"{WIKITEXT}:test", help="text to measure on (%(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
@@ -59,41 +61,43 @@ def main() -> None:
     names = arguments.models or (NAMES if arguments.all else NAMES[:1])
     bases = arguments.bases or (BASES + MORE_BASES if arguments.all else BASES)
     for name in () if arguments.table else names:
-        if not (MODELS / name / "config.json").is_file():
-            print(f"{MODELS / name} is not there: left out; `make models-all` fetches it", file=sys.stderr)
+        if not (arguments.folder / name / "config.json").is_file():
+            print(f"{arguments.folder / name} is not there: left out; `make models-all` fetches it", file=sys.stderr)
             continue
         for base in bases:
-            result = RESULTS / f"{name}-{base}.json"
+            result = arguments.results / f"{name}-{base}.json"
             if arguments.again or not result.is_file():
-                measure(name, base, result, arguments)
+                measure(arguments.folder / name, base, result, arguments)
     for name in names:
-        for file in (RESULTS / f"{name}-{base}.json" for base in bases):
+        for file in (arguments.results / f"{name}-{base}.json" for base in bases):
             if file.is_file():
                 Console().print(Markdown(table(json.loads(file.read_text()))))
 
 
-def measure(name: str, base: str, result: Path, arguments: argparse.Namespace) -> None:
+def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace) -> None:
     """Run `glowq compare` and `glowq correct` on one model and base, and write the figures and the plot."""
     text = ["--calibration", arguments.calibration, "--calibration-tokens", str(arguments.calibration_tokens)]
     report = ["--data", arguments.data, "--tokens", str(arguments.tokens), "--cloze", str(arguments.cloze)]
     chosen = ["--methods", METHODS, "--budgets", BUDGETS, "--int8", "--distill", str(arguments.distill)]
-    model = str((MODELS / name).relative_to(ROOT))
+    model = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "compared"
-        output = ["--alternatives", "--output", str(folder)]
+        files = Path(scratch) / "compared"
+        output = ["--alternatives", "--output", str(files)]
         compared = run("compare", model, "--base", base, *text, *report, *chosen, *output)
         made = run("correct", model, "--base", base, *text, "--budget", "3%", "--output", str(Path(scratch) / "made"))
-        stored = json.loads((folder / "compare.json").read_text())
+        stored = json.loads((files / "compare.json").read_text())
         stored.pop("benefit")
+        for part in (stored["calibration"], stored["data"]):
+            part["source"] = _last(part["source"])
         stored["making"] = {
-            "command": _without_folders(made["command"]),
+            "command": _public(made["command"]),
             **{key: made[key] for key in ("seconds", "peak_rss_bytes", "timeline", "predicted", "improvement")},
         }
         stored["comparing"] = {key: compared[key] for key in ("timeline", "peak_rss_bytes")}
         stored["machine"] = processor()
         stored["versions"] = {package: version(package) for package in PACKAGES}
-        RESULTS.mkdir(exist_ok=True)
-        shutil.copyfile(folder / "bytes.png", result.with_suffix(".png"))
+        result.parent.mkdir(exist_ok=True)
+        shutil.copyfile(files / "bytes.png", result.with_suffix(".png"))
         whole = Path(scratch) / result.name
         whole.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
         shutil.move(whole, result)
@@ -138,10 +142,15 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     return f"{row['perplexity']:.2f}, {row['undone']:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _without_folders(command: str) -> str:
-    """The command without the temporary folder that it wrote to."""
-    words: Sequence[str] = command.split()
-    return " ".join("OUT" if before == "--output" else word for before, word in zip(["", *words], words, strict=False))
+def _public(command: str) -> str:
+    """The command without the folder that it wrote to, and without folders that only this machine has."""
+    words = command.split()
+    pairs = zip(["", *words], words, strict=False)
+    return " ".join("OUT" if before == "--output" else _last(word) for before, word in pairs)
+
+
+def _last(path: str) -> str:
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 if __name__ == "__main__":

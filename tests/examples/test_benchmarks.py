@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support.bases import small_model
-from support.tiny import tiny_llama
+from support.tiny import library_texts, tiny_llama
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
@@ -129,3 +129,33 @@ def test_a_real_model_that_is_absent_is_skipped_with_one_line(
     assert capsys.readouterr().err == (
         f"skipped: there is no model in {tmp_path / 'none'}; `make models` fetches SmolLM2-135M\n"
     )
+
+
+def test_a_known_model_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    tiny_llama(tmp_path / "models" / "tiny")
+    library_texts(tmp_path)
+    text = ["--calibration", tmp_path / "train.txt", "--data", tmp_path / "test.txt"]
+    size = ["--calibration-tokens", 2048, "--tokens", 1024, "--distill", 1]
+    place = ["--folder", tmp_path / "models", "--results", tmp_path / "results"]
+    asked = ["real.py", "--models", "tiny", "absent", "--bases", "torchao-int3", *text, *size, *place]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in asked])
+    printed = []
+    for _ in range(2):
+        runpy.run_path(str(BENCHMARKS / "real.py"), run_name="__main__")
+        printed.append(capfd.readouterr())
+    first, second = printed
+    stored = json.loads((tmp_path / "results" / "tiny-torchao-int3.json").read_text())
+    assert (tmp_path / "results" / "tiny-torchao-int3.png").is_file()
+    methods = {row["method"] for row in stored["rows"]}
+    assert {"svd", "eora", "glowq-published", "glowq", "glowq+int8", "glowq+distilled", "finer", "wider"} <= methods
+    assert stored["making"]["seconds"] > 0
+    assert {"machine", "versions", "command", "comparing"} <= set(stored)
+    texts = [stored["command"], stored["making"]["command"], stored["data"]["source"], stored["calibration"]["source"]]
+    assert not any(
+        str(tmp_path) in text for text in texts
+    )  # a published file does not tell where its maker keeps files
+    assert "glowq compare" in first.err
+    assert "glowq compare" not in second.err  # it is there already
+    assert "absent is not there: left out" in first.err
+    assert second.out == first.out
+    assert "perplexity, KL divergence undone" in first.out
