@@ -24,9 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 from glowq.evaluation.timing import processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +68,7 @@ def main() -> None:
     for name in names:
         for file in (arguments.results / f"{name}-{base}.json" for base in bases):
             if file.is_file():
-                Console().print(Markdown(table(json.loads(file.read_text()))))
+                print(table(json.loads(file.read_text())), end="\n\n")
 
 
 def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace) -> None:
