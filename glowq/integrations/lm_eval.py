@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, EvaluationError, one_line
 from ..evaluation.figures import finite
-from ..models.fast_products import fast_products
+from ..utils.timeline import stage
 
 if TYPE_CHECKING:
     from torch import nn
-from ..utils.timeline import stage
 
 __all__ = ["check_tasks", "run_tasks"]
 
@@ -67,6 +66,8 @@ def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], seed: int) -> 
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+
+    from ..models.fast_products import fast_products
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:

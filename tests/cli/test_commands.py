@@ -81,6 +81,8 @@ class TestCorrect:
             *("output", "groups", "ranks", "factor_bytes", "base_bytes", "overhead", "calibration_tokens", "seconds"),
             *(
                 "peak_rss_bytes",
+                "slow_here",
+                "timeline",
                 "held_out",
                 "command",
                 "seed",
@@ -273,7 +275,8 @@ class TestInspect:
         assert found["base_model"]["fingerprint"].startswith("weights-sha256:")
         assert {group["name"]: group["rank"] for group in found["groups"]} == made["ranks"]
         assert all(found[key] == made[key] for key in ("factor_bytes", "base_bytes", "overhead"))
-        assert all(group["gain"] == sum(group["gains"]) > 0 for group in found["groups"])
+        assert all(group["gain"] == sum(group["gains"]) >= 0 for group in found["groups"])
+        assert sum(group["gain"] > 0 for group in found["groups"]) > len(found["groups"]) / 2
         assert not any("energy_removed" in group for group in found["groups"])
         shown = call("inspect", correction).stdout
         assert "gain (nats)" in shown

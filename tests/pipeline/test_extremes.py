@@ -113,7 +113,7 @@ def test_the_split_into_batches_does_not_matter(length: int, source: Path, monke
         return {name: left.double() @ right.double() for name, (left, right) in parts.items()}, correction
 
     expected, first = made()
-    for name in ("correct._GRADIENT_BATCH", "block_solver._BATCH_TOKENS"):
+    for name in ("problem._GRADIENT_BATCH", "block_solver._BATCH_TOKENS"):
         monkeypatch.setattr(f"glowq.pipeline.{name}", 100)  # three sequences
     monkeypatch.setattr("glowq.evaluation.improvement._BATCH_TOKENS", 1)
     found, second = made()

@@ -47,8 +47,11 @@ def allocate(
         config = GlowQConfig(format="correction", base_model=base_model, groups=describe_groups(factors))
         return Correction(factors, config, {}, 10**6)
 
-    context = BudgetContext(GROUPS, {f"{budget}B": budget for budget in budgets}, 2, solve, lambda: ratios)
-    return ALLOCATORS["groups"](get_method(method), context)[0], solved_ranks
+    context = BudgetContext(GROUPS, {f"{budget}B": budget for budget in budgets}, 2, lambda: ratios)
+    chosen, allocator = get_method(method), ALLOCATORS["groups"]
+    size = allocator.size(chosen, context)
+    whole = None if size is None or size.rank is None else solve(chosen, size.rank)
+    return allocator.entries(chosen, context, whole), solved_ranks
 
 
 def names(entry: Entry) -> list[str]:
