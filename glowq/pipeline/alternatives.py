@@ -15,21 +15,18 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..evaluation.scores import Score, score_models
-from ..models.forward import to_model
 from ..models.reference import Reference
-from ..models.tracing import trace_groups
 from ..quantizers.base import Unavailable
 from ..quantizers.model import quantized_modules
 from ..quantizers.registry import backend_of, method_of
 from ..selection.allocation import Step, allocate
 from ..selection.budget import RankRequest
 from ..solving.methods.base import get_method
+from .prepared import traced
 from .sequences import split_sequences
 from .wider_groups import WiderGroup, linear_bytes, measure_wider, mixed_config
 
 __all__ = ["Alternative", "alternatives_of", "best_within"]
-
-_TRACE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def alternatives_of(
         return [*found, *(_none("mixed", partner.reason, *budget) for budget in budgets.items())]
     _, held = split_sequences(calibration, get_method("glowq"), RankRequest(budget="1%"), False, seed)
     assert held is not None  # groups are measured on it
-    groups = trace_groups(model, to_model({"input_ids": calibration[:1, :_TRACE_TOKENS]}, model)).groups
+    groups = traced(model, calibration).groups
     measured: list[WiderGroup] = []
 
     def measure(wider: nn.Module | None) -> None:

@@ -12,9 +12,7 @@ from ..artifact.provenance import Mixed
 from ..artifact.request import CorrectionRequest
 from ..errors import ConfigError, NoGainError
 from ..factors.group import Group
-from ..models.forward import to_model
 from ..models.reference import Reference
-from ..models.tracing import trace_groups
 from ..quantizers.base import Unavailable
 from ..quantizers.model import packed_bytes
 from ..quantizers.registry import backend_of, method_of
@@ -24,12 +22,11 @@ from ..selection.budget import parse_budget
 from ..selection.mixing import divide
 from ..solving.methods.base import get_method
 from .correct import correct
+from .prepared import traced
 from .sequences import calibration_sequences, split_sequences
 from .wider_groups import measure_wider, mixed_config
 
 __all__ = ["Mixture", "check_mixable", "plan_mixture"]
-
-_TRACE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def plan_mixture(
         pass  # bits may gain all the same
     finally:
         detach(model)
-    groups = trace_groups(model, to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)).groups
+    groups = traced(model, sequences).groups
     _, held = split_sequences(sequences, get_method(request.method), request.ranks, int8, request.seed)
     assert held is not None  # a budget needs it
     partner = backend.partner(config)

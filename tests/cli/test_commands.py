@@ -276,6 +276,8 @@ class TestInspect:
         assert {group["name"]: group["rank"] for group in found["groups"]} == made["ranks"]
         assert all(found[key] == made[key] for key in ("factor_bytes", "base_bytes", "overhead"))
         assert all(group["gain"] == sum(group["gains"]) >= 0 for group in found["groups"])
+        # Only a group that is worth nothing beside the others has no gain, and then none of its ranks has one.
+        assert all(group["gain"] > 0 or not any(group["gains"]) for group in found["groups"])
         assert sum(group["gain"] > 0 for group in found["groups"]) > len(found["groups"]) / 2
         assert not any("energy_removed" in group for group in found["groups"])
         shown = call("inspect", correction).stdout
