@@ -5,10 +5,11 @@ python examples/benchmarks/real.py --all                # every base and every m
 python examples/benchmarks/real.py --table              # the tables of what was measured before; runs nothing
 python examples/benchmarks/real.py --calibration valid.txt --data test.txt   # WikiText-2 from files
 
-`make real` and `make real-all` run this. For each model and base it runs `glowq compare`, and writes its figures, with
-the command, the machine and the versions, to examples/benchmarks/results/MODEL-BASE.json, and its plot beside it. What
-is there already is not run again, so that an interrupted run goes on; --again measures anew. A model that `make models`
-has not fetched is left out with one line. Then `glowq correct` is run once, for the time and the memory that it takes.
+`make real` and `make real-all` run this. For each model and base it runs `glowq compare`, and then `glowq correct` with
+every method of --making, for the time and the memory that each takes. It writes the figures, with the commands, the
+machine and the versions, to examples/benchmarks/results/MODEL-BASE.json, and the plot beside it. What is there already
+is not run again, and an interrupted run goes on with what it had finished, which build/real keeps; --again measures
+anew. A model that `make models` has not fetched is left out with one line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from glowq.evaluation.timing import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "build" / "models"
+UNFINISHED = ROOT / "build" / "real"
 RESULTS = Path(__file__).parent / "results"
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 BASES = ["nf4", "torchao-int3"]
@@ -35,6 +36,13 @@ MORE_BASES = ["torchao-int4", "torchao-int2", "gptq-3", "hqq-3", "hqq-2"]
 NAMES = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
 METHODS = "svd,lqer,qera,eora,glowq-published,glowq"
 BUDGETS = "1%,3%,6%"
+MADE_AT = "3%"
+RANKED = ["svd", "lqer", "qera", "glowq-published"]  # made at the rank that they have within MADE_AT
+MAKING = {
+    "glowq": ["--budget", MADE_AT],
+    "glowq+int8": ["--budget", MADE_AT, "--factor-dtype", "int8"],
+    "glowq+distilled": ["--budget", MADE_AT, "--distill"],
+}
 PACKAGES = ["torch", "transformers", "torchao", "bitsandbytes"]
 
 
@@ -44,10 +52,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of {', '.join(NAMES)}; default: the first")
     parser.add_argument("--bases", nargs="+", metavar="BASE", help=f"default: {' '.join(BASES)}")
     parser.add_argument("--all", action="store_true", help=f"all models, and also {' '.join(MORE_BASES)}")
+    parser.add_argument(
+        "--making",
+        nargs="+",
+        choices=[*RANKED, *MAKING],
+        help="time and memory of which methods alone; default: glowq, and with --all all of them",
+    )
     parser.add_argument("--table", action="store_true", help="print the tables of earlier measurements")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
     parser.add_argument("--folder", type=Path, default=MODELS, help="where the models are (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures go (%(default)s)")
+    parser.add_argument("--unfinished", type=Path, default=UNFINISHED, help="where finished parts wait (%(default)s)")
     parser.add_argument("--calibration", default=f"{WIKITEXT}:validation", help="text to calibrate on (%(default)s)")
     parser.add_argument("--data", default=f"{WIKITEXT}:test", help="text to measure on (%(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
@@ -56,6 +71,7 @@ def main() -> None:
     parser.add_argument("--cloze", type=int, default=0, help="number of multiple-choice items; 100 take half an hour")
     arguments = parser.parse_args()
     names = arguments.models or (NAMES if arguments.all else NAMES[:1])
+    arguments.making = arguments.making or ([*RANKED, *MAKING] if arguments.all else ["glowq"])
     bases = arguments.bases or (BASES + MORE_BASES if arguments.all else BASES)
     for name in () if arguments.table else names:
         if not (arguments.folder / name / "config.json").is_file():
@@ -77,27 +93,44 @@ def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace
     report = ["--data", arguments.data, "--tokens", str(arguments.tokens), "--cloze", str(arguments.cloze)]
     chosen = ["--methods", METHODS, "--budgets", BUDGETS, "--int8", "--distill", str(arguments.distill)]
     model = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        files = Path(scratch) / "compared"
-        output = ["--alternatives", "--output", str(files)]
+    unfinished = arguments.unfinished / result.stem
+    unfinished.mkdir(parents=True, exist_ok=True)
+    files, about = unfinished / "compared", unfinished / "compared.json"
+    if not about.is_file():
+        output = ["--alternatives", "--output", str(files), "--resume"]
         compared = run("compare", model, "--base", base, *text, *report, *chosen, *output)
-        made = run("correct", model, "--base", base, *text, "--budget", "3%", "--output", str(Path(scratch) / "made"))
-        stored = json.loads((files / "compare.json").read_text())
-        stored.pop("benefit")
-        for part in (stored["calibration"], stored["data"]):
-            part["source"] = _last(part["source"])
-        stored["making"] = {
-            "command": _public(made["command"]),
-            **{key: made[key] for key in ("seconds", "peak_rss_bytes", "timeline", "predicted", "improvement")},
-        }
-        stored["comparing"] = {key: compared[key] for key in ("timeline", "peak_rss_bytes")}
-        stored["machine"] = processor()
-        stored["versions"] = {package: version(package) for package in PACKAGES}
-        result.parent.mkdir(exist_ok=True)
-        shutil.copyfile(files / "bytes.png", result.with_suffix(".png"))
-        whole = Path(scratch) / result.name
-        whole.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
-        shutil.move(whole, result)
+        _write(about, {key: compared[key] for key in ("timeline", "peak_rss_bytes")})
+    stored = json.loads((files / "compare.json").read_text())
+    stored.pop("benefit")
+    for part in (stored["calibration"], stored["data"]):
+        part["source"] = _last(part["source"])
+    ranks = {row["method"]: row["rank"] or 1 for row in stored["rows"] if row["budget"] == MADE_AT}
+    size = {**{name: ["--rank", str(ranks[name])] for name in RANKED}, **MAKING}
+    size["glowq+distilled"] = [*size["glowq+distilled"], str(arguments.distill)]
+    stored["making"] = {}
+    for method in arguments.making:
+        file = unfinished / f"{method}.json"
+        if not file.is_file():
+            options = ["--method", method.partition("+")[0], *size[method], "--force"]
+            output = ["--output", str(unfinished / "made")]
+            made = run("correct", model, "--base", base, *text, *options, *output)
+            kept = ("seconds", "peak_rss_bytes", "timeline", "predicted", "improvement")
+            _write(file, {"command": _public(made["command"]), **{key: made[key] for key in kept}})
+        stored["making"][method] = json.loads(file.read_text())
+    stored["comparing"] = json.loads(about.read_text())
+    stored["machine"] = processor()
+    stored["versions"] = {package: version(package) for package in PACKAGES}
+    result.parent.mkdir(exist_ok=True)
+    shutil.copyfile(files / "bytes.png", result.with_suffix(".png"))
+    _write(result, stored)
+    shutil.rmtree(unfinished)
+
+
+def _write(file: Path, content: Any) -> None:
+    """Write a JSON file, completely or not at all."""
+    whole = file.with_suffix(".part")
+    whole.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    whole.replace(file)
 
 
 def run(*arguments: str) -> dict[str, Any]:
@@ -129,6 +162,11 @@ def table(result: Mapping[str, Any]) -> str:
     for row in (row for row in rows if not row["budget"]):
         empty = "| " * (len(budgets) - 1)
         lines.append(f"| {row['method']}: {row['settings']} | {empty}+{row['overhead']:.1%} bytes: {_cell(row)} |")
+    made = (
+        f"{method} {one['seconds']:.0f} s, {one['peak_rss_bytes'] / 1e9:.1f} GB"
+        for method, one in result["making"].items()
+    )
+    lines += ["", f"`glowq correct` at +{MADE_AT} ({result['machine']}): {'; '.join(made)}."]
     return "\n".join(lines)
 
 

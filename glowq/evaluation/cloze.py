@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from ..utils.checks import check_int
 from ..utils.logging import progress
 from .divergence import token_logits
 from .intervals import Interval, bootstrap
+from .scores import Keep, make_anew
 
 __all__ = ["CHOICES", "CONTEXT", "CONTINUATION", "ClozeItems", "ClozeScore", "accuracy", "accuracy_gain"]
 __all__ += ["cloze_items", "cloze_scores"]
@@ -60,6 +63,9 @@ class ClozeScore:
 
     likelihoods: Tensor
     correct: Tensor
+
+
+_FIGURES = [field.name for field in fields(ClozeScore)]
 
 
 def cloze_items(sequences: Tensor, count: int, *, seed: int = 0) -> ClozeItems:
@@ -117,12 +123,15 @@ def _others(places: Tensor, own: range, true: Tensor, draw: random.Random) -> li
 
 
 @torch.no_grad()
-def cloze_scores(models: Mapping[str, nn.Module], items: ClozeItems) -> dict[str, ClozeScore]:
+def cloze_scores(
+    models: Mapping[str, nn.Module], items: ClozeItems, keep: Keep[ClozeScore] = make_anew
+) -> dict[str, ClozeScore]:
     """Let every model answer the same items. The continuations of an item are in one batch.
 
     Args:
         models: name -> causal language model.
         items: see `cloze_items`.
+        keep: stores the answers of each batch.
 
     Raises:
         EvaluationError: a model returns no logits.
@@ -131,17 +140,24 @@ def cloze_scores(models: Mapping[str, nn.Module], items: ClozeItems) -> dict[str
     count, size = len(items.answers), max(1, _BATCH_TOKENS // (CHOICES * (CONTEXT + CONTINUATION)))
     passages = items.contexts[:, None].expand(-1, CHOICES, -1)
     texts = torch.cat([passages, items.choices], dim=2)  # (n, CHOICES, CONTEXT + CONTINUATION)
-    parts: dict[str, list[Tensor]] = {name: [] for name in models}
+    parts = []
     with progress(total=-(-count // size) * len(models), desc="Cloze", unit="batch") as bar:
-        for batch in texts.split(size):
-            for name, model in models.items():
-                parts[name].append(_likelihoods(name, model, batch.flatten(0, 1)).view(-1, CHOICES))
-                bar.update()
-    found = {name: torch.cat(rows) for name, rows in parts.items()}
+        for index, (batch, answers) in enumerate(zip(texts.split(size), items.answers.split(size), strict=True)):
+            parts.append(keep(index, partial(_answer_batch, models, batch, answers, bar)))
+            bar.update(len(models) * (index + 1) - bar.n)  # a batch that was stored has not moved it
     return {
-        name: ClozeScore(likelihoods, (likelihoods.argmax(1) == items.answers).double())
-        for name, likelihoods in found.items()
+        name: ClozeScore(*(torch.cat([getattr(part[name], key) for part in parts]) for key in _FIGURES))
+        for name in models
     }
+
+
+def _answer_batch(models: Mapping[str, nn.Module], texts: Tensor, answers: Tensor, bar: Any) -> dict[str, ClozeScore]:
+    found = {}
+    for name, model in models.items():
+        likelihoods = _likelihoods(name, model, texts.flatten(0, 1)).view(-1, CHOICES)
+        found[name] = ClozeScore(likelihoods, (likelihoods.argmax(1) == answers).double())
+        bar.update()
+    return found
 
 
 def _likelihoods(name: str, model: nn.Module, ids: Tensor) -> Tensor:

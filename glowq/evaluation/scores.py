@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ..utils.timeline import stage
 from .divergence import kl_divergences
 from .intervals import Interval, bootstrap
 
-__all__ = ["Score", "perplexity", "perplexity_ratio", "recovered", "score_models", "undone"]
+__all__ = ["Keep", "Score", "make_anew", "perplexity", "perplexity_ratio", "recovered", "score_models", "undone"]
 
 _BATCH_TOKENS = 4096
 _BATCH_VALUES = 2**26  # log probabilities of one batch: 256 MiB for each model that is compared
@@ -38,19 +39,31 @@ class Score:
     top1: Tensor
 
 
+_Scores = TypeVar("_Scores")
+
+Keep = Callable[[int, Callable[[], Mapping[str, _Scores]]], Mapping[str, _Scores]]
+"""Function (number of a batch, function that scores it) -> the scores of the batch, which may have been stored."""
+
+
+def make_anew(index: int, make: Callable[[], Mapping[str, _Scores]]) -> Mapping[str, _Scores]:
+    """A `Keep` that stores nothing."""
+    return make()
+
+
 @stage("evaluating")
-def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str, Score]:
+def score_models(models: Mapping[str, nn.Module], sequences: Tensor, keep: Keep[Score] = make_anew) -> dict[str, Score]:
     """Run every model on the same sequences. The first model is the reference for KL and top-1.
 
     Args:
         models: name -> causal language model; all share one vocabulary.
         sequences: token ids, shape (n, length), int64; each sequence predicts length - 1 tokens.
+        keep: stores the scores of each batch.
 
     Raises:
         EvaluationError: vocabularies differ, or a model returns no logits.
         NonFiniteError: a model's logits hold NaN or Inf.
     """
-    parts: dict[str, list[Score]] = {name: [] for name in models}
+    parts = []
     size = max(1, min(_BATCH_TOKENS, _BATCH_VALUES // _vocabulary(models)) // sequences.shape[1])
     steps = -(-sequences.shape[0] // size) * len(models)
     with (
@@ -58,22 +71,28 @@ def score_models(models: Mapping[str, nn.Module], sequences: Tensor) -> dict[str
         torch.no_grad(),
         fast_products(*models.values()),
     ):
-        for batch in batches(sequences, size):
-            ids, reference = batch["input_ids"], None
-            for name, model in models.items():
-                logp = _log_probabilities(name, model, ids)
-                reference = logp if reference is None else reference
-                if logp.shape != reference.shape:
-                    raise EvaluationError(
-                        f"{name} predicts {logp.shape[-1]} tokens and the reference {reference.shape[-1]}: models with "
-                        "different vocabularies cannot be compared."
-                    )
-                parts[name].append(_score(logp, reference, ids))
-                bar.update()
+        for index, batch in enumerate(batches(sequences, size)):
+            parts.append(keep(index, partial(_score_batch, models, batch["input_ids"], bar)))
+            bar.update(len(models) * (index + 1) - bar.n)  # a batch that was stored has not moved it
     return {
-        name: Score(*(torch.cat([getattr(part, key) for part in rows]) for key in ("nll", "kl", "top1")))
-        for name, rows in parts.items()
+        name: Score(*(torch.cat([getattr(part[name], key) for part in parts]) for key in ("nll", "kl", "top1")))
+        for name in models
     }
+
+
+def _score_batch(models: Mapping[str, nn.Module], ids: Tensor, bar: Any) -> dict[str, Score]:
+    found, reference = {}, None
+    for name, model in models.items():
+        logp = _log_probabilities(name, model, ids)
+        reference = logp if reference is None else reference
+        if logp.shape != reference.shape:
+            raise EvaluationError(
+                f"{name} predicts {logp.shape[-1]} tokens and the reference {reference.shape[-1]}: models with "
+                "different vocabularies cannot be compared."
+            )
+        found[name] = _score(logp, reference, ids)
+        bar.update()
+    return found
 
 
 def perplexity(score: Score) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..quantizers.registry import backend_of, method_of
 from ..selection.allocation import Step, allocate
 from ..selection.budget import RankRequest
 from ..solving.methods.base import get_method
+from .cells import Cells, lists_of, tensors_of
 from .prepared import traced
 from .sequences import split_sequences
 from .wider_groups import WiderGroup, linear_bytes, measure_wider, mixed_config
@@ -70,6 +72,7 @@ def alternatives_of(
     sequences: Tensor,
     budgets: Mapping[str, int],
     seed: int = 0,
+    cells: Cells | None = None,
 ) -> list[Found]:
     """Make every alternative with the base's own library, count its bytes and score it.
 
@@ -86,6 +89,7 @@ def alternatives_of(
         sequences: token ids to score on, shape (m, length), int64.
         budgets: budget as the user gave it -> bytes above the quantized model.
         seed: seed of the split.
+        cells: store what is finished.
 
     Returns:
         Every alternative with its score, or without one if there is a reason for its absence.
@@ -97,7 +101,8 @@ def alternatives_of(
     backend = backend_of(config)
     if backend is None:
         raise ConfigError(f"glowq knows no other settings of {method_of(config)}.")
-    makes = _Maker(model, reference, load, sequences)
+    cells = cells or Cells()
+    makes = _Maker(model, reference, load, sequences, cells)
     found = [makes.whole("finer", backend.finer(config))]
     partner = backend.partner(config)
     if isinstance(partner, Unavailable):
@@ -105,16 +110,16 @@ def alternatives_of(
         return [*found, *(_none("mixed", partner.reason, *budget) for budget in budgets.items())]
     _, held = split_sequences(calibration, get_method("glowq"), RankRequest(budget="1%"), False, seed)
     assert held is not None  # groups are measured on it
-    groups = traced(model, calibration).groups
-    measured: list[WiderGroup] = []
+    groups = {group.name: group for group in traced(model, calibration).groups}
 
-    def measure(wider: nn.Module | None) -> None:
+    def measure() -> list[Any]:
+        wide = None if partner is None else load(partner)
         with Reference(reference, type(model)) as source:
-            measured.extend(measure_wider(model, wider, source, groups, held))
+            several = measure_wider(model, wide, source, list(groups.values()), held)
+        return [[entry.group.name, entry.bytes, entry.gain] for entry in several]
 
-    found.append(makes.whole("wider", backend.wider(config), measure if partner is not None else None))
-    if partner is None:
-        measure(None)
+    found.append(makes.whole("wider", backend.wider(config)))
+    measured = [WiderGroup(groups[name], *more) for name, *more in cells.value("gains of more bits", measure)]
     for budget, available in budgets.items():
         chosen = best_within(measured, available)
         if not chosen:
@@ -136,22 +141,29 @@ class _Maker:
     reference: nn.Module
     load: Callable[[Any], nn.Module]
     sequences: Tensor
+    cells: Cells
 
-    def whole(self, method: str, config: Any, use: Callable[[nn.Module], None] | None = None) -> Found:
-        """One setting for all modules, or why there is none. `use` gets the model before it is freed."""
+    def whole(self, method: str, config: Any) -> Found:
+        """One setting for all modules, or why there is none."""
         if isinstance(config, Unavailable):
             return _none(method, config.reason)
-        return self.scored(Alternative(method), config, use)
+        return self.scored(Alternative(method), config)
 
-    def scored(self, plain: Alternative, config: Any, use: Callable[[nn.Module], None] | None = None) -> Found:
+    def scored(self, plain: Alternative, config: Any) -> Found:
         """The alternative with its bytes and settings, and its score."""
+        found = self.cells.value(plain.label, partial(self._made, plain, config))
+        known = replace(plain, added_bytes=found["added_bytes"], settings=found["settings"])
+        return known, tensors_of(Score, found["score"])
+
+    def _made(self, plain: Alternative, config: Any) -> dict[str, Any]:
         other = self.load(config)
-        if use is not None:
-            use(other)
         names = list(quantized_modules(self.model))
-        added = linear_bytes(other, names) - linear_bytes(self.model, names)
         score = score_models({"reference": self.reference, plain.label: other}, self.sequences)[plain.label]
-        return replace(plain, added_bytes=added, settings=_settings(other, names, _kinds(self.model, names))), score
+        return {
+            "added_bytes": linear_bytes(other, names) - linear_bytes(self.model, names),
+            "settings": _settings(other, names, _kinds(self.model, names)),
+            "score": lists_of(score),
+        }
 
 
 def _none(method: str, reason: str, budget: str = "", available: int | None = None) -> Found:

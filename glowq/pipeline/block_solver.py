@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,10 +38,16 @@ class Job:
     Attributes:
         method: computes factors from a group's weight error and moments.
         ranks: group name -> rank; groups that are not named are left out.
+        resume: stores its finished blocks.
     """
 
     method: Method
     ranks: Mapping[str, int]
+    resume: Resume = field(default_factory=Resume)
+
+    def groups(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of `groups` that the correction has."""
+        return [group for group in groups if group.name in self.ranks]
 
 
 class BlockSolver:
@@ -53,7 +59,6 @@ class BlockSolver:
         backends: module name -> backend of every quantized module.
         jobs: the corrections.
         seed: seed of the solver.
-        resume: stores finished blocks. Only for a single correction: for several it must have no folder.
         outputs: group name -> second moment of the loss gradient at the group's outputs, if a method uses it.
     """
 
@@ -64,14 +69,12 @@ class BlockSolver:
         backends: Mapping[str, Backend],
         jobs: Sequence[Job],
         seed: int,
-        resume: Resume,
         outputs: Mapping[str, OutputMoment],
     ) -> None:
         self.model = model
         self.weight_errors = WeightErrors(model, reference, backends)
         self.jobs = jobs
         self.seed = seed
-        self.resume = resume
         self.outputs = outputs
 
     @stage("blocks")
@@ -94,22 +97,23 @@ class BlockSolver:
         bar = progress(total=len(inputs) * len(stops), desc="Correcting", unit="block")
         with bar, BlockWalk(reference, inputs, list(stops)) as walk:
             for stop, groups in stops.items():
-                kept = self.resume.load(stop, groups)
-                found = self._solve_block(walk, stop, groups, bar) if kept is None else [kept]
-                if kept is None:
-                    self.resume.save(stop, found[0])
-                else:
+                found = [job.resume.load(stop, job.groups(groups)) for job in self.jobs]
+                left = [job for job, kept in zip(self.jobs, found, strict=True) if kept is None]
+                new = iter(self._solve_block(walk, stop, groups, left, bar) if left else ())
+                if not left:
                     bar.update(len(inputs))
-                for entries, more in zip(solved, found, strict=True):
-                    entries.extend(more)
+                for entries, kept in zip(solved, found, strict=True):
+                    entries.extend(next(new) if kept is None else kept)
         return solved
 
-    def _solve_block(self, walk: BlockWalk, stop: str, groups: Sequence[Group], bar: Any) -> list[list[GroupFactors]]:
+    def _solve_block(
+        self, walk: BlockWalk, stop: str, groups: Sequence[Group], jobs: Sequence[Job], bar: Any
+    ) -> list[list[GroupFactors]]:
         errors = self.weight_errors.errors(groups)
         moments: dict[Statistic, dict[str, Moments]] = {"none": dict.fromkeys(errors, Moments(tokens=0))}
         collectors = {
             statistic: [self._collector(group, errors[group.name], statistic) for group in groups]
-            for statistic in dict.fromkeys(job.method.statistic for job in self.jobs)
+            for statistic in dict.fromkeys(job.method.statistic for job in jobs)
             if statistic != "none"
         }
         every = [one for several in collectors.values() for one in several]
@@ -117,7 +121,10 @@ class BlockSolver:
             bar.update()
         for statistic, several in collectors.items():
             moments[statistic] = {one.group.name: one.moments() for one in several}
-        return [self._factors_of(job, groups, errors, moments[job.method.statistic]) for job in self.jobs]
+        solved = [self._factors_of(job, job.groups(groups), errors, moments[job.method.statistic]) for job in jobs]
+        for job, factors in zip(jobs, solved, strict=True):
+            job.resume.save(stop, factors)
+        return solved
 
     def _collector(self, group: Group, error: Tensor, statistic: Statistic) -> MomentCollector:
         narrow = sum(group.out_features) < group.in_features  # E S E^T, shape (O, O), is then smaller than S, (d, d)
@@ -130,7 +137,7 @@ class BlockSolver:
         self, job: Job, groups: Sequence[Group], errors: Mapping[str, Tensor], moments: Mapping[str, Moments]
     ) -> list[GroupFactors]:
         dtype, solved = factor_dtype(self.model), []
-        for group in (group for group in groups if group.name in job.ranks):
+        for group in groups:
             found = moments[group.name]
             if job.method.two_sided:
                 found = replace(found, output=self.outputs.get(group.name))

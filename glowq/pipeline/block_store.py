@@ -2,7 +2,7 @@
 
 Each block is one safetensors file. Its metadata holds the key of the run that solved it and the checksums of its
 factors, with a digest of both. So a block of another run, or a damaged one, is never taken for a finished one: it is
-solved again.
+solved again. A comparison keeps its finished cells in the same way, see `glowq.pipeline.cells`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..factors.group import Group
 from ..utils.output import reason_of
 from ..utils.scratch import NEW, scratch_folder, try_lock, unlock
 
-__all__ = ["BlockFolder", "Resume", "check_blocks", "open_blocks", "remove_blocks", "run_key"]
+__all__ = ["Block", "BlockFolder", "Resume", "check_blocks", "open_blocks", "remove_blocks", "run_key"]
 
 _BLOCK = re.compile(r"[0-9a-f]{16}\.safetensors")
 _LOCK = "glowq.lock"
@@ -40,34 +41,54 @@ _ABOUT = "glowq_block"  # key of a file's metadata: a digest, and the descriptio
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Block:
+    """A finished block.
+
+    Attributes:
+        factors: its factors.
+        value: what else is stored of it, as JSON has it.
+    """
+
+    factors: list[GroupFactors]
+    value: Any
+
+
 class BlockFolder:
     """A folder of finished blocks, which one run holds at a time; see `open_blocks`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, block: str, key: str) -> list[GroupFactors] | None:
-        """The factors of a block that the run `key` finished; None if there are none, or if the file is damaged."""
+    def read(self, block: str, key: str) -> Block | None:
+        """A block that the run `key` finished; None if there is none, or if the file is damaged."""
         file = self._file(block)
         if not file.is_file():
             return None
         try:
             stored, factors = _read(file)
             is_asked = (stored["key"], stored["block"]) == (key, block)
+            found = Block(factors, stored["value"])
         except Exception as error:  # whatever is wrong with the file, the block can be solved again
             _logger.warning("%s is damaged (%s): block %r is solved again.", file, " ".join(str(error).split()), block)
             return None
-        return factors if is_asked else None
+        return found if is_asked else None
 
-    def write(self, block: str, key: str, factors: Sequence[GroupFactors]) -> None:
+    def write(self, block: str, key: str, factors: Sequence[GroupFactors] = (), value: Any = None) -> None:
         """Store a finished block, completely or not at all.
+
+        Args:
+            block: name of the block.
+            key: what `run_key` returned.
+            factors: its factors.
+            value: what else to store of it; JSON must be able to hold it.
 
         Raises:
             OutputError: the disk is full, or the file cannot be written.
         """
         tensors = factor_tensors(factors)
         groups = with_checksums(describe_groups(factors), tensors)
-        about = json.dumps({"block": block, "key": key, "groups": groups})
+        about = json.dumps({"block": block, "key": key, "groups": groups, "value": value}, allow_nan=False)
         content = save(tensors, metadata={_ABOUT: f"{_digest(about)} {about}"})
         file = self._file(block)
         try:
@@ -98,24 +119,27 @@ class Resume:
     Args:
         folder: where blocks are stored; None stores nothing.
         key: what `run_key` returned.
+        prefix: first part of the names of the blocks, where several corrections share a folder.
     """
 
-    def __init__(self, folder: BlockFolder | None, key: str) -> None:
+    def __init__(self, folder: BlockFolder | None = None, key: str = "", prefix: str = "") -> None:
         self.folder = folder
         self.key = key
+        self.prefix = prefix
 
     def load(self, block: str, groups: Sequence[Group]) -> list[GroupFactors] | None:
         """The factors of a finished block, or None if the block must be solved."""
-        found = None if self.folder is None else self.folder.read(block, self.key)
-        members = {member for group in groups for member in group.members}
-        if found is not None and {member for entry in found for member in entry.group.members} != members:
+        found = None if self.folder is None else self.folder.read(self.prefix + block, self.key)
+        if found is None:
             return None
-        return found
+        members = {member for group in groups for member in group.members}
+        same = {member for entry in found.factors for member in entry.group.members} == members
+        return found.factors if same else None
 
     def save(self, block: str, factors: Sequence[GroupFactors]) -> None:
         """Store a finished block."""
         if self.folder is not None:
-            self.folder.write(block, self.key, factors)
+            self.folder.write(self.prefix + block, self.key, factors)
 
 
 @contextmanager

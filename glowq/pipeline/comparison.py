@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.cloze import ClozeItems, ClozeScore, cloze_scores
 from ..evaluation.scores import Score, score_models
 from ..factors.factors import GroupFactors
-from ..factors.units import GainUnit
 from ..models.tracing import Trace
 from ..models.weight_errors import WeightErrors
 from ..quantizers.model import packed_bytes, read_weight
@@ -21,14 +21,14 @@ from ..selection.benefit import Benefit, benefit_map
 from ..selection.budget import parse_budget
 from ..solving.methods.base import get_method
 from .block_solver import stops_of
-from .block_store import Resume
+from .cells import Cells
 from .method_budgets import BudgetContext, Entry
 from .method_plans import plans_of, split, twin_key
 from .prepared import opened, readable_modules, traced
 from .problem import Problem
 from .sequences import check_token_count, checked_ids
 
-__all__ = ["Comparison", "compare_methods", "distill_entries", "run_entries", "score_entries"]
+__all__ = ["Comparison", "cloze_entries", "compare_methods", "distill_entries", "score_entries"]
 
 _Text = TypeVar("_Text")
 _Score = TypeVar("_Score")
@@ -60,6 +60,7 @@ def compare_methods(
     int8: bool = False,
     seed: int = 0,
     dense: bool = False,
+    cells: Cells | None = None,
 ) -> Comparison:
     """Solve every method in one pass over the text, and cut its factors to every budget.
 
@@ -77,11 +78,13 @@ def compare_methods(
         int8: also compare the first method that allocates by gain with int8 factors, for example as "glowq+int8".
         seed: seed of the solver.
         dense: see `glowq.correct`.
+        cells: store what is finished.
 
     Raises:
         ConfigError: an unknown method, or a budget that cannot be parsed.
         GlowQError: see `glowq.correct`.
     """
+    cells = cells or Cells()
     solvers = list(dict.fromkeys(get_method(name) for name in methods))
     backends = readable_modules(model, dense)
     calibration = checked_ids(model, calibration)
@@ -98,19 +101,29 @@ def compare_methods(
         plans = plans_of(solvers, context, int8, base_bytes)
         train, held = split(calibration, plans, seed)
         problem = Problem(model, source, backends, trace, train, held, base_bytes, seed)
-        jobs = {plan.job_key: plan.job for plan in plans if plan.job is not None}
+        left = [plan for plan in plans if any(cells.entry(label) is None for label in plan.labels)]
+        jobs = {
+            plan.job_key: replace(plan.job, resume=cells.resume(plan.name)) for plan in left if plan.job is not None
+        }
         for job in jobs.values():
             check_token_count(train, job.ranks)
-        solved = dict(zip(jobs, problem.solve(list(jobs.values()), Resume(None, "")) if jobs else [], strict=True))
+        solved = dict(zip(jobs, problem.solve(list(jobs.values())) if jobs else [], strict=True))
         entries: list[Entry] = []
-        benefit = None
         for plan in plans:
-            found, whole = plan.entries(problem, solved, reference, calibration)
+            found = [entry for entry in map(cells.entry, plan.labels) if entry is not None]
+            if plan in left:
+                found = plan.entries(problem, solved, reference, calibration)
+                for entry in found:
+                    cells.keep(entry)
             entries += found
-            if plan.method.allocation == "gain" and benefit is None and whole is not None:
-                unit = whole.config.provenance.gains or GainUnit.SQUARED_OUTPUT
-                benefit = benefit_map(whole.factors, trace.groups, unit, context.largest)
-    return Comparison(_with_twins(methods, entries), base_bytes, benefit)
+    return Comparison(_with_twins(methods, entries), base_bytes, _benefit(entries, trace, context))
+
+
+def _benefit(entries: Sequence[Entry], trace: Trace, context: BudgetContext) -> Benefit | None:
+    for entry in entries:
+        if entry.gains is not None and entry.budget == context.largest:
+            return benefit_map(entry.factors, trace.groups, entry.gains, context.largest)
+    return None
 
 
 def _with_twins(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
@@ -128,7 +141,14 @@ def _with_twins(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
 
 
 def distill_entries(
-    model: nn.Module, reference: nn.Module, entries: Sequence[Entry], sequences: Tensor, *, steps: int, seed: int = 0
+    model: nn.Module,
+    reference: nn.Module,
+    entries: Sequence[Entry],
+    sequences: Tensor,
+    *,
+    steps: int,
+    seed: int = 0,
+    cells: Cells | None = None,
 ) -> list[Entry]:
     """Distill the factors of the first method that allocates by gain, at every budget.
 
@@ -139,6 +159,7 @@ def distill_entries(
         sequences: token ids of the calibration text, shape (n, length), int64.
         steps: number of distillation steps, at least 1.
         seed: seed of the order of the sequences.
+        cells: store what is finished.
 
     Returns:
         New entries, whose method is for example "glowq+distilled".
@@ -148,21 +169,26 @@ def distill_entries(
     """
     from ..calibration.distillation import distill
 
+    cells = cells or Cells()
     first = next(entry.method for entry in entries if entry.allocation == "gain")
-    return [
-        replace(
-            entry,
-            method=f"{first}+distilled",
-            predicted=None,
-            factors=tuple(distill(model, reference, entry.factors, sequences, steps=steps, seed=seed)),
-        )
-        for entry in entries
-        if entry.method == first
-    ]
+    found = []
+    for entry in (entry for entry in entries if entry.method == first):
+        distilled = replace(entry, method=f"{first}+distilled", predicted=None, gains=None)
+        kept = cells.entry(distilled.label)
+        if kept is None:
+            factors = distill(model, reference, entry.factors, sequences, steps=steps, seed=seed)
+            kept = replace(distilled, factors=tuple(factors))
+            cells.keep(kept)
+        found.append(kept)
+    return found
 
 
 def score_entries(
-    reference: nn.Module, model: nn.Module, entries: Sequence[Entry], sequences: Tensor
+    reference: nn.Module,
+    model: nn.Module,
+    entries: Sequence[Entry],
+    sequences: Tensor,
+    cells: Cells | None = None,
 ) -> dict[str, Score]:
     """Score the reference, the quantized model, and the quantized model with every entry's factors.
 
@@ -174,6 +200,7 @@ def score_entries(
         entries: entries without factors are left out. An entry with `same_as` is not run; it gets the score of that
             method.
         sequences: token ids, shape (m, length), int64.
+        cells: store what is finished.
 
     Returns:
         "reference", "quantized" and each entry's label -> its score.
@@ -181,10 +208,23 @@ def score_entries(
     Raises:
         EvaluationError, NonFiniteError: see `score_models`.
     """
-    return run_entries(score_models, reference, model, entries, sequences)
+    keep = (cells or Cells()).scores(Score, "scores")
+    return _run(partial(score_models, keep=keep), reference, model, entries, sequences)
 
 
-def run_entries(
+def cloze_entries(
+    reference: nn.Module,
+    model: nn.Module,
+    entries: Sequence[Entry],
+    items: ClozeItems,
+    cells: Cells | None = None,
+) -> dict[str, ClozeScore]:
+    """Let the same models answer a cloze test; see `score_entries`."""
+    keep = (cells or Cells()).scores(ClozeScore, "cloze")
+    return _run(partial(cloze_scores, keep=keep), reference, model, entries, items)
+
+
+def _run(
     score: Callable[[Mapping[str, nn.Module], _Text], dict[str, _Score]],
     reference: nn.Module,
     model: nn.Module,
@@ -194,8 +234,7 @@ def run_entries(
     """Let `score` run the models that `score_entries` describes.
 
     Args:
-        score: function of named models and `text`, for example `glowq.evaluation.cloze.cloze_scores`; it returns the
-            score of every model.
+        score: function of named models and `text`; it returns the score of every model.
         reference, model, entries: see `score_entries`.
         text: what `score` takes.
 

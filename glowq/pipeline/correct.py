@@ -115,7 +115,7 @@ def correct(
         ):
             key = "" if blocks is None else run_key(config, source.identity(), ranks, dtype_of_factors(model), train)
             problem = Problem(model, source, backends, trace, train, held, base_bytes, seed)
-            (factors,) = problem.solve([Job(solver, ranks)], Resume(blocks, key))
+            (factors,) = problem.solve([Job(solver, ranks, Resume(blocks, key))])
             correction = finished(problem, solver, factors, request, config, tokenizer)
             if held is not None:
                 found = _improvement(model, source.model, correction.factors, held)

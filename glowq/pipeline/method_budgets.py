@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..artifact.correction import Correction
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
+from ..factors.units import GainUnit
 from ..selection.allocation import largest_rank
 from ..selection.budget import RankRequest
 from ..solving.methods.base import Allocation, Method
@@ -32,6 +33,7 @@ class Entry:
         reason: why there are no factors; None if there are some.
         same_as: name of the method that gives the same correction, if this method was not solved itself.
         predicted: see `Correction.predicted`; None if ranks do not follow measured gains.
+        gains: unit of the gains of the factors; None if ranks do not follow measured gains.
     """
 
     method: str
@@ -43,6 +45,7 @@ class Entry:
     reason: str | None = None
     same_as: str | None = None
     predicted: float | None = None
+    gains: GainUnit | None = None
 
     @property
     def factor_bytes(self) -> int:
@@ -166,10 +169,9 @@ def _by_gain(method: Method, context: BudgetContext, whole: Correction | None) -
             entries.append(_entry(method, context, budget, reason=reason))
         else:
             cut = whole if budget == context.largest or not whole.factors else whole.cut(budget=found)
-            found_none = None if cut.factors else NO_GAIN
-            entries.append(
-                replace(_entry(method, context, budget, cut.factors, reason=found_none), predicted=cut.predicted)
-            )
+            entry = _entry(method, context, budget, cut.factors, reason=None if cut.factors else NO_GAIN)
+            unit = whole.config.provenance.gains or GainUnit.SQUARED_OUTPUT
+            entries.append(replace(entry, predicted=cut.predicted, gains=unit))
     return entries
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from ..artifact.build import stored_config
-from ..artifact.correction import Correction
 from ..artifact.request import CorrectionRequest
 from ..errors import NoGainError, RoundingError
 from ..factors.factors import GroupFactors
@@ -49,6 +48,11 @@ class Plan:
         return f"{self.method.name}+int8" if self.int8 else self.method.name
 
     @property
+    def labels(self) -> list[str]:
+        """Labels of the entries, one per budget."""
+        return [f"{self.name} at {budget}" for budget in self.context.available]
+
+    @property
     def job_key(self) -> tuple[Any, ...]:
         """Plans with the same key need the same factors."""
         ranks = () if self.job is None else tuple(self.job.ranks.items())
@@ -56,8 +60,8 @@ class Plan:
 
     def entries(
         self, problem: Problem, solved: Mapping[Any, list[GroupFactors]], reference: Any, calibration: Tensor
-    ) -> tuple[list[Entry], Correction | None]:
-        """One entry per budget, and the correction that they are cut from, if there is one."""
+    ) -> list[Entry]:
+        """One entry per budget."""
         whole = None
         if self.size is not None:
             request = CorrectionRequest(
@@ -74,10 +78,10 @@ class Plan:
             try:
                 whole = finished(problem, self.method, solved[self.job_key], request, config, None)
             except NoGainError:
-                return self._named(refused(self.method, self.context, NO_GAIN)), None
+                return self._named(refused(self.method, self.context, NO_GAIN))
             except RoundingError as error:
-                return self._named(refused(self.method, self.context, str(error))), None
-        return self._named(ALLOCATORS[self.method.allocation].entries(self.method, self.context, whole)), whole
+                return self._named(refused(self.method, self.context, str(error)))
+        return self._named(ALLOCATORS[self.method.allocation].entries(self.method, self.context, whole))
 
     def _named(self, entries: Sequence[Entry]) -> list[Entry]:
         return [replace(entry, method=self.name) for entry in entries]

@@ -20,7 +20,6 @@ from ..quantizers.base import Backend
 from ..solving.moments import OutputMoment
 from ..solving.shrinkage import effective_tokens, shrunk
 from .block_solver import BlockSolver, Job, stops_of
-from .block_store import Resume
 
 __all__ = ["Problem"]
 
@@ -54,17 +53,16 @@ class Problem:
     seed: int
     unit: GainUnit = GainUnit.SQUARED_OUTPUT
 
-    def solve(self, jobs: Sequence[Job], resume: Resume) -> list[list[GroupFactors]]:
+    def solve(self, jobs: Sequence[Job]) -> list[list[GroupFactors]]:
         """Solve corrections in one pass; returns the factors of each, in the order of the model's calls.
 
         Args:
             jobs: the corrections, at least one.
-            resume: see `BlockSolver`.
         """
         outputs = self._output_moments() if any(job.method.two_sided for job in jobs) else {}
         self.unit = GainUnit.SECOND_ORDER if outputs else GainUnit.SQUARED_OUTPUT
         names = {name for job in jobs for name in job.ranks}
-        run = BlockSolver(self.model, self.source, self.backends, jobs, self.seed, resume, outputs)
+        run = BlockSolver(self.model, self.source, self.backends, jobs, self.seed, outputs)
         return run.solve(stops_of(self.trace, names), self.train)
 
     def _output_moments(self) -> dict[str, OutputMoment]:

@@ -136,8 +136,9 @@ def test_a_known_model_is_compared_once(tmp_path: Path, monkeypatch: pytest.Monk
     library_texts(tmp_path)
     text = ["--calibration", tmp_path / "train.txt", "--data", tmp_path / "test.txt"]
     size = ["--calibration-tokens", 2048, "--tokens", 1024, "--distill", 1]
-    place = ["--folder", tmp_path / "models", "--results", tmp_path / "results"]
-    asked = ["real.py", "--models", "tiny", "absent", "--bases", "torchao-int3", *text, *size, *place]
+    place = ["--folder", tmp_path / "models", "--results", tmp_path / "results", "--unfinished", tmp_path / "real"]
+    making = ["--making", "svd", "glowq"]
+    asked = ["real.py", "--models", "tiny", "absent", "--bases", "torchao-int3", *text, *size, *place, *making]
     monkeypatch.setattr(sys, "argv", [str(word) for word in asked])
     printed = []
     for _ in range(2):
@@ -148,9 +149,12 @@ def test_a_known_model_is_compared_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "results" / "tiny-torchao-int3.png").is_file()
     methods = {row["method"] for row in stored["rows"]}
     assert {"svd", "eora", "glowq-published", "glowq", "glowq+int8", "glowq+distilled", "finer", "wider"} <= methods
-    assert stored["making"]["seconds"] > 0
+    assert list(stored["making"]) == ["svd", "glowq"]
+    assert all(made["seconds"] > 0 for made in stored["making"].values())
+    assert not [*(tmp_path / "real").iterdir()]
     assert {"machine", "versions", "command", "comparing"} <= set(stored)
-    texts = [stored["command"], stored["making"]["command"], stored["data"]["source"], stored["calibration"]["source"]]
+    texts = [item["command"] for item in (stored, *stored["making"].values())]
+    texts += [stored[text]["source"] for text in ("data", "calibration")]
     assert not any(
         str(tmp_path) in text for text in texts
     )  # a published file does not tell where its maker keeps files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,7 @@ def compare(
         str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Allow text that overlaps the calibration text.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished cells in DIR.resume.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compare correction methods at equal bytes: perplexity, KL divergence and top-1 agreement, paired by sequence.
@@ -88,19 +90,26 @@ def compare(
     Example:
       glowq compare org/model --base nf4 --calibration notes.txt --data held-out.txt --budgets 0.5%,1%,2% --output DIR
     """
-    with session(json) as show, timeline() as stages:
+    with session(json) as show, timeline() as stages, ExitStack() as opened:
         from ..._version import __version__
         from ...data.overlap import check_disjoint
-        from ...evaluation.cloze import cloze_items, cloze_scores
+        from ...evaluation.cloze import cloze_items
         from ...pipeline.alternatives import alternatives_of
-        from ...pipeline.comparison import compare_methods, distill_entries, run_entries, score_entries
+        from ...pipeline.block_store import open_blocks, remove_blocks
+        from ...pipeline.cells import cells_of
+        from ...pipeline.comparison import cloze_entries, compare_methods, distill_entries, score_entries
         from ...quantizers.registry import base_config, with_calibration
         from ...selection.budget import parse_budget
+        from ...utils.output import output_path
 
         if alternatives and base in ("none", "dense"):
             raise ConfigError("--alternatives quantizes with other settings of a --base: name one, such as nf4.")
+        if resume and output is None:
+            raise ConfigError("--resume keeps finished cells in DIR.resume: name DIR with --output.")
         names, sizes, wanted = _list(methods), _list(budgets), _list(tasks)
         _check_early(names, wanted, output, {"--distill": bool(distill), "--int8": int8})
+        kept = f"{output_path(output)}.resume" if resume and output is not None else None
+        blocks = None if kept is None else opened.enter_context(open_blocks(kept))
         quantization = None if base in ("none", "dense") else base_config(base)
         config = load_config(model, gguf_file)
         if not scores_text(config):
@@ -114,6 +123,8 @@ def compare(
         if quantization is not None:
             quantization = with_calibration(quantization, train)
         quantized = load_model(model, config, quantization, gguf_file)
+        settings = [names, sizes, int8, distill, alternatives, cloze, base, seed]
+        cells = cells_of(blocks, quantized, source, [train, report], seed, settings)
         comparison = compare_methods(
             quantized,
             reference=source,
@@ -123,12 +134,13 @@ def compare(
             int8=int8,
             seed=seed,
             dense=base == "dense",
+            cells=cells,
         )
         full = load_model(source, load_config(source))
         if distill:
-            learned = distill_entries(quantized, full, comparison.entries, train, steps=distill, seed=seed)
+            learned = distill_entries(quantized, full, comparison.entries, train, steps=distill, seed=seed, cells=cells)
             comparison = replace(comparison, entries=[*comparison.entries, *learned])
-        scores = score_entries(full, quantized, comparison.entries, report)
+        scores = score_entries(full, quantized, comparison.entries, report, cells)
         others = {}
         if alternatives:
             found = alternatives_of(
@@ -140,6 +152,7 @@ def compare(
                 sequences=report,
                 budgets={size: parse_budget(size, comparison.base_bytes) for size in sizes},
                 seed=seed,
+                cells=cells,
             )
             others = {other.label: other for other, _ in found}
             scores |= {other.label: score for other, score in found if score is not None}
@@ -159,13 +172,16 @@ def compare(
             "command": command_line(),
         }
         if items is not None:
-            answers = run_entries(cloze_scores, full, quantized, comparison.entries, items)
+            answers = cloze_entries(full, quantized, comparison.entries, items, cells)
             result["cloze"] = cloze_figures(answers, "quantized", seed)
         if wanted:
             result["tasks"] = _tasks(full, quantized, comparison.entries, tokenizer, wanted, seed)
         if output is not None:
             command = command_line(output, "DIR")
             write_comparison(Path(output), {**result, "command": command}, comparison.benefit)
+        opened.close()
+        if kept is not None:
+            remove_blocks(Path(kept))
         times = {name: round(seconds, 1) for name, seconds in stages.items()}
         more = {"output": output, "timeline": times, "peak_rss_bytes": peak_rss_bytes()}
         show({**result, **more}, lambda: tables(result))
