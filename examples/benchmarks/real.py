@@ -36,6 +36,7 @@ MORE_BASES = ["torchao-int4", "torchao-int2", "gptq-3", "hqq-3", "hqq-2"]
 NAMES = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
 METHODS = "svd,lqer,qera,eora,glowq-published,glowq"
 BUDGETS = "1%,3%,6%"
+LARGE = {"qwen2.5-coder-1.5b": ["--methods", "qera,glowq", "--budgets", "3%"]}  # one run at scale, on the first base
 MADE_AT = "3%"
 RANKED = ["svd", "lqer", "qera", "glowq-published"]  # made at the rank that they have within MADE_AT
 MAKING = {
@@ -77,7 +78,7 @@ def main() -> None:
         if not (arguments.folder / name / "config.json").is_file():
             print(f"{arguments.folder / name} is not there: left out; `make models-all` fetches it", file=sys.stderr)
             continue
-        for base in bases:
+        for base in bases[:1] if name in LARGE and arguments.bases is None else bases:
             result = arguments.results / f"{name}-{base}.json"
             if arguments.again or not result.is_file():
                 measure(arguments.folder / name, base, result, arguments)
@@ -91,13 +92,23 @@ def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace
     """Run `glowq compare` and `glowq correct` on one model and base, and write the figures and the plot."""
     text = ["--calibration", arguments.calibration, "--calibration-tokens", str(arguments.calibration_tokens)]
     report = ["--data", arguments.data, "--tokens", str(arguments.tokens), "--cloze", str(arguments.cloze)]
-    chosen = ["--methods", METHODS, "--budgets", BUDGETS, "--int8", "--distill", str(arguments.distill)]
+    whole = [
+        "--methods",
+        METHODS,
+        "--budgets",
+        BUDGETS,
+        "--int8",
+        "--distill",
+        str(arguments.distill),
+        "--alternatives",
+    ]
+    chosen = LARGE.get(folder.name, whole)
     model = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
     unfinished = arguments.unfinished / result.stem
     unfinished.mkdir(parents=True, exist_ok=True)
     files, about = unfinished / "compared", unfinished / "compared.json"
     if not about.is_file():
-        output = ["--alternatives", "--output", str(files), "--resume"]
+        output = ["--output", str(files), "--resume"]
         compared = run("compare", model, "--base", base, *text, *report, *chosen, *output)
         _write(about, {key: compared[key] for key in ("timeline", "peak_rss_bytes")})
     stored = json.loads((files / "compare.json").read_text())
@@ -105,10 +116,10 @@ def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace
     for part in (stored["calibration"], stored["data"]):
         part["source"] = _last(part["source"])
     ranks = {row["method"]: row["rank"] or 1 for row in stored["rows"] if row["budget"] == MADE_AT}
-    size = {**{name: ["--rank", str(ranks[name])] for name in RANKED}, **MAKING}
+    size = {**{name: ["--rank", str(ranks[name])] for name in RANKED if name in ranks}, **MAKING}
     size["glowq+distilled"] = [*size["glowq+distilled"], str(arguments.distill)]
     stored["making"] = {}
-    for method in arguments.making:
+    for method in ["glowq"] if folder.name in LARGE else arguments.making:
         file = unfinished / f"{method}.json"
         if not file.is_file():
             options = ["--method", method.partition("+")[0], *size[method], "--force"]
@@ -147,7 +158,7 @@ def run(*arguments: str) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """The figures of one model and base as a Markdown table: a row a method, and perplexity and KL at every budget."""
     reference, quantized = result["models"]
-    budgets = BUDGETS.split(",")
+    budgets = list(dict.fromkeys(row["budget"] for row in result["rows"] if row["budget"]))
     rows = [row for row in result["rows"] if row["perplexity"] is not None]
     lines = [
         f"**{Path(result['model']).name}, {result['base']}**: perplexity {reference['perplexity']:.2f}, quantized "

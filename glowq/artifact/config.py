@@ -28,7 +28,7 @@ FORMAT_MINOR = 2
 """Minor version of the format. Fields of a newer minor version are ignored with a warning.
 
 Version 1 added "minor", "sha256" to a group, "backbone", "subfolder" and "variant" to the base model, and "change" to
-the provenance. Version 2 added "mixed" to the provenance.
+the provenance. Version 2 added "mixed" and "instead" to the provenance.
 """
 
 FORMATS = ("correction", "full")

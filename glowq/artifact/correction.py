@@ -174,7 +174,7 @@ class Correction:
             RoundingError: rounding is predicted to lose more accuracy than the saved bytes can give back.
         """
         found = self._with([rounded(entry) for entry in self.factors])
-        found.config.record(factor_dtype="int8", improvement=None, change=None)
+        found.config.record(factor_dtype="int8", improvement=None, change=None, instead=None)
         check_rounding(self.group_gains, found.group_gains)
         return found
 
@@ -325,7 +325,7 @@ def _config_of_part(config: GlowQConfig, factors: Sequence[GroupFactors], of_fac
     part = config.with_groups(describe_groups(factors))
     is_part = sum(entry.factor_bytes for entry in factors) < of_factor_bytes
     if is_part:
-        part.record(improvement=None, change=None)  # measured with all ranks
+        part.record(improvement=None, change=None, instead=None)  # they are of all ranks
     if is_part and part.provenance.held_out is not None:
         selected: Selected = {"of_factor_bytes": of_factor_bytes, "of_held_out": part.provenance.held_out}
         part.record(held_out=None, selected=selected)

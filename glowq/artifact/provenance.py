@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..factors.units import GainUnit
 from ..utils.checks import check_amount, check_int, check_text, is_number, shown
 
-__all__ = ["Benefit", "HeldOut", "Improvement", "Mixed", "Provenance", "RoundingCost", "Selected"]
+__all__ = ["Benefit", "HeldOut", "Improvement", "Instead", "Mixed", "Provenance", "RoundingCost", "Selected"]
 
 
 class HeldOut(TypedDict, total=False):
@@ -67,8 +67,15 @@ class Mixed(TypedDict, total=False):
     of_base_bytes: int
 
 
+class Instead(TypedDict, total=False):
+    """What more bits for some groups are predicted to undo in the bytes of the factors, and how many bits."""
+
+    predicted: float
+    bits: float
+
+
 _COUNTS = frozenset({"tokens", "of_factor_bytes", "added_bytes", "of_base_bytes"})
-_KINDS = (HeldOut, RoundingCost, Selected, Benefit, Improvement, Mixed)
+_KINDS = (HeldOut, RoundingCost, Selected, Benefit, Improvement, Mixed, Instead)
 _FIGURES = frozenset(key for kind in _KINDS for key in kind.__annotations__)
 
 
@@ -93,6 +100,8 @@ class Provenance:
             `glowq.evaluation.change`.
         held_out: figures on held-out text.
         selected: the larger correction that this one was cut from.
+        instead: share of `total` that more bits for the groups that gain most are predicted to undo in the same bytes;
+            see `glowq.pipeline.more_bits`.
         mixed: the groups of the base that were quantized with more bits, within the same budget as the factors.
         command: the exact command lines, one per line.
         adapter_base: base model of the adapter that the correction was imported from.
@@ -115,6 +124,7 @@ class Provenance:
     change: float | None = None
     held_out: HeldOut | None = None
     selected: Selected | None = None
+    instead: Instead | None = None
     mixed: Mixed | None = None
     command: str | None = None
     adapter_base: str | None = None
@@ -124,7 +134,7 @@ class Provenance:
             check_int(f"provenance.{name}", getattr(self, name), 0, optional=True)
         for name in ("glowq", "factor_dtype", "command", "adapter_base"):
             check_text(f"provenance.{name}", getattr(self, name), optional=True)
-        for name in ("int8", "improvement", "held_out", "selected", "mixed"):
+        for name in ("int8", "improvement", "held_out", "selected", "instead", "mixed"):
             if getattr(self, name) is not None:
                 _check_figures(f"provenance.{name}", getattr(self, name))
         if self.not_restored is not None:

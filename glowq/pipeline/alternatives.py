@@ -20,15 +20,14 @@ from ..models.reference import Reference
 from ..quantizers.base import Unavailable
 from ..quantizers.model import quantized_modules
 from ..quantizers.registry import backend_of, method_of
-from ..selection.allocation import Step, allocate
 from ..selection.budget import RankRequest
 from ..solving.methods.base import get_method
 from .cells import Cells, lists_of, tensors_of
 from .prepared import traced
 from .sequences import split_sequences
-from .wider_groups import WiderGroup, linear_bytes, measure_wider, mixed_config
+from .wider_groups import WiderGroup, best_within, linear_bytes, measure_wider, mixed_config
 
-__all__ = ["Alternative", "alternatives_of", "best_within"]
+__all__ = ["Alternative", "alternatives_of"]
 
 
 @dataclass(frozen=True)
@@ -184,16 +183,3 @@ def _kinds(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     return {
         name: str(backends[name].scheme(model.get_submodule(name))) if name in backends else dense for name in names
     }
-
-
-def best_within(groups: Sequence[WiderGroup], available: int) -> list[WiderGroup]:
-    """The groups that gain most for their bytes with more bits; a group that no longer fits is left out.
-
-    Args:
-        groups: measured groups; those without a gain are never chosen.
-        available: bytes.
-    """
-    steps = [Step(entry.group.name, 1, entry.bytes, entry.gain) for entry in groups if entry.gain > 0]
-    steps.sort(key=lambda step: (-step.gain / step.bytes, step.name))
-    names = {step.name for step in allocate(steps, available)}
-    return [entry for entry in groups if entry.group.name in names]

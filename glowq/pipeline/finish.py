@@ -22,6 +22,7 @@ from ..factors.units import GainUnit
 from ..selection.allocation import allocate, by_benefit
 from ..selection.budget import RankRequest
 from ..solving.methods.base import Method
+from .more_bits import predict_more_bits
 from .problem import Problem
 
 __all__ = ["finished"]
@@ -70,6 +71,8 @@ def finished(
     if request.factor_dtype == "int8":
         assert held is not None
         correction = _rounded(model, reference, whole, correction, held)
+    if request.budget is not None and correction.config.provenance.gains != GainUnit.SQUARED_OUTPUT:
+        correction.config.record(instead=predict_more_bits(model, factors, correction.factor_bytes))
     return correction
 
 

@@ -15,8 +15,9 @@ from ..factors.group import Group
 from ..models.reference import Reference
 from ..quantizers.model import quantized_modules, read_weight
 from ..quantizers.registry import backend_of
+from ..selection.allocation import Step, allocate
 
-__all__ = ["WiderGroup", "linear_bytes", "measure_wider", "mixed_config"]
+__all__ = ["WiderGroup", "best_within", "linear_bytes", "measure_wider", "mixed_config"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,16 @@ def mixed_config(model: nn.Module, config: Any, wide: Sequence[Group]) -> Any:
     return backend.mixed(
         config, *([name.removeprefix(prefix) for name in names] for names in (wide_names, others, dense))
     )
+
+
+def best_within(groups: Sequence[WiderGroup], available: int) -> list[WiderGroup]:
+    """The groups that gain most for their bytes with more bits; a group that no longer fits is left out.
+
+    Args:
+        groups: measured groups; those without a gain are never chosen.
+        available: bytes.
+    """
+    steps = [Step(entry.group.name, 1, entry.bytes, entry.gain) for entry in groups if entry.gain > 0]
+    steps.sort(key=lambda step: (-step.gain / step.bytes, step.name))
+    names = {step.name for step in allocate(steps, available)}
+    return [entry for entry in groups if entry.group.name in names]

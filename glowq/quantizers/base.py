@@ -239,6 +239,10 @@ class Backend(ABC):
         """The config that `mixed` gives to some modules; None if it leaves them in full precision."""
         return Unavailable(f"{self.package} has one bit width for all modules")
 
+    def partner_bits(self, bits: float) -> float | None:
+        """Bits per value that `partner` gives to a module that has `bits`; None if it leaves it in full precision."""
+        return None
+
     def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
         """A copy of `config` in which some modules have the settings of `partner`.
 

@@ -91,6 +91,7 @@ class TestCorrect:
                 "factor_dtype",
                 "int8",
                 "improvement",
+                "instead",
                 "mixed",
             ),
         }

@@ -17,8 +17,8 @@ from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.evaluation.scores import Score, score_models
 from glowq.factors.group import Group
-from glowq.pipeline.alternatives import Alternative, alternatives_of, best_within
-from glowq.pipeline.wider_groups import WiderGroup
+from glowq.pipeline.alternatives import Alternative, alternatives_of
+from glowq.pipeline.wider_groups import WiderGroup, best_within
 from glowq.quantizers.model import packed_bytes, prepare_model
 from glowq.quantizers.registry import base_config
 from support.bases import small_model

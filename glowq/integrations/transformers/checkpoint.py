@@ -62,12 +62,13 @@ def correct_checkpoint(
     Returns:
         "output", "groups" (number of groups), "ranks" (group name -> rank), "factor_bytes", "base_bytes", "overhead"
         (`factor_bytes` as a share of `base_bytes`), "predicted" (share of the predicted loss that the factors remove,
-        or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype", "int8" (measured cost of rounding,
-        see `glowq.evaluation.rounding_cost`; None if the factors are not rounded), "improvement" (measured divergences
-        without and with the correction, see `glowq.evaluation.improvement`; None if no sequence could be held out),
-        "held_out" (perplexities; None if the model does not predict the next token), "mixed" (the groups that got more
-        bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "seed", and "slow_here" (a sentence if the model's
-        layers are slow on this processor, or None).
+        or None), "instead" (share that more bits are predicted to undo in the same bytes, see
+        `glowq.pipeline.more_bits`, or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype", "int8"
+        (measured cost of rounding, see `glowq.evaluation.rounding_cost`; None if the factors are not rounded),
+        "improvement" (measured divergences without and with the correction, see `glowq.evaluation.improvement`; None if
+        no sequence could be held out), "held_out" (perplexities; None if the model does not predict the next token),
+        "mixed" (the groups that got more bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "seed", and
+        "slow_here" (a sentence if the model's layers are slow on this processor, or None).
 
     Raises:
         NoImprovementError: the correction is not better than none beyond chance, on text that it was not made of.
@@ -115,6 +116,7 @@ def correct_checkpoint(
         "base_bytes": correction.base_bytes,
         "overhead": correction.overhead,
         "predicted": correction.predicted,
+        "instead": correction.config.provenance.instead,
         "gains": correction.config.provenance.gains,
         "calibration_tokens": train.numel(),
         "factor_dtype": request.factor_dtype,

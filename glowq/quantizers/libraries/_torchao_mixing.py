@@ -11,9 +11,11 @@ import torch
 
 from ..base import Unavailable, changed
 
-__all__ = ["finer", "mixed", "wider"]
+__all__ = ["NEXT_BITS", "finer", "mixed", "wider"]
 
-_NEXT_BITS = {1: 2, 2: 3, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8}
+NEXT_BITS = {1: 2, 2: 3, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8}
+"""Bit width of torchao's integers -> the next larger one that it has a config for."""
+
 _LEAST_GROUP = 32  # of torchao's packed int4
 
 
@@ -39,7 +41,7 @@ def wider(config: Any) -> Any | Unavailable:
 
     kind = config.quant_type
     if isinstance(kind, IntxWeightOnlyConfig):
-        bits = _NEXT_BITS.get(int(str(kind.weight_dtype).removeprefix("torch.int")))
+        bits = NEXT_BITS.get(int(str(kind.weight_dtype).removeprefix("torch.int")))
     else:
         bits = 8 if isinstance(kind, Int4WeightOnlyConfig) else None
     if bits is None:

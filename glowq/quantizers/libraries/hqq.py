@@ -109,6 +109,9 @@ class HQQ(Backend):
     def partner(self, config: Any) -> Any | Unavailable:
         return self.wider(config)
 
+    def partner_bits(self, bits: float) -> float | None:
+        return _NEXT_BITS.get(int(bits))
+
     def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
         from transformers.integrations.hqq import name_to_linear_tag
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import BackendError
 from ..base import Backend, Scheme, StoredModule, Unavailable
 from ..registry import register
-from ._torchao_mixing import finer, mixed, wider
+from ._torchao_mixing import NEXT_BITS, finer, mixed, wider
 
 GROUP_SIZE = 64
 
@@ -72,6 +72,9 @@ class TorchAO(Backend):
 
     def partner(self, config: Any) -> Any | Unavailable:
         return wider(config)
+
+    def partner_bits(self, bits: float) -> float | None:
+        return NEXT_BITS.get(int(bits))
 
     def mixed(self, config: Any, wide: Sequence[str], others: Sequence[str], dense: Sequence[str]) -> Any:
         return mixed(config, wider(config), wide, others)
