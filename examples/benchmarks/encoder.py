@@ -132,7 +132,7 @@ def paragraphs(source: str) -> list[str]:
     for text in read_texts(source):
         try:
             with warnings.catch_warnings(action="ignore"):
-                tree = ast.parse(text)
+                tree = ast.parse(str(text))
         except SyntaxError:
             continue  # files that test Python's parser contain syntax errors
         for node in ast.walk(tree):

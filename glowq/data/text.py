@@ -12,52 +12,60 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, ModelNotFoundError
+from .conversations import Document, message_texts
 from .ids import holds_ids
 from .text_files import FOLDER_SUFFIXES, SUFFIXES, read_file
 
 __all__ = ["CalibrationSource", "check_source", "read_texts"]
 
-CalibrationSource = str | os.PathLike[str] | Sequence[str]
+CalibrationSource = str | os.PathLike[str] | Sequence[Document]
 
 _DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
 _STDLIB = {"python-stdlib": False, "python-stdlib:held-out": True}
 _STDLIB_EXCLUDED = ("encodings", "idlelib", "lib2to3/tests/data", "pydoc_data", "site-packages")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS_SHOWN = 8
+_COLUMNS = ("text", "messages")  # the first that a data set has is read
 
 
-def read_texts(source: CalibrationSource) -> list[str]:
+def read_texts(source: CalibrationSource) -> list[Document]:
     """Read the documents of a source; blank documents are left out.
 
+    A record or a column "messages" in place of "text" holds conversations, see `glowq.data.conversations`.
+
     Args:
-        source: a list of texts; a data set in memory with a column "text"; a text file (one document; in a .jsonl,
-            .ndjson or .json file, each record's "text" is one; see `glowq.data.text_files.read_file`); a folder (all
-            .txt, .py, .md, .jsonl and .ndjson files below it, by relative path); "python-stdlib" or
-            "python-stdlib:held-out" (parts of this Python's standard library that share no file); or a `datasets` name
-            "org/name" or "org/name:config:split" with a column "text" (split "train" unless given; "train[:1000]" takes
-            a slice).
+        source: a list of texts or of conversations; a data set in memory with a column "text"; a text file (one
+            document; in a .jsonl, .ndjson or .json file, each record's "text" is one; see
+            `glowq.data.text_files.read_file`); a folder (all .txt, .py, .md, .jsonl and .ndjson files below it, by
+            relative path); "python-stdlib" or "python-stdlib:held-out" (parts of this Python's standard library that
+            share no file); or a `datasets` name "org/name" or "org/name:config:split" with a column "text" (split
+            "train" unless given; "train[:1000]" takes a slice).
 
     Returns:
         The documents, at least one, in the order of the source.
 
     Raises:
         ModelNotFoundError: the file does not exist or the dataset cannot be loaded.
-        CalibrationError: all text is blank; a file cannot be read as text, or a record has no "text"; or the source is
-            none of the above, such as a mapping or token ids.
+        CalibrationError: all text is blank; a file cannot be read as text, or a record has no "text"; a conversation is
+            no list of messages of text; or the source is none of the above, such as a mapping or token ids.
     """
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         texts = _read_named(name)
     else:
         name, texts = "the list of texts", _given(source)
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise CalibrationError(f"{name}: expected every text to be str, found {type(text).__name__} at {index}")
-        _check_characters(name, index, text)
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+    found: list[Document] = []
+    for index, document in enumerate(texts):
+        if not isinstance(document, str | list | tuple):
+            raise CalibrationError(f"{name}: expected every text to be str, found {type(document).__name__} at {index}")
+        parts = [document] if isinstance(document, str) else message_texts(name, index, document)
+        for text in parts:
+            _check_characters(name, index, text)
+        if any(text.strip() for text in parts):
+            found.append(document)
+    if not found:
         raise CalibrationError(f"{name} holds no text: expected at least one document that is not blank")
-    return texts
+    return found
 
 
 def _check_characters(name: str, index: int, text: str) -> None:
@@ -93,7 +101,8 @@ def _given(source: Any) -> list[Any]:
         found = type(source).__name__
         raise CalibrationError(f"expected text, found token ids ({found}); give a list of str, a file, or a folder")
     _check_given(source)
-    return list(source["text"] if _columns(source) is not None else source)
+    columns = _columns(source)
+    return list(source if columns is None else source[next(name for name in _COLUMNS if name in columns)])
 
 
 def _check_given(source: Any) -> None:
@@ -109,10 +118,10 @@ def _check_given(source: Any) -> None:
             f"expected texts that can be counted, found {kind}, a stream; take some of them: "
             '[row["text"] for row in data.take(1000)]'
         )
-    if "text" not in columns:
+    if not any(name in columns for name in _COLUMNS):
         raise CalibrationError(
-            f'{kind} has no column "text", only {", ".join(map(str, columns))}; give the list of texts itself: '
-            "data[column]"
+            f'{kind} has no column "text" or "messages", only {", ".join(map(str, columns))}; give the list of texts '
+            "itself: data[column]"
         )
 
 
@@ -184,6 +193,7 @@ def _read_dataset(name: str) -> list[str]:
         dataset = datasets.load_dataset(repository, config or None, split=part or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ModelNotFoundError(f"{name!r} is no file here and no dataset that can be loaded: {error}") from error
-    if "text" not in dataset.column_names:
-        raise CalibrationError(f'dataset {name!r} has no column "text", only {dataset.column_names}')
-    return list(dataset["text"])
+    for column in _COLUMNS:
+        if column in dataset.column_names:
+            return list(dataset[column])
+    raise CalibrationError(f'dataset {name!r} has no column "text" or "messages", only {dataset.column_names}')

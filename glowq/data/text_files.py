@@ -28,17 +28,17 @@ _MARKS = {
 }
 
 
-def read_file(path: Path) -> list[str]:
+def read_file(path: Path) -> list[Any]:
     """Read the documents of a file.
 
     Args:
         path: a UTF-8 file, or one in the encoding that its byte order mark names. In a .jsonl or .ndjson file, the
             "text" of the record in each line is a document; in a .json file, each string or each record's "text" of one
-            array, or of one record a line. Any other file is one document. Upper and lower case of the suffix are
-            alike.
+            array, or of one record a line. A record without "text" may hold a conversation in "messages". Any other
+            file is one document. Upper and lower case of the suffix are alike.
 
     Raises:
-        CalibrationError: the file cannot be read or decoded, or a record has no "text".
+        CalibrationError: the file cannot be read or decoded, or a record has neither "text" nor "messages".
     """
     text, suffix = _decoded(path), path.suffix.lower()
     if suffix == ".json":
@@ -74,9 +74,12 @@ def _lines(path: Path, text: str) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside a string
         if line.strip():
             try:
-                texts.append(json.loads(line)["text"])
+                record = json.loads(line)
+                texts.append(record["messages"] if "text" not in record and "messages" in record else record["text"])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CalibrationError(f'{path}:{number}: expected a JSON object with a field "text"') from error
+                raise CalibrationError(
+                    f'{path}:{number}: expected a JSON object with a field "text" or "messages"'
+                ) from error
     return texts
 
 
@@ -96,9 +99,8 @@ def _array(path: Path, text: str) -> list[Any]:
         raise CalibrationError(f"{path}: expected a JSON array of texts or of records, found {type(found).__name__}")
     texts = []
     for index, record in enumerate(records):
-        if isinstance(record, dict) and "text" not in record:
-            raise CalibrationError(
-                f'{path}: record {index} has no field "text", only {", ".join(map(repr, list(record)[:8])) or "none"}'
-            )
-        texts.append(record["text"] if isinstance(record, dict) else record)
+        if isinstance(record, dict) and not {"text", "messages"} & record.keys():
+            fields = ", ".join(map(repr, list(record)[:8])) or "none"
+            raise CalibrationError(f'{path}: record {index} has no field "text" or "messages", only {fields}')
+        texts.append(record.get("text", record.get("messages")) if isinstance(record, dict) else record)
     return texts

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, ConfigError, TokenizerMismatchError
+from .conversations import Document, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ _CHUNK = 16  # documents per call of the tokenizer
 
 
 def token_sequences(
-    texts: Sequence[str],
+    texts: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
@@ -34,7 +35,8 @@ def token_sequences(
     """Tokenize documents, end each with the tokenizer's EOS if it has one, and cut them into sequences without overlap.
 
     Args:
-        texts: documents; no other special token is added to them.
+        texts: documents; no other special token is added to a text. A conversation gets what the chat template adds,
+            and no EOS.
         length: tokens per sequence, at least 1; a shorter rest is dropped.
         limit: largest number of tokens to return. The sequences are then a random sample from all documents, of which
             only about four times as many tokens are read. None returns everything, in order.
@@ -47,7 +49,7 @@ def token_sequences(
 
     Raises:
         ConfigError: length is below 1.
-        CalibrationError: the limit or the text is shorter than `least` sequences.
+        CalibrationError: the limit or the text is shorter than `least` sequences, or a conversation cannot be rendered.
         TokenizerMismatchError: an id has no row in the model's embedding.
     """
     if length < 1:
@@ -62,7 +64,7 @@ def token_sequences(
     draw = random.Random(seed)
     documents = list(texts)
     if limit is not None:
-        documents = [text[at : at + _PIECE] for text in documents for at in range(0, len(text), _PIECE)]
+        documents = [piece for document in documents for piece in _pieces(document)]
         draw.shuffle(documents)
     stream = _tokenize(documents, tokenizer, None if limit is None else _OVERSAMPLING * limit)
     if len(stream) < needed:
@@ -81,14 +83,23 @@ def token_sequences(
     return sequences[sorted(draw.sample(range(len(sequences)), limit // length))]
 
 
-def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, enough: int | None) -> Tensor:
+def _pieces(document: Document) -> list[Document]:
+    if not isinstance(document, str):
+        return [document]
+    return [document[at : at + _PIECE] for at in range(0, len(document), _PIECE)]
+
+
+def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerBase, enough: int | None) -> Tensor:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = [torch.empty(0, dtype=torch.int64)]
     found = 0
     for start in range(0, len(documents), _CHUNK):
-        encoded = tokenizer(documents[start : start + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
-        parts += [torch.tensor([*ids, *end], dtype=torch.int64) for ids in encoded]
-        found += sum(len(ids) + len(end) for ids in encoded)
+        chunk = documents[start : start + _CHUNK]
+        texts = [document if isinstance(document, str) else render(document, tokenizer) for document in chunk]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(chunk, encoded, strict=True):
+            parts.append(torch.tensor([*ids, *end] if isinstance(document, str) else ids, dtype=torch.int64))
+            found += len(parts[-1])
         if enough is not None and found >= enough:
             break
     return torch.cat(parts)

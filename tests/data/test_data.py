@@ -47,7 +47,7 @@ class TestReadTexts:
             ),
             (
                 '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
-                r'rows\.jsonl:2: expected a JSON object with a field "text"',
+                r'rows\.jsonl:2: expected a JSON object with a field "text" or',
             ),
         ],
         ids=["surrogate", "deep"],
@@ -127,7 +127,7 @@ class TestReadTexts:
     def test_bad_record_is_named_by_line(self, line, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text('{"text": "a"}\n' + line)
-        with pytest.raises(CalibrationError, match=r'rows\.jsonl:2: expected a JSON object with a field "text"'):
+        with pytest.raises(CalibrationError, match=r'rows\.jsonl:2: expected a JSON object with a field "text" or'):
             read_texts(path)
 
 
@@ -160,7 +160,7 @@ class TestReadDataset:
         assert requests == [call]
 
     def test_no_text_column(self, requests):
-        with pytest.raises(CalibrationError, match=r"'org/other' has no column \"text\", only \['content'\]"):
+        with pytest.raises(CalibrationError, match=r"'org/other' has no column \"text\" or .*, only \['content'\]"):
             read_texts("org/other")
 
     def test_cannot_be_loaded(self, monkeypatch):

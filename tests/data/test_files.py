@@ -82,12 +82,18 @@ def test_one_record_is_one_text(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("5", r"rows\.json: expected a JSON array of texts or of records, found int"),
-        ('{"data": ["a"]}', r"rows\.json: record 0 has no field \"text\", only 'data'"),
-        ('[{"text": "a"}, {"content": "b"}]', r"rows\.json: record 1 has no field \"text\", only 'content'"),
+        ('{"data": ["a"]}', r"rows\.json: record 0 has no field \"text\" or .*, only 'data'"),
+        (
+            '[{"text": "a"}, {"content": "b"}]',
+            r"rows\.json: record 1 has no field \"text\" or .*, only 'content'",
+        ),
         ('["a", 2]', r"rows\.json: expected every text to be str, found int at 1"),
         ('["a", "b"', r"rows\.json is damaged or incomplete JSON"),
-        ('{"text": "a"}\n{"content": "b"}', r"rows\.json:2: expected a JSON object with a field \"text\""),
-        ("plain text", r"rows\.json:1: expected a JSON object with a field \"text\""),
+        (
+            '{"text": "a"}\n{"content": "b"}',
+            r"rows\.json:2: expected a JSON object with a field \"text\" or",
+        ),
+        ("plain text", r"rows\.json:1: expected a JSON object with a field \"text\" or"),
         ("[" * 100_000, r"rows\.json (is nested too deeply|is damaged or incomplete)"),
         ("", r"rows\.json holds no text"),
         ('["\\u0000"]', r"text 0 holds NUL characters"),

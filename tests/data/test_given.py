@@ -42,7 +42,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "splits": (DatasetDict(train=ROWS, test=ROWS), r"DatasetDict of the splits 'train', 'test'; .* data\['train'\]"),
     "columns": (ROWS[:2], r"dict with the keys 'text', 'label', .* data\[\"text\"\]"),
     "nothing": ({}, r"dict with the keys none"),
-    "another column": (Dataset.from_dict({"content": ["a"]}), r'Dataset has no column "text", only content'),
+    "another column": (
+        Dataset.from_dict({"content": ["a"]}),
+        r'Dataset has no column "text" or .*, only content',
+    ),
     "a stream": (IterableDataset.from_generator(stream), r"IterableDataset, a stream; .*data\.take\(1000\)"),
     "token ids": (torch.ones(2, 3, dtype=torch.int64), r"expected text, found token ids \(Tensor\)"),
     "a number": (5, r"expected text, found int"),
