@@ -76,11 +76,6 @@ class Measured:
         """
         return max(0.0, (self.change + self.benefit.value) / 2)
 
-    @property
-    def harms(self) -> bool:
-        """Whether it makes the outputs worse: the whole interval of its benefit is below zero."""
-        return self.benefit.high < 0
-
 
 @stage("measuring")
 def measure_changes(

@@ -28,7 +28,7 @@ from ..utils.logging import progress
 from ..utils.timeline import stage
 from .gradient_sums import SKETCH_RANK, GradientProduct, GradientSketch
 
-__all__ = ["FULL_WIDTH", "output_moments"]
+__all__ = ["FULL_WIDTH", "differentiable", "output_moments"]
 
 _BROKEN = "The quantized model itself is broken: check that it generates, or quantize it in another dtype."
 FULL_WIDTH = 4096  # a group with more outputs gets a diagonal plus a low-rank part as its moment, not a matrix
@@ -79,7 +79,7 @@ def output_moments(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(evaluating(model))
-        stack.enter_context(_differentiable(model))
+        stack.enter_context(differentiable(model))
         if checkpoint:
             stack.enter_context(recomputing(model))
         for entry in sums:
@@ -209,7 +209,7 @@ class _GroupGradient:
 
 
 @contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
+def differentiable(model: nn.Module) -> Iterator[None]:
     """Inside this context, the outputs of the input embeddings take gradients, and no parameter does."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None

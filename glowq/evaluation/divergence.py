@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..errors import SensitivityError
 
-__all__ = ["answer", "divergences", "final_states", "kl_divergences", "token_logits"]
+__all__ = ["answer", "divergences", "final_states", "kl_divergences", "kl_gradient", "token_logits"]
 
 _CHUNK = 2**20  # values of the vocabulary's distributions that are computed at a time
 
@@ -70,6 +70,24 @@ def kl_divergences(reference: Tensor, other: Tensor) -> Tensor:
     rows = max(1, _CHUNK // reference.shape[-1])
     pairs = zip(reference.flatten(0, -2).split(rows), other.flatten(0, -2).split(rows), strict=True)
     return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).reshape(reference.shape[:-1])
+
+
+def kl_gradient(reference: Tensor, logits: Tensor) -> Tensor:
+    """The gradient of the KL divergence, summed over tokens, at a model's logits: the difference of probabilities.
+
+    Args:
+        reference: `answer` of the reference, shape (batch, length, vocabulary), float32.
+        logits: logits of the model. If one of the two has more tokens in its vocabulary, only the common ones are
+            compared, see `divergences`.
+
+    Returns:
+        Shape and dtype of `logits`.
+    """
+    common = min(reference.shape[-1], logits.shape[-1])
+    if reference.shape[-1] > common:
+        reference = reference[..., :common].log_softmax(-1)
+    found = logits[..., :common].float().softmax(-1).sub_(reference.exp())
+    return nn.functional.pad(found, (0, logits.shape[-1] - common)).to(logits.dtype)
 
 
 def divergences(reference: list[Tensor], other: list[Tensor]) -> Tensor:

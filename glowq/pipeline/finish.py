@@ -94,7 +94,7 @@ def _measured(
     facts = {
         "gains": next(iter(measured.values())).unit,
         "measured_tokens": int(sequences.numel()),
-        "not_restored": {name: asdict(measured[name].benefit) for name in sorted(harmful)},
+        "not_restored": {name: asdict(measured[name].interval) for name in sorted(harmful)},
     }
     return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found], facts
 

@@ -18,7 +18,7 @@ from ..solving.methods.base import Method
 
 __all__ = ["calibration_sequences", "check_token_count", "checked_ids", "split_sequences"]
 
-_SELECTION_TOKENS = 512  # tokens on which each group is measured
+_SELECTION_TOKENS = 2048  # tokens on which all groups are measured
 _SELECTED = 1 / 8  # largest share of the sequences that may be used for this measurement
 
 

@@ -194,7 +194,7 @@ def test_where_every_group_harms_a_budget_restores_nothing(
 ) -> None:
     def harmful(*arguments: Any) -> dict[str, Any]:
         found = measure_groups(*arguments)
-        return {name: replace(entry, benefit=Interval(-1.0, -2.0, -0.5)) for name, entry in found.items()}
+        return {name: replace(entry, interval=Interval(-1.0, -2.0, -0.5)) for name, entry in found.items()}
 
     monkeypatch.setattr("glowq.pipeline.finish.measure_groups", harmful)
     model = quantized(source, "nf4")

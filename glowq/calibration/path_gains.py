@@ -1,0 +1,165 @@
+"""Measure what the correction of every group is worth beside all others, with one backward pass for all groups.
+
+All corrections are attached with a strength t from 0 to 1, and the divergence from the reference falls on the way. Its
+derivative by the strength of one group is that group's part at t. The mean of this part over the way is what the group
+is worth: these gains add up to what all corrections gain together (the Aumann-Shapley value). Two points of
+Gauss-Legendre quadrature give the mean exactly where the divergence is a polynomial of degree 4 in t.
+
+Source: Aumann and Shapley, Values of Non-Atomic Games (1974); Integrated Gradients (arXiv 1703.01365) for models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.tokens import batches
+from ..errors import SensitivityError
+from ..evaluation.divergence import answer, divergences, kl_gradient, token_logits
+from ..factors.factors import GroupFactors
+from ..factors.units import GainUnit
+from ..models.checkpointing import is_large, recomputing
+from ..models.forward import evaluating, to_model
+from ..runtime.attach import applied
+from ..utils.logging import progress
+from .output_gradients import differentiable
+
+__all__ = ["gains_along_path"]
+
+_BATCH_TOKENS = 512  # a backward pass keeps the activations of this many tokens
+_POINTS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))  # both have the weight 1/2
+
+
+def gains_along_path(
+    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+) -> tuple[dict[str, Tensor], GainUnit]:
+    """Measure the gain of every group.
+
+    Args:
+        model: quantized model without a correction. It has no correction afterwards.
+        reference: full-precision model.
+        factors: the factors of every group.
+        sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
+
+    Returns:
+        Group name -> gain by what each token's output contributes to it, float64 on the CPU, shape (n, length), whose
+        mean is the gain in nats per token. For an encoder, shape (n, 1), squared distance per sequence. And the unit.
+
+    Raises:
+        SensitivityError: the models return neither logits nor final states; or no finite gradient reaches a group, as
+            with layers that round their inputs.
+    """
+    groups = [_GroupPart(entry) for entry in factors]
+    parts: dict[str, list[Tensor]] = {entry.group.name: [] for entry in factors}
+    unit = GainUnit.NATS
+    inputs = list(batches(sequences, max(1, _BATCH_TOKENS // sequences.shape[1])))
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(evaluating(reference))
+        bar = stack.enter_context(progress(total=len(inputs) * len(_POINTS), desc="Measuring", unit="batch"))
+        for batch in inputs:
+            with torch.no_grad():
+                wanted = answer(reference(**to_model(batch, reference)))
+            for part in groups:
+                part.start(batch["input_ids"].shape)
+            for strength in _POINTS:
+                unit = _backward(model, wanted, to_model(batch, model), groups, strength)
+                bar.update()
+            for part in groups:
+                found = part.finish() / len(_POINTS)
+                parts[part.name].append(found if unit is GainUnit.NATS else found.sum(1, keepdim=True))
+    return {name: torch.cat(found) for name, found in parts.items()}, unit
+
+
+def _backward(
+    model: nn.Module, wanted: list[Tensor], batch: Mapping[str, Any], groups: Sequence[_GroupPart], strength: float
+) -> GainUnit:
+    """Run the model with all corrections at one strength, and let every group add its part."""
+    with ExitStack() as stack:
+        for part in groups:  # before the corrections, whose sum has a gradient even if the layer's own output has none
+            part.watch(model, stack)
+        stack.enter_context(applied(model, [part.scaled(strength) for part in groups]))
+        stack.enter_context(differentiable(model))
+        if is_large(model, [batch]):
+            stack.enter_context(recomputing(model))
+        with torch.enable_grad():
+            output = model(**batch)
+            logits = token_logits(output)
+            start = logits
+            if logits is None:
+                given = answer(output)
+                start = divergences([part.to(given[0].device) for part in wanted], given).sum()
+        if start is None or not start.requires_grad:
+            raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
+        start.backward(None if logits is None else kl_gradient(wanted[0].to(logits.device), logits.detach()))
+    return GainUnit.SQUARED_DISTANCE if logits is None else GainUnit.NATS
+
+
+class _GroupPart:
+    """Sums one group's part of the derivative for every token of a batch."""
+
+    def __init__(self, factors: GroupFactors) -> None:
+        self.name = factors.group.name
+        self._factors = factors
+        self._input: Tensor | None = None
+        self._was_called = self._has_gradient = False
+        self._sum = torch.zeros(0)
+        self._shape = torch.Size()
+
+    def scaled(self, strength: float) -> GroupFactors:
+        """The factors times `strength`."""
+        lefts = {member: left * strength for member, left in self._factors.lefts.items()}
+        return replace(self._factors, lefts=lefts)
+
+    def watch(self, model: nn.Module, stack: ExitStack) -> None:
+        """Watch the group's input and the gradients at its outputs until the stack is closed."""
+        members = [model.get_submodule(name) for name in self._factors.group.members]
+        stack.callback(members[0].register_forward_pre_hook(self._keep_input).remove)
+        for name, member in zip(self._factors.group.members, members, strict=True):
+            stack.callback(member.register_forward_hook(self._hook(name)).remove)
+
+    def start(self, shape: torch.Size) -> None:
+        """Start a batch of ids of this shape, (batch, length)."""
+        self._sum, self._shape = torch.zeros(shape.numel(), dtype=torch.float64), shape
+
+    def finish(self) -> Tensor:
+        """The sums of the batch, shape (batch, length).
+
+        Raises:
+            SensitivityError: no gradient has reached the group although it was called, or one that is not finite.
+        """
+        if self._was_called > self._has_gradient or not bool(torch.isfinite(self._sum).all()):
+            raise SensitivityError(f"{self.name}: no finite gradient of the divergence reaches its outputs.")
+        return self._sum.reshape(self._shape)
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._input = args[0].detach()
+        self._was_called = self._was_called or self._input.numel() > 0  # an expert may get no token
+
+    def _hook(self, member: str) -> Callable[[nn.Module, Any, Any], None]:
+        def watch(module: nn.Module, args: Any, output: Any) -> None:
+            x = self._input
+            if x is not None and isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda gradient: self._add(member, x, gradient))
+
+        return watch
+
+    def _add(self, member: str, x: Tensor, gradient: Tensor | None) -> None:
+        if gradient is None:  # a later kernel computes none
+            return
+        rows = gradient.detach().flatten(0, -2).float()
+        self._has_gradient = self._has_gradient or bool(rows.any())
+        right, left = (part.to(rows) for part in (self._factors.right, self._factors.lefts[member]))
+        parts = -((rows @ left) * (x.flatten(0, -2).float() @ right.T)).sum(1).double().cpu()
+        tokens = len(self._sum)
+        if len(parts) == tokens:
+            self._sum += parts
+        else:  # the rows are not the tokens, as in an expert: each counts for a token that is about as far in the text
+            self._sum.index_add_(0, torch.arange(len(parts)) * tokens // max(1, len(parts)), parts)
