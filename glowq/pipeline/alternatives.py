@@ -118,7 +118,9 @@ def alternatives_of(
         return [[entry.group.name, entry.bytes, entry.gain] for entry in several]
 
     found.append(makes.whole("wider", backend.wider(config)))
-    measured = [WiderGroup(groups[name], *more) for name, *more in cells.value("gains of more bits", measure)]
+    measured = cells.value(
+        "gains of more bits", measure, lambda found: [WiderGroup(groups[name], *more) for name, *more in found]
+    )
     for budget, available in budgets.items():
         chosen = best_within(measured, available)
         if not chosen:
@@ -150,9 +152,12 @@ class _Maker:
 
     def scored(self, plain: Alternative, config: Any) -> Found:
         """The alternative with its bytes and settings, and its score."""
-        found = self.cells.value(plain.label, partial(self._made, plain, config))
-        known = replace(plain, added_bytes=found["added_bytes"], settings=found["settings"])
-        return known, tensors_of(Score, found["score"])
+
+        def read(found: Any) -> Found:
+            known = replace(plain, added_bytes=found["added_bytes"], settings=found["settings"])
+            return known, tensors_of(Score, found["score"])
+
+        return self.cells.value(plain.label, partial(self._made, plain, config), read)
 
     def _made(self, plain: Alternative, config: Any) -> dict[str, Any]:
         other = self.load(config)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact.build import stored_config
+from ..evaluation.scores import Keep
 from ..factors.units import GainUnit
 from ..models.reference import Reference
 from ..runtime.attach import factor_dtype
@@ -25,6 +28,9 @@ from .method_budgets import Entry
 __all__ = ["Cells", "cells_of", "lists_of", "tensors_of"]
 
 _Scores = TypeVar("_Scores", bound=Any)  # a dataclass of float64 tensors
+_Value = TypeVar("_Value")
+
+_logger = logging.getLogger(__name__)
 
 
 class Cells:
@@ -43,34 +49,51 @@ class Cells:
         """Where the finished blocks of one correction of the comparison are stored."""
         return Resume(self.folder, self.key, f"{name}, ")
 
-    def value(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returned when the cell was finished, or what it returns now. JSON must be able to hold it."""
+    def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], _Value]) -> _Value:
+        """What was stored when the cell was finished, or what is made and stored now.
+
+        Args:
+            name: name of the cell.
+            make: function that returns what to store, as JSON has it.
+            read: function that turns what was stored into what is returned. If it fails, the cell is made again.
+        """
         found = None if self.folder is None else self.folder.read(name, self.key)
         if found is not None:
-            return found.value
+            with self._tolerating(name):
+                return read(found.value)
         value = make()
         if self.folder is not None:
             self.folder.write(name, self.key, value=value)
-        return value
+        return read(value)
 
     def entry(self, label: str) -> Entry | None:
         """The finished entry of this label, or None."""
         found = None if self.folder is None else self.folder.read(label, self.key)
-        if found is None:
-            return None
-        unit = found.value["gains"]
-        return replace(Entry(**found.value, factors=tuple(found.factors)), gains=unit and GainUnit(unit))
+        if found is not None:
+            with self._tolerating(label):
+                unit = found.value["gains"]
+                entry = replace(Entry(**found.value, factors=tuple(found.factors)), gains=unit and GainUnit(unit))
+                return entry if entry.label == label else None
+        return None
+
+    @contextmanager
+    def _tolerating(self, name: str) -> Iterator[None]:
+        """Inside this context, what is not as this version stores it is no error: the cell is made again."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            _logger.warning(
+                "cell %r in %s is damaged (%s): it is made again.", name, self.folder and self.folder.path, error
+            )
 
     def keep(self, entry: Entry) -> None:
         """Store a finished entry."""
         if self.folder is not None:
             value = {field: value for field, value in vars(entry).items() if field != "factors"}
-            self.folder.write(entry.label, self.key, entry.factors, value)
+            self.folder.write(entry.label, self.key, entry.factors, value=value)
 
-    def scores(
-        self, kind: type[_Scores], name: str
-    ) -> Callable[[int, Callable[[], Mapping[str, _Scores]]], Mapping[str, _Scores]]:
-        """A function that returns the figures of a batch of text, as `score_models` takes it.
+    def scores(self, kind: type[_Scores], name: str) -> Keep[_Scores]:
+        """Where `score_models` or `cloze_scores` keep the figures of every batch.
 
         Args:
             kind: the dataclass of a model's figures.
@@ -81,8 +104,10 @@ class Cells:
             def lists() -> dict[str, Any]:
                 return {label: lists_of(one) for label, one in make().items()}
 
-            found = self.value(f"{name}, batch {index}", lists)
-            return {label: tensors_of(kind, one) for label, one in found.items()}
+            def tensors(found: Any) -> dict[str, _Scores]:
+                return {label: tensors_of(kind, one) for label, one in found.items()}
+
+            return self.value(f"{name}, batch {index}", lists, tensors)
 
         return batch
 

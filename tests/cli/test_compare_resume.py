@@ -12,6 +12,7 @@ from glowq.calibration import distillation
 from glowq.evaluation import cloze, scores
 from glowq.pipeline import alternatives
 from glowq.pipeline.block_solver import BlockSolver
+from glowq.pipeline.block_store import BlockFolder
 from support.cli import call
 
 ASKED = ["--methods", "svd,qera,eora,glowq", "--budgets", "4%,9%", "--int8", "--distill", "2", "--alternatives"]
@@ -112,6 +113,26 @@ def test_cells_of_another_comparison_are_not_used(
         interrupt(patched, scores, "_score_batch", 0)
         assert isinstance(call(*resumed, *other).exception, Interrupted)
     assert solved
+
+
+@pytest.mark.parametrize("value", [3, {"gains": 1}, [["no group", 1, 2.0]]])
+def test_cells_that_hold_something_else_are_made_again(
+    command: list[Any], wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    """With the digest and the key of this comparison, which somebody computed."""
+    out = tmp_path / "out"
+    original = BlockFolder.write
+
+    def other(folder: BlockFolder, block: str, key: str, factors: Any = (), **real: Any) -> None:
+        original(folder, block, key, factors, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockFolder, "write", other)
+        interrupt(patched, cloze, "_answer_batch", 1)
+        assert isinstance(call(*command, "--output", out, "--resume").exception, Interrupted)
+    done = call(*command, "--output", out, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert files(out) == wanted
 
 
 def test_the_cells_need_a_place(command: list[Any]) -> None:
