@@ -27,8 +27,8 @@ from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.evaluation.intervals import bootstrap
 from glowq.evaluation.scores import Score, perplexity, perplexity_ratio, recovered
-from glowq.pipeline.comparison import compare_methods, score_entries
-from glowq.pipeline.method_budgets import Entry
+from glowq.pipeline.compare.budgets import Entry
+from glowq.pipeline.compare.comparison import compare_methods, score_entries
 from glowq.quantizers.model import prepare_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -30,8 +30,8 @@ from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.evaluation.timing import processor
 from glowq.integrations.peft.importer import import_adapter
-from glowq.pipeline.comparison import Comparison, compare_methods, score_entries
-from glowq.pipeline.method_budgets import Entry
+from glowq.pipeline.compare.budgets import Entry
+from glowq.pipeline.compare.comparison import Comparison, compare_methods, score_entries
 from glowq.quantizers.model import prepare_model
 
 MODEL = Path(__file__).resolve().parents[2] / "build" / "models" / "smollm2-135m"

@@ -2,7 +2,7 @@
 
 Each block is one safetensors file. Its metadata holds the key of the run that solved it and the checksums of its
 factors, with a digest of both. So a block of another run, or a damaged one, is never taken for a finished one: it is
-solved again. A comparison keeps its finished cells in the same way, see `glowq.pipeline.cells`.
+solved again. A comparison keeps its finished cells in the same way, see `glowq.pipeline.compare.cells`.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import pytest
 
 from glowq.calibration import distillation
 from glowq.evaluation import cloze, scores
-from glowq.pipeline import alternatives
 from glowq.pipeline.block_solver import BlockSolver
 from glowq.pipeline.block_store import BlockFolder
+from glowq.pipeline.compare import alternatives
 from support.cli import call
 
 ASKED = ["--methods", "svd,qera,eora,glowq", "--budgets", "4%,9%", "--int8", "--distill", "2", "--alternatives"]

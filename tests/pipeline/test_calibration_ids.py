@@ -24,7 +24,7 @@ import glowq
 from glowq.errors import CalibrationError, GlowQError, TokenizerMismatchError
 from glowq.models.loading import load_config, token_limits
 from glowq.models.positions import position_limit
-from glowq.pipeline.comparison import compare_methods
+from glowq.pipeline.compare.comparison import compare_methods
 from support.cli import result_of
 from support.tiny import CHEAP, EXAMPLE, SHAPE, TEXTS, load, quantized, seeded
 

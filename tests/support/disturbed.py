@@ -103,7 +103,7 @@ def _serve(logs: Path) -> None:
     import glowq.cli.app
     import glowq.integrations.export.registry
     import glowq.integrations.transformers.checkpoint
-    import glowq.pipeline.comparison  # noqa: F401
+    import glowq.pipeline.compare.comparison  # noqa: F401
 
     for line in sys.stdin:
         shared = mmap.mmap(-1, 16)

@@ -23,7 +23,7 @@ from ..reports.comparison_rows import figures
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...pipeline.method_budgets import Entry
+    from ...pipeline.compare.budgets import Entry
 
 __all__ = ["compare"]
 
@@ -94,10 +94,10 @@ def compare(
         from ..._version import __version__
         from ...data.overlap import check_disjoint
         from ...evaluation.cloze import cloze_items
-        from ...pipeline.alternatives import alternatives_of
         from ...pipeline.block_store import open_blocks, remove_blocks
-        from ...pipeline.cells import cells_of
-        from ...pipeline.comparison import cloze_entries, compare_methods, distill_entries, score_entries
+        from ...pipeline.compare.alternatives import alternatives_of
+        from ...pipeline.compare.cells import cells_of
+        from ...pipeline.compare.comparison import cloze_entries, compare_methods, distill_entries, score_entries
         from ...quantizers.registry import base_config, with_calibration
         from ...selection.budget import parse_budget
         from ...utils.output import output_path

@@ -10,9 +10,9 @@ from ...evaluation.figures import finite
 if TYPE_CHECKING:
     from ...evaluation.intervals import Interval
     from ...evaluation.scores import Score
-    from ...pipeline.alternatives import Alternative
-    from ...pipeline.comparison import Comparison
-    from ...pipeline.method_budgets import Entry
+    from ...pipeline.compare.alternatives import Alternative
+    from ...pipeline.compare.budgets import Entry
+    from ...pipeline.compare.comparison import Comparison
 
 __all__ = ["figures"]
 

@@ -35,8 +35,7 @@ class Method:
         source: the paper.
         two_sided: whether `solve` also reads the output moment; gains are then in nats and comparable between groups.
         allocation: how the paper uses a budget: "uniform", one rank for all groups; "gain", the ranks with the largest
-            gain per byte; "groups", whole groups at one rank, in the order of `score`. `glowq.pipeline.comparison` does
-            the same.
+            gain per byte; "groups", whole groups at one rank, in the order of `score`, as `glowq compare` does.
         score: for "groups": function (a group's gains at the rank (r,), its ||E||_F / ||W||_F) -> score of the group.
     """
 

@@ -14,18 +14,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..evaluation.scores import Score, score_models
-from ..models.reference import Reference
-from ..quantizers.base import Unavailable
-from ..quantizers.model import quantized_modules
-from ..quantizers.registry import backend_of, method_of
-from ..selection.budget import RankRequest
-from ..solving.methods.base import get_method
+from ...errors import ConfigError
+from ...evaluation.scores import Score, score_models
+from ...models.reference import Reference
+from ...quantizers.base import Unavailable
+from ...quantizers.model import quantized_modules
+from ...quantizers.registry import backend_of, method_of
+from ...selection.budget import RankRequest
+from ...solving.methods.base import get_method
+from ..prepared import traced
+from ..sequences import split_sequences
+from ..wider_groups import WiderGroup, best_within, linear_bytes, measure_wider, mixed_config
 from .cells import Cells, lists_of, tensors_of
-from .prepared import traced
-from .sequences import split_sequences
-from .wider_groups import WiderGroup, best_within, linear_bytes, measure_wider, mixed_config
 
 __all__ = ["Alternative", "alternatives_of"]
 

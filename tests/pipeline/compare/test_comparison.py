@@ -16,8 +16,8 @@ from glowq.data.tokens import token_sequences
 from glowq.errors import EvaluationError
 from glowq.evaluation.scores import perplexity, score_models
 from glowq.factors.group import Group
-from glowq.pipeline.comparison import Comparison, compare_methods, distill_entries, score_entries
-from glowq.pipeline.method_budgets import Entry, uniform_rank_within
+from glowq.pipeline.compare.budgets import Entry, uniform_rank_within
+from glowq.pipeline.compare.comparison import Comparison, compare_methods, distill_entries, score_entries
 from glowq.quantizers.model import prepare_model, read_weight
 from glowq.runtime.attach import attach, attached
 from glowq.solving.methods.base import get_method

@@ -11,7 +11,7 @@ from glowq import Correction, GlowQConfig
 from glowq.artifact.factor_files import describe_groups
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
-from glowq.pipeline.method_budgets import ALLOCATORS, BudgetContext, Entry, fixed_rank_within
+from glowq.pipeline.compare.budgets import ALLOCATORS, BudgetContext, Entry, fixed_rank_within
 from glowq.solving.methods.base import Method, get_method
 
 # With two bytes per value, one rank of these groups takes 320, 120 and 160 bytes. Their largest ranks are 80, 20, 32.

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifact.build import stored_config
-from ..artifact.request import CorrectionRequest
-from ..errors import NoGainError, RoundingError
-from ..factors.factors import GroupFactors
-from ..selection.budget import RankRequest
-from ..selection.ranks import candidate_ranks, uniform_ranks
-from ..solving.methods.base import Method
-from .block_solver import Job
-from .finish import finished
-from .method_budgets import ALLOCATORS, NO_GAIN, BudgetContext, Entry, refused
-from .problem import Problem
-from .sequences import split_sequences
+from ...artifact.build import stored_config
+from ...artifact.request import CorrectionRequest
+from ...errors import NoGainError, RoundingError
+from ...factors.factors import GroupFactors
+from ...selection.budget import RankRequest
+from ...selection.ranks import candidate_ranks, uniform_ranks
+from ...solving.methods.base import Method
+from ..block_solver import Job
+from ..finish import finished
+from ..problem import Problem
+from ..sequences import split_sequences
+from .budgets import ALLOCATORS, NO_GAIN, BudgetContext, Entry, refused
 
 __all__ = ["Plan", "plans_of", "split", "twin_key"]
 

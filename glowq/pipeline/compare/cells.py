@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..artifact.build import stored_config
-from ..evaluation.scores import Keep
-from ..factors.units import GainUnit
-from ..models.reference import Reference
-from ..runtime.attach import factor_dtype
-from .block_store import BlockFolder, Resume, run_key
-from .method_budgets import Entry
+from ...artifact.build import stored_config
+from ...evaluation.scores import Keep
+from ...factors.units import GainUnit
+from ...models.reference import Reference
+from ...runtime.attach import factor_dtype
+from ..block_store import BlockFolder, Resume, run_key
+from .budgets import Entry
 
 __all__ = ["Cells", "cells_of", "lists_of", "tensors_of"]
 

@@ -10,23 +10,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.cloze import ClozeItems, ClozeScore, cloze_scores
-from ..evaluation.scores import Score, score_models
-from ..factors.factors import GroupFactors
-from ..models.tracing import Trace
-from ..models.weight_errors import WeightErrors
-from ..quantizers.model import packed_bytes, read_weight
-from ..runtime.attach import applied, factor_dtype
-from ..selection.benefit import Benefit, benefit_map
-from ..selection.budget import parse_budget
-from ..solving.methods.base import get_method
-from .block_solver import stops_of
+from ...evaluation.cloze import ClozeItems, ClozeScore, cloze_scores
+from ...evaluation.scores import Score, score_models
+from ...factors.factors import GroupFactors
+from ...models.tracing import Trace
+from ...models.weight_errors import WeightErrors
+from ...quantizers.model import packed_bytes, read_weight
+from ...runtime.attach import applied, factor_dtype
+from ...selection.benefit import Benefit, benefit_map
+from ...selection.budget import parse_budget
+from ...solving.methods.base import get_method
+from ..block_solver import stops_of
+from ..prepared import opened, readable_modules, traced
+from ..problem import Problem
+from ..sequences import check_token_count, checked_ids
+from .budgets import BudgetContext, Entry
 from .cells import Cells
-from .method_budgets import BudgetContext, Entry
-from .method_plans import plans_of, split, twin_key
-from .prepared import opened, readable_modules, traced
-from .problem import Problem
-from .sequences import check_token_count, checked_ids
+from .plans import plans_of, split, twin_key
 
 __all__ = ["Comparison", "cloze_entries", "compare_methods", "distill_entries", "score_entries"]
 
@@ -66,7 +66,7 @@ def compare_methods(
 
     A method whose gains have one unit for the whole model keeps the ranks that gain most. The other methods keep what
     their papers describe: either the largest rank that every group can have within the budget; or whole groups at a
-    fixed rank (see `glowq.pipeline.method_budgets`), in the order of their score, until the next group does not fit.
+    fixed rank (see `glowq.pipeline.compare.budgets`), in the order of their score, until the next group does not fit.
     These methods do not use the bytes that are left.
 
     Args:
@@ -167,7 +167,7 @@ def distill_entries(
     Raises:
         GlowQError: see `glowq.calibration.distillation.distill`.
     """
-    from ..calibration.distillation import distill
+    from ...calibration.distillation import distill
 
     cells = cells or Cells()
     first = next(entry.method for entry in entries if entry.allocation == "gain")

@@ -17,7 +17,7 @@ from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.evaluation.scores import Score, score_models
 from glowq.factors.group import Group
-from glowq.pipeline.alternatives import Alternative, alternatives_of
+from glowq.pipeline.compare.alternatives import Alternative, alternatives_of
 from glowq.pipeline.wider_groups import WiderGroup, best_within
 from glowq.quantizers.model import packed_bytes, prepare_model
 from glowq.quantizers.registry import base_config

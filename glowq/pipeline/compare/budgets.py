@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..artifact.correction import Correction
-from ..factors.factors import GroupFactors
-from ..factors.group import Group
-from ..factors.units import GainUnit
-from ..selection.allocation import largest_rank
-from ..selection.budget import RankRequest
-from ..solving.methods.base import Allocation, Method
+from ...artifact.correction import Correction
+from ...factors.factors import GroupFactors
+from ...factors.group import Group
+from ...factors.units import GainUnit
+from ...selection.allocation import largest_rank
+from ...selection.budget import RankRequest
+from ...solving.methods.base import Allocation, Method
 
 __all__ = ["ALLOCATORS", "NO_GAIN", "BudgetContext", "Entry", "fixed_rank_within", "refused", "uniform_rank_within"]
 
