@@ -3,13 +3,15 @@
 python examples/benchmarks/real.py                      # SmolLM2-135M on nf4 and torchao-int3, under an hour on 2 cores
 python examples/benchmarks/real.py --all                # every base and every model of `make models-all`: hours
 python examples/benchmarks/real.py --table              # the tables of what was measured before; runs nothing
+python examples/benchmarks/real.py --table --results examples/benchmarks/results   # those of README
 python examples/benchmarks/real.py --calibration valid.txt --data test.txt   # WikiText-2 from files
 
 `make real` and `make real-all` run this. For each model and base it runs `glowq compare`, and then `glowq correct` with
 every method of --making, for the time and the memory that each takes. It writes the figures, with the commands, the
-machine and the versions, to examples/benchmarks/results/MODEL-BASE.json, and the plot beside it. What is there already
-is not run again, and an interrupted run goes on with what it had finished, which build/real keeps; --again measures
-anew. A model that `make models` has not fetched is left out with one line.
+machine and the versions, to build/results/MODEL-BASE.json, and the plot beside it. What is there already is not run
+again, and an interrupted run goes on with what it had finished, which build/real keeps; --again measures anew. The
+figures of README were written with --results examples/benchmarks/results. A model that `make models` has not fetched
+is left out with one line.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from glowq.evaluation.timing import processor
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "build" / "models"
 UNFINISHED = ROOT / "build" / "real"
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "build" / "results"
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 BASES = ["nf4", "torchao-int3"]
 MORE_BASES = ["torchao-int4", "torchao-int2", "gptq-3", "hqq-3", "hqq-2"]

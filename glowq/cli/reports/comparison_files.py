@@ -126,9 +126,9 @@ def _predictions(rows: list[dict[str, Any]]) -> list[str]:
     notes = [f"Predicted before any evaluation, share of the KL divergence undone: {shares}."]
     if any(abs(row["predicted"] - row["undone"]) > _CLOSE for row in rows):
         notes.append(
-            "Where the two differ by more than 10 points: the prediction adds up what each group undoes alone, on few "
-            "tokens of the calibration text. Groups that mend the same errors undo less together; and other text, or "
-            "an error so large that it does not grow with the square of its size, changes the share."
+            "Where the two differ by more than 10 points: the prediction adds up what the chosen ranks undo on few "
+            "tokens of the calibration text, beside all other ranks that were solved. On other text, or without the "
+            "other ranks, they undo more or less."
         )
     return notes
 
