@@ -137,7 +137,7 @@ class GlowQConfig(QuantizationConfigMixin):
 
     @property
     def total(self) -> float:
-        """Predicted loss of the whole quantized model, in the unit of the gains.
+        """Loss of the whole quantized model, in the unit of the gains.
 
         It is recorded when a correction is made, and does not change when groups are cut away. If it was not recorded,
         it is the sum over the groups that are left.

@@ -90,7 +90,8 @@ class Provenance:
         gains: unit of all gains and of `total`.
         measured_tokens: number of tokens that each group's benefit was measured on.
         not_restored: group name -> measured benefit, for groups that a budget left out because they made answers worse.
-        total: predicted loss of the whole quantized model in the unit of the gains.
+        total: loss of the quantized model in the unit of the gains: its divergence from the reference where groups were
+            measured, or else the sum of what the solver predicts for all groups.
         distilled_steps: steps of gradient descent on the chosen factors.
         factor_dtype: "int8" if the factors were rounded to it.
         int8: measured loss of accuracy by rounding to int8.

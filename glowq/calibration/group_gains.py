@@ -34,10 +34,12 @@ class GroupGain:
     Attributes:
         interval: the gain with its 95% interval over parts of 32 tokens (for an encoder: over sequences), in nats per
             token, or for an encoder in squared distance per sequence.
+        before: divergence of the model without any correction from the reference on the same text, in the same unit.
         unit: NATS, or SQUARED_DISTANCE for an encoder.
     """
 
     interval: Interval
+    before: float
     unit: GainUnit
 
     @property
@@ -70,10 +72,13 @@ def measure_groups(
         SensitivityError: the models return neither logits nor final states.
     """
     try:
-        found, unit = gains_along_path(model, reference, factors, sequences)
+        found = gains_along_path(model, reference, factors, sequences)
     except SensitivityError:
         return _one_by_one(model, reference, factors, sequences)
-    return {name: GroupGain(mean_interval(text_parts(values)), unit) for name, values in found.items()}
+    return {
+        name: GroupGain(mean_interval(text_parts(values)), found.before, found.unit)
+        for name, values in found.parts.items()
+    }
 
 
 def _one_by_one(
@@ -91,7 +96,7 @@ def _one_by_one(
     gains = {}
     for name, found in measure_changes(model, reference, [change(entry) for entry in factors], sequences).items():
         ends = (found.benefit.value, found.benefit.low, found.benefit.high)
-        gains[name] = GroupGain(Interval(*((found.change + end) / 2 for end in ends)), found.unit)
+        gains[name] = GroupGain(Interval(*((found.change + end) / 2 for end in ends)), found.before, found.unit)
     return gains
 
 

@@ -58,11 +58,13 @@ class Measured:
             distance per sequence.
         benefit: decrease of the divergence from the reference, in the same unit, with its 95% interval over parts
             of 32 tokens (for an encoder: over sequences).
+        before: mean divergence of the unchanged model from the reference, in the same unit.
         unit: NATS, or SQUARED_DISTANCE for an encoder.
     """
 
     change: float
     benefit: Interval
+    before: float
     unit: GainUnit
 
     @property
@@ -98,16 +100,19 @@ def measure_changes(
     """
     measurements = _Measurements(model)
     unit, blocks = GainUnit.NATS, [change.block for change in changes]
+    before: list[Tensor] = []
     with (
         replaying(model, reference, blocks, sequences) as replays,
         progress(total=steps_of(sequences) * len(changes), desc="Measuring", unit="group") as bar,
     ):
         for replay in replays:
             unit = replay.unit
+            before.append(replay.before.double().cpu())
             for change in changes:
                 measurements.add(replay, change)
                 bar.update()
-    return {name: found.summary(unit) for name, found in measurements.samples.items()}
+    mean = float(torch.cat(before).mean())
+    return {name: found.summary(mean, unit) for name, found in measurements.samples.items()}
 
 
 @dataclass
@@ -135,10 +140,10 @@ class _Samples:
         changes, t = changes.reshape(benefits.shape).to(benefits), math.sqrt(self.power)
         self.benefits.append(benefits if t == 1 else (benefits + changes) / t - changes / self.power)
 
-    def summary(self, unit: GainUnit) -> Measured:
+    def summary(self, before: float, unit: GainUnit) -> Measured:
         benefits = torch.cat(self.benefits)
         change = math.fsum(self.changes) / benefits.numel() / self.power
-        return Measured(change, mean_interval(text_parts(benefits)), unit)
+        return Measured(change, mean_interval(text_parts(benefits)), before, unit)
 
 
 class _Measurements:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,30 @@ from ..runtime.attach import applied
 from ..utils.logging import progress
 from .output_gradients import differentiable
 
-__all__ = ["gains_along_path"]
+__all__ = ["PathGains", "gains_along_path"]
 
 _BATCH_TOKENS = 512  # a backward pass keeps the activations of this many tokens
 _POINTS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))  # both have the weight 1/2
 
 
+class PathGains(NamedTuple):
+    """The gains of all groups.
+
+    Attributes:
+        parts: group name -> gain by what each token's output contributes to it, float64 on the CPU, shape (n, length),
+            whose mean is the gain in nats per token. For an encoder, shape (n, 1), squared distance per sequence.
+        before: mean divergence of the model without a correction from the reference, in the same unit.
+        unit: NATS, or SQUARED_DISTANCE for an encoder.
+    """
+
+    parts: dict[str, Tensor]
+    before: float
+    unit: GainUnit
+
+
 def gains_along_path(
     model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
-) -> tuple[dict[str, Tensor], GainUnit]:
+) -> PathGains:
     """Measure the gain of every group.
 
     Args:
@@ -47,17 +62,13 @@ def gains_along_path(
         factors: the factors of every group.
         sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
 
-    Returns:
-        Group name -> gain by what each token's output contributes to it, float64 on the CPU, shape (n, length), whose
-        mean is the gain in nats per token. For an encoder, shape (n, 1), squared distance per sequence. And the unit.
-
     Raises:
         SensitivityError: the models return neither logits nor final states; or no finite gradient reaches a group, as
             with layers that round their inputs.
     """
     groups = [_GroupPart(entry) for entry in factors]
     parts: dict[str, list[Tensor]] = {entry.group.name: [] for entry in factors}
-    unit = GainUnit.NATS
+    unit, before = GainUnit.NATS, []
     inputs = list(batches(sequences, max(1, _BATCH_TOKENS // sequences.shape[1])))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -67,6 +78,8 @@ def gains_along_path(
         for batch in inputs:
             with torch.no_grad():
                 wanted = answer(reference(**to_model(batch, reference)))
+                plain = answer(model(**to_model(batch, model)))
+                before.append(divergences([one.to(plain[0].device) for one in wanted], plain).double().cpu())
             for part in groups:
                 part.start(batch["input_ids"].shape)
             for strength in _POINTS:
@@ -75,7 +88,7 @@ def gains_along_path(
             for part in groups:
                 found = part.finish() / len(_POINTS)
                 parts[part.name].append(found if unit is GainUnit.NATS else found.sum(1, keepdim=True))
-    return {name: torch.cat(found) for name, found in parts.items()}, unit
+    return PathGains({name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(before).mean()), unit)
 
 
 def _backward(

@@ -56,8 +56,9 @@ def finished(
     if held is not None and method.allocation == "gain":
         factors, facts = _measured(model, reference, factors, held, request.ranks)
         config.record(**facts)
-    # The total also covers groups that are not restored, so record it before they are removed.
-    config.record(total=math.fsum(entry.total for entry in factors))
+    if config.provenance.total is None:
+        # The total also covers groups that are not restored, so record it before they are removed.
+        config.record(total=math.fsum(entry.total for entry in factors))
     lacking = problem.source.missing
     whole = correction = correction_of(model, factors, config, problem.base_bytes, tokenizer, lacking=lacking)
     if request.budget is not None:
@@ -72,7 +73,9 @@ def finished(
         assert held is not None
         correction = _rounded(model, reference, whole, correction, held)
     if request.budget is not None and correction.config.provenance.gains != GainUnit.SQUARED_OUTPUT:
-        correction.config.record(instead=predict_more_bits(model, factors, correction.factor_bytes))
+        correction.config.record(
+            instead=predict_more_bits(model, factors, correction.factor_bytes, correction.config.total)
+        )
     return correction
 
 
@@ -91,8 +94,10 @@ def _measured(
     measured = measure_groups(model, reference, factors, sequences)
     found = calibrated(factors, measured)
     harmful = {name for name, entry in measured.items() if request.budget is not None and entry.harms}
+    first = next(iter(measured.values()))
     facts = {
-        "gains": next(iter(measured.values())).unit,
+        "gains": first.unit,
+        "total": max(0.0, first.before),  # rounding can make a divergence of zero negative
         "measured_tokens": int(sequences.numel()),
         "not_restored": {name: asdict(measured[name].interval) for name in sorted(harmful)},
     }

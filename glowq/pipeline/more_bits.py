@@ -20,7 +20,9 @@ from .wider_groups import WiderGroup, best_within
 __all__ = ["predict_more_bits"]
 
 
-def predict_more_bits(model: nn.Module, factors: Sequence[GroupFactors], available: int) -> Instead | None:
+def predict_more_bits(
+    model: nn.Module, factors: Sequence[GroupFactors], available: int, total: float
+) -> Instead | None:
     """Predict what the next larger width of the base would undo, for the groups that gain most by it.
 
     Rounding to b bits has an error in proportion to 1 / (2^b - 1), and the loss grows with its square. So a group with
@@ -30,9 +32,10 @@ def predict_more_bits(model: nn.Module, factors: Sequence[GroupFactors], availab
         model: quantized model.
         factors: factors of all groups, with totals in one unit.
         available: bytes.
+        total: loss of the whole model in the same unit.
 
     Returns:
-        The share of the loss of all groups, and the width; None if the base cannot give some groups more bits.
+        The share of the loss, and the width; None if the base cannot give some groups more bits.
     """
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     config = config.base if isinstance(config, GlowQConfig) else config
@@ -58,4 +61,4 @@ def predict_more_bits(model: nn.Module, factors: Sequence[GroupFactors], availab
             groups.append(WiderGroup(entry.group, int(weights * (wider - bits) / 8), share * entry.total))
             most = wider
     undone: float = math.fsum(entry.gain for entry in best_within(groups, available))
-    return {"predicted": undone / math.fsum(entry.total for entry in factors), "bits": most}
+    return {"predicted": undone / total if total > 0 else 0.0, "bits": most}

@@ -111,9 +111,11 @@ def test_gains_are_derivatives_along_the_path(
     factors = factors_for(model, ids, random_factors, 0.2)
     found = measure_groups(model, reference, factors, ids)
     assert list(found) == [entry.group.name for entry in factors]
+    before = divergence(reference, model, ids, [])
     for index, entry in enumerate(factors):
         measured = found[entry.group.name]
         assert measured.unit == "nats"
+        assert measured.before == pytest.approx(before, rel=1e-4)
         assert measured.interval.value == pytest.approx(
             numeric(reference, model, ids, factors, index), rel=2e-3, abs=1e-6
         )
@@ -153,10 +155,10 @@ def test_batches_and_recomputed_blocks_change_nothing(
 ) -> None:
     reference, model = pair
     factors = factors_for(model, ids, random_factors, 0.2)
-    whole, _ = gains_along_path(model, reference, factors, ids)
+    whole, *_ = gains_along_path(model, reference, factors, ids)
     monkeypatch.setattr("glowq.calibration.path_gains._BATCH_TOKENS", 4 * ids.shape[1])  # 4 sequences, then 2
     monkeypatch.setattr("glowq.calibration.path_gains.is_large", lambda *_: large)
-    parted, _ = gains_along_path(model, reference, factors, ids)
+    parted, *_ = gains_along_path(model, reference, factors, ids)
     for name, values in parted.items():
         assert values.shape == ids.shape
         torch.testing.assert_close(values, whole[name], rtol=1e-5, atol=1e-8)
@@ -176,6 +178,7 @@ def test_an_encoder_is_measured_by_its_states(kind: str, random_factors: Factory
     found = measure_groups(model, reference, factors, ids)
     for index, entry in enumerate(factors):
         assert found[entry.group.name].unit == "squared distance"
+        assert found[entry.group.name].before == pytest.approx(divergence(reference, model, ids, []), rel=1e-3)
         wanted = numeric(reference, model, ids, factors, index)
         assert found[entry.group.name].interval.value == pytest.approx(wanted, rel=5e-3, abs=1e-5)
 
@@ -302,7 +305,7 @@ def gained(values: Tensor, spread: float) -> dict[str, GroupGain]:
     """Measured gains whose intervals are four times `spread` wide."""
     found = enumerate(values.tolist())
     return {
-        str(index): GroupGain(Interval(value, value - 2 * spread, value + 2 * spread), GainUnit.NATS)
+        str(index): GroupGain(Interval(value, value - 2 * spread, value + 2 * spread), 1.0, GainUnit.NATS)
         for index, value in found
     }
 

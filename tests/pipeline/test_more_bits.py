@@ -63,7 +63,7 @@ def test_the_next_width(base: str, library: str, bits: int, left: float) -> None
     for available, gains in {costs[0] - 1: [], costs[0]: [3.0], sum(costs): [3.0, 1.0]}.items():
         if available >= costs[1] and not gains:
             gains = [1.0]
-        found = predict_more_bits(model, factors, available)
+        found = predict_more_bits(model, factors, available, 4.0)
         assert found == {"predicted": pytest.approx(sum(gains) * (1 - left) / 4), "bits": bits}
 
 
@@ -72,13 +72,13 @@ def test_full_precision_where_the_library_has_one_width() -> None:
     factors = factors_of(model, {QKV: 3.0, DOWN: 1.0})
     dense = 2 * weights_of(factors[0])
     packed = dense // 4 + dense // 2 // 64 * 4  # 4 bits a value, and one float32 for 64
-    assert predict_more_bits(model, factors, dense - packed) == {"predicted": 0.75, "bits": 16}
-    assert predict_more_bits(model, factors[:1], dense - packed - 1) == {"predicted": 0.0, "bits": 16}
+    assert predict_more_bits(model, factors, dense - packed, 4.0) == {"predicted": 0.75, "bits": 16}
+    assert predict_more_bits(model, factors[:1], dense - packed - 1, 4.0) == {"predicted": 0.0, "bits": 16}
 
 
 def test_nothing_where_a_base_cannot_mix() -> None:
     model = load(small_model()).eval()
-    assert predict_more_bits(model, [], 1000) is None
+    assert predict_more_bits(model, [], 1000, 1.0) is None
 
 
 @pytest.mark.slow
