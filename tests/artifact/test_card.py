@@ -149,7 +149,7 @@ class TestText:
     def test_a_part_says_that_the_figures_were_of_the_whole(self, correction: glowq.Correction) -> None:
         text = correction.cut(rank=4).model_card()
         assert f"cut from a correction of {correction.factor_bytes} bytes, whose figures are not its own" in text
-        assert "60.0%" not in text
+        assert "60.0% [50.0%, 70.0%]" not in text
 
     def test_of_a_model_in_one_piece(self, correction: glowq.Correction) -> None:
         whole = copy.copy(correction)
