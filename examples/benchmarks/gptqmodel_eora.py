@@ -84,9 +84,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             adapter = make_adapter(arguments, calibration, tokenizer, base, rank)
             seconds[rank] = time.perf_counter() - start
-            factors = tuple(import_adapter(adapter, model).factors)
-            entry = Entry(THEIRS, "uniform", "", 0, rank, factors)
-            theirs.append(Entry(THEIRS, "uniform", str(entry.factor_bytes), entry.factor_bytes, rank, factors))
+            correction = import_adapter(adapter, model)
+            size = correction.factor_bytes
+            theirs.append(Entry(THEIRS, "uniform", str(size), size, rank, tuple(correction.factors)))
         budgets = [entry.budget for entry in theirs]
         options: dict[str, Any] = {"methods": METHODS, "budgets": budgets, "int8": True}
         found = compare_methods(model, reference=str(arguments.model), calibration=calibration, **options)

@@ -9,26 +9,25 @@ Source: K-FAC (arXiv 1503.05671) for the Kronecker-factored Fisher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import NonFiniteError, SensitivityError
 from ..evaluation.divergence import final_states, token_logits
 from ..factors.group import Group
 from ..models.checkpointing import is_large, recomputing
-from ..models.forward import evaluating
+from ..models.forward import differentiable, evaluating
 from ..quantizers.model import quantized_modules
 from ..solving.moments import OutputMoment
 from ..utils.logging import progress
 from ..utils.timeline import stage
 from .gradient_sums import SKETCH_RANK, GradientProduct, GradientSketch
 
-__all__ = ["FULL_WIDTH", "differentiable", "output_moments"]
+__all__ = ["FULL_WIDTH", "output_moments"]
 
 _BROKEN = "The quantized model itself is broken: check that it generates, or quantize it in another dtype."
 FULL_WIDTH = 4096  # a group with more outputs gets a diagonal plus a low-rank part as its moment, not a matrix
@@ -206,21 +205,3 @@ class _GroupGradient:
             raise SensitivityError(f"{where}: the gradient of the loss at its output is zero everywhere.")
         done, self._sum = self._sum, None
         return done.moment(tokens)
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside this context, the outputs of the input embeddings take gradients, and no parameter does."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if not isinstance(embeddings, nn.Module):
-        raise SensitivityError(f"{type(model).__name__} has no input embeddings that a gradient could flow from.")
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -25,10 +25,9 @@ from ..evaluation.divergence import answer, divergences, kl_gradient, token_logi
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit
 from ..models.checkpointing import is_large, recomputing
-from ..models.forward import evaluating, to_model
+from ..models.forward import differentiable, evaluating, to_model
 from ..runtime.attach import applied
 from ..utils.logging import progress
-from .output_gradients import differentiable
 
 __all__ = ["PathGains", "gains_along_path"]
 

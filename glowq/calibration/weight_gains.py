@@ -44,8 +44,8 @@ def measure_weights(
         sequences: token ids that are not calibrated on, shape (n, length), int64. Only the first 512 tokens are used.
 
     Returns:
-        Group name -> gain in nats per token (for an encoder: squared distance per sequence), at least 0. Gains of ranks
-        can be compared with it, see `Measured.gain`.
+        Group name -> gain in nats per token (for an encoder: squared distance per sequence), at least 0. It is an
+        average over orders, see `Measured.gain`, as the gains of ranks are: they can be compared.
 
     Raises:
         SensitivityError: the models return neither logits nor final states.

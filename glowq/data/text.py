@@ -102,7 +102,7 @@ def _given(source: Any) -> list[Any]:
         raise CalibrationError(f"expected text, found token ids ({found}); give a list of str, a file, or a folder")
     _check_given(source)
     columns = _columns(source)
-    return list(source if columns is None else source[next(name for name in _COLUMNS if name in columns)])
+    return list(source if columns is None else source[_read_column(columns)])
 
 
 def _check_given(source: Any) -> None:
@@ -118,7 +118,7 @@ def _check_given(source: Any) -> None:
             f"expected texts that can be counted, found {kind}, a stream; take some of them: "
             '[row["text"] for row in data.take(1000)]'
         )
-    if not any(name in columns for name in _COLUMNS):
+    if _read_column(columns) is None:
         raise CalibrationError(
             f'{kind} has no column "text" or "messages", only {", ".join(map(str, columns))}; give the list of texts '
             "itself: data[column]"
@@ -131,6 +131,11 @@ def _columns(source: Any) -> Any:
         if hasattr(source, name):
             return getattr(source, name) if getattr(source, name) is not None else ()
     return None
+
+
+def _read_column(columns: Any) -> str | None:
+    """The column that is read of a data set with these columns; None if it has none of `_COLUMNS`."""
+    return next((name for name in _COLUMNS if name in columns), None)
 
 
 def _mapping(kind: str, source: Mapping[Any, Any]) -> str:
@@ -193,7 +198,7 @@ def _read_dataset(name: str) -> list[str]:
         dataset = datasets.load_dataset(repository, config or None, split=part or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ModelNotFoundError(f"{name!r} is no file here and no dataset that can be loaded: {error}") from error
-    for column in _COLUMNS:
-        if column in dataset.column_names:
-            return list(dataset[column])
-    raise CalibrationError(f'dataset {name!r} has no column "text" or "messages", only {dataset.column_names}')
+    column = _read_column(dataset.column_names)
+    if column is None:
+        raise CalibrationError(f'dataset {name!r} has no column "text" or "messages", only {dataset.column_names}')
+    return list(dataset[column])

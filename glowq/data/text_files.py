@@ -74,8 +74,7 @@ def _lines(path: Path, text: str) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside a string
         if line.strip():
             try:
-                record = json.loads(line)
-                texts.append(record["messages"] if "text" not in record and "messages" in record else record["text"])
+                texts.append(_document(json.loads(line)))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CalibrationError(
                     f'{path}:{number}: expected a JSON object with a field "text" or "messages"'
@@ -102,5 +101,10 @@ def _array(path: Path, text: str) -> list[Any]:
         if isinstance(record, dict) and not {"text", "messages"} & record.keys():
             fields = ", ".join(map(repr, list(record)[:8])) or "none"
             raise CalibrationError(f'{path}: record {index} has no field "text" or "messages", only {fields}')
-        texts.append(record.get("text", record.get("messages")) if isinstance(record, dict) else record)
+        texts.append(_document(record) if isinstance(record, dict) else record)
     return texts
+
+
+def _document(record: Any) -> Any:
+    """The text of a record, or the conversation of one without text."""
+    return record["text" if "text" in record else "messages"]

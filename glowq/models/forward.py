@@ -1,4 +1,4 @@
-"""Preparations for a forward of a model: its inputs, its mode, and a temporary replacement of a module's `forward`."""
+"""Preparations for a forward of a model: its inputs, mode and gradients, and another `forward` for a module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModuleError
+from ..errors import SensitivityError, UnsupportedModuleError
 from .dequantized import dequantized
 from .fast_products import fast_products
 
-__all__ = ["evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_forward", "to_model"]
+__all__ = ["differentiable", "evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_forward", "to_model"]
 
 
 def refuse_encoder_decoder(model: nn.Module) -> None:
@@ -80,6 +80,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for config in caching:
             config.use_cache = True  # type: ignore[union-attr]
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside this context, the outputs of the input embeddings take gradients, and no parameter does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(embeddings, nn.Module):
+        raise SensitivityError(f"{type(model).__name__} has no input embeddings that a gradient could flow from.")
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def example_inputs(model: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer
 
 from glowq.calibration import group_gains
 from glowq.calibration.group_gains import GroupGain, calibrated, measure_groups
@@ -26,19 +26,11 @@ from glowq.factors.group import Group
 from glowq.factors.units import GainUnit
 from glowq.models.tracing import find_groups
 from glowq.runtime.attach import applied, attached, detach
+from support.encoders import random_encoder
 from support.tiny import TEXTS, correct, load, quantized
 from support.tiny import tiny_llama as saved_llama
 
 Factory = Callable[..., Any]
-ENCODER: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 POINTS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))
 
 
@@ -166,14 +158,8 @@ def test_batches_and_recomputed_blocks_change_nothing(
 
 @pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share weights, so a block runs several times
 def test_an_encoder_is_measured_by_its_states(kind: str, random_factors: Factory) -> None:
-    torch.manual_seed(0)
-    ids = torch.randint(1, 64, (8, 16))
-    models: list[Any] = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        made: Any = BertModel(BertConfig(**ENCODER)) if kind == "bert" else AlbertModel(AlbertConfig(**ENCODER))
-        models.append(made.eval().double())
-    reference, model = models[0], noisy(models[1])
+    ids = torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    reference, model = random_encoder(kind).double(), noisy(random_encoder(kind).double())
     factors = factors_for(model, ids, random_factors, 0.2)
     found = measure_groups(model, reference, factors, ids)
     for index, entry in enumerate(factors):

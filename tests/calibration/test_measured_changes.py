@@ -10,23 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel
 
 from glowq.calibration.measured_changes import Change, Measured, measure_changes
 from glowq.factors.factors import GroupFactors
 from glowq.models.tracing import find_groups
 from glowq.runtime.attach import applied, attach, detach
+from support.encoders import random_encoder
 
 Factory = Callable[..., Any]
-ENCODER: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 
 
 @pytest.fixture
@@ -174,10 +165,8 @@ def states(model: nn.Module, ids: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["bert", "albert"])  # ALBERT's layers share weights, so a block runs several times
 def test_an_encoder_is_measured_by_its_states(kind: str, random_factors: Factory) -> None:
-    torch.manual_seed(0)
-    ids = torch.randint(1, 64, (24, 16))
-    model: Any = BertModel(BertConfig(**ENCODER)) if kind == "bert" else AlbertModel(AlbertConfig(**ENCODER))
-    model.eval()
+    ids = torch.randint(1, 64, (24, 16), generator=torch.Generator().manual_seed(0))
+    model = random_encoder(kind)
     factors = [random_factors(group, scale=0.2) for group in find_groups(model, {"input_ids": ids})]
     found = measure_groups(model, model, factors, ids)
     plain = states(model, ids)

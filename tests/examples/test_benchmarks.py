@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,24 @@ def test_a_known_model_is_compared_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert "absent is not there: left out" in first.err
     assert second.out == first.out
     assert "perplexity, KL divergence undone" in first.out
+
+
+@pytest.mark.slow
+def test_eora_as_gptqmodel_makes_it_beside_ours(tmp_path: Path) -> None:
+    """In a process of its own: gptqmodel writes to the stdout that it found when it was imported."""
+    pytest.importorskip("gptqmodel")
+    model = tiny_llama(tmp_path / "llama", num_hidden_layers=1)
+    library_texts(tmp_path)
+    text = ["--calibration", tmp_path / "train.txt", "--data", tmp_path / "test.txt"]
+    size = ["--calibration-tokens", "8192", "--tokens", "1024", "--ranks", "8", "--bits", "4", "--group-size", "32"]
+    command = [sys.executable, BENCHMARKS / "gptqmodel_eora.py", "--model", model, *text, *size, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert {"eora of GPTQModel", "eora", "glowq", "glowq-published", "glowq+int8"} == set(rows)
+    theirs, ours = rows["eora of GPTQModel"], rows["eora"]
+    assert (theirs["rank"], theirs["factor_bytes"]) == (ours["rank"], ours["factor_bytes"])
+    quantized = found["models"][1]["kl"]
+    assert ours["kl"] < quantized
+    assert ours["kl"] == pytest.approx(theirs["kl"], abs=0.1 * quantized)
+    assert found["adapter_seconds"]["8"] > 0

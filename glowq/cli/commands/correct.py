@@ -27,7 +27,7 @@ from ..output import note as print_note
 
 __all__ = ["correct", "held_out_rows", "report"]
 
-_CLEARLY = 0.03  # predictions of what more bits undo were up to 5 points off, mostly too high
+_CLEARLY = 0.03  # by how much bits must be predicted to lead: closer than that, predictions do not tell which wins
 
 
 def correct(

@@ -101,7 +101,8 @@ def compare_methods(
         plans = plans_of(solvers, context, int8, base_bytes)
         train, held = split(calibration, plans, seed)
         problem = Problem(model, source, backends, trace, train, held, base_bytes, seed)
-        left = [plan for plan in plans if any(cells.entry(label) is None for label in plan.labels)]
+        stored = {plan.name: [cells.entry(label) for label in plan.labels] for plan in plans}
+        left = [plan for plan in plans if None in stored[plan.name]]
         jobs = {
             plan.job_key: replace(plan.job, resume=cells.resume(plan.name)) for plan in left if plan.job is not None
         }
@@ -110,7 +111,7 @@ def compare_methods(
         solved = dict(zip(jobs, problem.solve(list(jobs.values())) if jobs else [], strict=True))
         entries: list[Entry] = []
         for plan in plans:
-            found = [entry for entry in map(cells.entry, plan.labels) if entry is not None]
+            found = [entry for entry in stored[plan.name] if entry is not None]
             if plan in left:
                 found = plan.entries(problem, solved, reference, calibration)
                 for entry in found:
