@@ -182,9 +182,9 @@ class RankError(GlowQError, ValueError):
 
 
 class RoundingError(GlowQError, ValueError):
-    """int8 factors would be less accurate than unrounded factors in the same bytes; the message holds the figures.
+    """Rounded factors would be less accurate than unrounded factors in the same bytes; the message holds the figures.
 
-    Remedy: leave out int8, or cut the correction to a budget.
+    Remedy: leave out --factor-dtype, name one with more bits, or cut the correction to a budget.
     """
 
 

@@ -211,7 +211,7 @@ def RoundingError(place: Place) -> None:
     for factor in (entry.right, entry.lefts["model.layers.0.mlp.down_proj"].T):
         factor.fill_(0.49)[:, 0] = 127
     entry.gains[1] = 0
-    correction.to_int8()
+    correction.rounded("int8")
 
 
 @case

@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             size = correction.factor_bytes
             theirs.append(Entry(THEIRS, "uniform", str(size), size, rank, tuple(correction.factors)))
         budgets = [entry.budget for entry in theirs]
-        options: dict[str, Any] = {"methods": METHODS, "budgets": budgets, "int8": True}
+        options: dict[str, Any] = {"methods": METHODS, "budgets": budgets, "factor_dtypes": ["int8", "int4", "int3"]}
         found = compare_methods(model, reference=str(arguments.model), calibration=calibration, **options)
         compared = Comparison([*theirs, *found.entries], found.base_bytes, None)
         reference = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--int8", action="store_true", help="also time both kinds with int8 factors")
+    parser.add_argument("--factor-dtype", default="auto", help="also time both kinds with factors of this dtype")
     parser.add_argument("--exact", action="store_true", help="do not use kernels that rewrite the weights of the base")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -70,7 +70,7 @@ def timed(name: str, model: Any, base_bytes: int, arguments: argparse.Namespace)
     The row of a shared right factor also has its added time as a share of the time that per-module right factors add.
     """
     rows = measure(
-        variants(model, int8=arguments.int8),
+        variants(model, factor_dtype=arguments.factor_dtype),
         [Shape(arguments.batch, arguments.prompt)],
         base_bytes,
         new_tokens=arguments.new_tokens,

@@ -19,7 +19,7 @@ from ..quantizers.registry import method_of
 from ..utils.files import check_regular, checkpoint_files, refuse_pickles
 from ..utils.hub import local_snapshot
 from .config import GlowQConfig
-from .factor_files import FACTOR_KEYS
+from .factor_layout import FACTOR_KEYS
 from .saved import FACTORS_FILE
 
 __all__ = ["base_folder", "base_shards", "check_same_model", "model_shards", "original_tensors", "refuse_unsafe"]

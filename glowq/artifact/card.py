@@ -84,8 +84,8 @@ def card_files(
         improvement=_improvement(provenance.improvement),
         selected=provenance.selected,
         distilled=provenance.distilled_steps,
-        int8=provenance.factor_dtype == "int8",
-        rounding=_rounding(provenance.int8),
+        factor_dtype=provenance.factor_dtype,
+        rounding=_rounding(provenance.rounding),
         curve=_rows(curve),
         picture=PICTURE if drawn else None,
         unit=unit,
@@ -180,7 +180,7 @@ def _held_out(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
 
 
 def _rounding(figures: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """The shares of the divergence undone with and without rounding to int8, as text; None if not measured."""
+    """The shares of the divergence undone with and without rounding, as text; None if not measured."""
     shares = undone(figures)
     if figures is None or shares is None:
         return None

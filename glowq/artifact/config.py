@@ -24,11 +24,12 @@ __all__ = ["FORMAT_MINOR", "FORMAT_VERSION", "GlowQConfig"]
 FORMAT_VERSION = 1
 """Major version of the format of config.json. A newer one is refused."""
 
-FORMAT_MINOR = 2
+FORMAT_MINOR = 3
 """Minor version of the format. Fields of a newer minor version are ignored with a warning.
 
 Version 1 added "minor", "sha256" to a group, "backbone", "subfolder" and "variant" to the base model, and "change" to
-the provenance. Version 2 added "mixed" and "instead" to the provenance.
+the provenance. Version 2 added "mixed" and "instead" to the provenance. Version 3 added factors of 4 and 3 bits, and
+renamed "int8" in the provenance to "rounding".
 """
 
 FORMATS = ("correction", "full")
@@ -270,8 +271,17 @@ def _groups(groups: Any, minor: int) -> dict[str, Any]:
 def _provenance(provenance: Any, minor: int) -> Provenance:
     if isinstance(provenance, Provenance):
         return provenance
-    stored = {} if provenance is None else json_object("provenance", provenance)
+    stored = {} if provenance is None else _renamed(json_object("provenance", provenance))
     return Provenance(**_known_fields("provenance", stored, Provenance.names(), minor))
+
+
+def _renamed(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The provenance with today's name of the figures of rounding, which were "int8" up to version 1.2."""
+    figures = provenance.get("int8")
+    if "rounding" in provenance or not isinstance(figures, Mapping) or "int8" not in figures:
+        return provenance
+    others = {name: value for name, value in provenance.items() if name != "int8"}
+    return {**others, "rounding": {"rounded" if name == "int8" else name: value for name, value in figures.items()}}
 
 
 def _check_cut(options: Mapping[str, Any]) -> None:
@@ -280,8 +290,8 @@ def _check_cut(options: Mapping[str, Any]) -> None:
         raise ConfigError("give either correction (attach a saved one) or calibration (make one), not both.")
     if options.get("factor_dtype", "auto") != "auto":
         raise ConfigError(
-            "factor_dtype is an option of a new correction; round a saved one with Correction.to_int8() or with `glowq "
-            "select --factor-dtype int8`."
+            "factor_dtype is an option of a new correction; round a saved one with Correction.rounded('int8') or with "
+            "`glowq select --factor-dtype int8`."
         )
     idle = sorted(set(options) - {*_OF_A_CUT, "calibration", "factor_dtype"})
     if idle:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors, cut_group
+from ..factors.form import bits_of, dtype_name
 from ..factors.rounding import rounded
 from ..models.loading import load_generation_config, load_tokenizer
 from ..selection.allocation import GroupGains
@@ -27,7 +28,7 @@ from ..utils.scratch import temporary_folder
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
 from .custom_code import code_in
-from .factor_files import describe_groups, factor_tensors, with_checksums
+from .factor_layout import describe_groups, factor_tensors, with_checksums
 from .provenance import Selected
 from .saved import FACTORS_FILE, SavedCorrection, open_saved
 
@@ -82,7 +83,8 @@ class Correction:
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "empty"
-        kind = " of int8" if self.factors and all(entry.int8 for entry in self.factors) else ""
+        forms = {dtype_name(entry.bits) for entry in self.factors} - {"auto"}
+        kind = f" of {forms.pop()}" if len(forms) == 1 else ""
         return f"Correction({len(self.factors)} groups, {shown}, {self.factor_bytes} bytes{kind}, +{self.overhead:.2%})"
 
     @property
@@ -143,7 +145,7 @@ class Correction:
 
         Args:
             request: the requested rank or budget; an empty request keeps everything.
-            factor_dtype: "int8" if the kept factors will be rounded to int8, so that a rank takes about half the bytes.
+            factor_dtype: what the kept factors will be rounded to, so that a rank takes fewer bytes.
         """
         group_gains = stored_as(self.group_gains, factor_dtype)
         # If all factors are zero, the model has no error, and its gains of zero are correct.
@@ -163,19 +165,29 @@ class Correction:
     def _with(self, factors: list[GroupFactors]) -> Correction:
         return replace(self, factors=factors, config=_config_of_part(self.config, factors, self.factor_bytes))
 
-    def to_int8(self) -> Correction:
-        """The same correction with int8 factors: one byte per value, half the bytes. See `glowq.factors.int8`.
+    def rounded(self, factor_dtype: str) -> Correction:
+        """The same correction with factors of fewer bits, see `glowq.factors.integers`.
+
+        Args:
+            factor_dtype: "int8", "int4" or "int3": about a half, 27% or 20% of the bytes of 16-bit floats.
 
         Returns:
             The correction with all its ranks, rounded. Figures that were measured before ("held_out" in the provenance)
             are moved to "selected" in its provenance.
 
         Raises:
+            ConfigError: the dtype is none of these, or the factors have as few bits already.
             RoundingError: rounding is predicted to lose more accuracy than the saved bytes can give back.
         """
-        found = self._with([rounded(entry) for entry in self.factors])
-        found.config.record(factor_dtype="int8", improvement=None, change=None, instead=None)
-        check_rounding(self.group_gains, found.group_gains)
+        bits = bits_of(factor_dtype)
+        if bits is None:
+            raise ConfigError("factors are rounded to int8, int4 or int3: name one of them, not auto.")
+        least = min((entry.bits for entry in self.factors if entry.bits is not None), default=None)
+        if least is not None and least <= bits:
+            raise ConfigError(f"the factors are in {dtype_name(least)} already; rounding to {factor_dtype} saves none.")
+        found = self._with([rounded(entry, bits) for entry in self.factors])
+        found.config.record(factor_dtype=factor_dtype, improvement=None, change=None, instead=None)
+        check_rounding(self.group_gains, found.group_gains, factor_dtype)
         return found
 
     def save_pretrained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,89 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CorrectionError, NonFiniteError
+from ..factors.blocks import fits_numbers
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
-from ..factors.int8 import SCALE_BYTES, Packed, pack, unpack
+from ..factors.integers import Packed, Stored, unpack
 from ..selection.allocation import GroupGains
 from ..utils.files import check_regular
+from .factor_layout import FACTOR_KEYS, ITEMSIZES, bits_of_header, digest, layout, stored_group
 
-__all__ = [
-    "FACTOR_KEYS",
-    "StoredFactors",
-    "describe_groups",
-    "factor_tensors",
-    "open_factors",
-    "read_factors",
-    "stored_group",
-    "with_checksums",
-]
+__all__ = ["StoredFactors", "open_factors", "read_factors"]
 
-FACTOR_KEYS = r"\.(left|right|right_scale)$"
-"""Regular expression for the end of the name of each of a correction's tensors."""
-
-_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1}  # bytes per value, for each dtype of a factor
-_UNPACKED = torch.bfloat16  # dtype of int8 factors in memory until they are attached; it holds their values exactly
-
-
-def factor_tensors(factors: Sequence[GroupFactors]) -> dict[str, Tensor]:
-    """The tensors that the file stores, sorted by name.
-
-    They are `<group>.right` and `<member>.left`, and for int8 factors also `<group>.right_scale`.
-    """
-    tensors: dict[str, Tensor] = {}
-    for entry in factors:
-        right, lefts = entry.right, entry.lefts
-        if entry.int8:
-            right, tensors[f"{entry.group.name}.right_scale"], lefts = pack(right, lefts)
-        tensors[f"{entry.group.name}.right"] = right
-        tensors.update({f"{member}.left": left for member, left in lefts.items()})
-    return {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
-
-
-def with_checksums(groups: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The groups as config.json stores them, with the SHA-256 of each factor, so that another one is refused.
-
-    Args:
-        groups: what `describe_groups` returned.
-        tensors: what `factor_tensors` returned.
-    """
-    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
-    found: dict[str, dict[str, Any]] = {}
-    for name, group in groups.items():
-        names = [f"{name}.right", f"{name}.right_scale", *(f"{member}.left" for member in group["members"])]
-        found[name] = {**group, "sha256": {part: digests[part] for part in names if part in digests}}
-    return found
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def describe_groups(factors: Sequence[GroupFactors]) -> dict[str, dict[str, Any]]:
-    """The description of each group that config.json stores."""
-    return {
-        entry.group.name: {
-            "members": list(entry.group.members),
-            "in_features": entry.group.in_features,
-            "out_features": list(entry.group.out_features),
-            "block": entry.group.block,
-            "rank": entry.rank,
-            "gains": [float(gain) for gain in entry.gains],
-            "total": entry.total,
-        }
-        for entry in factors
-    }
-
-
-def stored_group(name: str, stored: Mapping[str, Any]) -> Group:
-    """The group whose description in config.json is `stored`, an entry of `describe_groups`."""
-    return Group(
-        name=name,
-        members=tuple(stored["members"]),
-        in_features=int(stored["in_features"]),
-        out_features=tuple(int(width) for width in stored["out_features"]),
-        block=str(stored["block"]),
-    )
+_UNPACKED = torch.bfloat16  # dtype of rounded factors in memory until they are attached; it holds their values exactly
 
 
 @dataclass(frozen=True)
@@ -131,8 +58,8 @@ class StoredFactors:
 
         Raises:
             NonFiniteError: a factor that was read holds NaN or Inf.
-            CorrectionError: a factor that was read as a whole is not what was saved, or a scale of int8 factors is no
-                power of two.
+            CorrectionError: a factor that was read as a whole is not what was saved, or a scale or a multiplier of
+                rounded factors is none that glowq writes.
         """
         factors = []
         for item in self.group_gains:
@@ -140,17 +67,34 @@ class StoredFactors:
             rank = held if ranks is None else ranks.get(group.name, 0)
             if rank == 0:
                 continue
-            every, first = slice(None), slice(None if rank == held else rank)
-            right = self._take(f"{group.name}.right", (first, every))
-            lefts = {member: self._take(f"{member}.left", (every, first)) for member in group.members}
-            gains = torch.tensor(item.gains[:rank], dtype=torch.float64)
-            int8 = right.dtype == torch.int8
-            if int8:
+            first = slice(None if rank == held else rank)
+            right = self._take_factor(f"{group.name}.right", 0, first)
+            lefts = {member: self._take_factor(f"{member}.left", 1, first) for member in group.members}
+            bits = _bits(self.tensors, f"{group.name}.right")
+            if bits is None:
+                floats = right.values, {member: left.values for member, left in lefts.items()}
+            else:
                 scale = self._take(f"{group.name}.right_scale", (first,))
                 self._check_scale(group, scale)
-                right, lefts = unpack(Packed(right, scale, lefts), _UNPACKED)
-            factors.append(GroupFactors(group, right, lefts, gains, self.totals[group.name], int8))
+                floats = unpack(Packed(right, scale, lefts), _UNPACKED, group.shapes)
+            gains = torch.tensor(item.gains[:rank], dtype=torch.float64)
+            factors.append(GroupFactors(group, *floats, gains, self.totals[group.name], bits))
         return factors
+
+    def _take_factor(self, name: str, dimension: int, first: slice) -> Stored:
+        """Read the first ranks of a factor, which are along `dimension`, and the multipliers of its blocks."""
+        several = f"{name}_multipliers"
+        part = (*[slice(None)] * dimension, first)
+        values = self._take(name, part)
+        if several not in self.tensors:
+            return Stored(values)
+        multipliers = self._take(several, part)
+        if not fits_numbers(values, multipliers):
+            raise CorrectionError(
+                f"factor {name!r} in {self.tensors[name][1]} holds numbers above 127, which glowq never writes: the "
+                "file is damaged. Download or correct again."
+            )
+        return Stored(values, multipliers)
 
     def _check_scale(self, group: Group, scale: Tensor) -> None:
         mantissa, exponent = torch.frexp(scale)
@@ -162,7 +106,7 @@ class StoredFactors:
             )
 
     def _check_digest(self, name: str, tensor: Tensor, file: Path) -> None:
-        if self.checksums and self.checksums.get(name) != _digest(tensor):
+        if self.checksums and self.checksums.get(name) != digest(tensor):
             raise CorrectionError(
                 f"factor {name!r} in {file} is not what was saved: its checksum differs. The file is damaged or was "
                 "changed. Download or correct again."
@@ -171,6 +115,7 @@ class StoredFactors:
     def _take(self, name: str, part: tuple[slice, ...]) -> Tensor:
         opened, file = self.tensors[name]
         whole = part == (slice(None),) * len(part)
+        part += (slice(None),) * (len(opened.get_slice(name).get_shape()) - len(part))
         if whole:
             tensor: Tensor = opened.get_tensor(name)
         else:
@@ -242,33 +187,30 @@ def _checked_gains(group: Group, stored: Mapping[str, Any], unmatched: dict[str,
 
     The group's factors are removed from `unmatched`.
     """
-    rank = int(stored["rank"])
-    shapes = {f"{group.name}.right": (rank, group.in_features)}
-    shapes |= {f"{member}.left": (width, rank) for member, width in zip(group.members, group.out_features, strict=True)}
-    dtypes = [_dtype(unmatched, name, shape) for name, shape in shapes.items()]
-    rank_bytes = sum(
-        prod(shape) // rank * _ITEMSIZES[dtype] for shape, dtype in zip(shapes.values(), dtypes, strict=True)
-    )
-    if "I8" in dtypes:
-        scale = f"{group.name}.right_scale"
-        if set(dtypes) != {"I8"} or _dtype(unmatched, scale, (rank,)) != "F32":
-            raise CorrectionError(
-                f"group {group.name!r} mixes int8 factors with others ({', '.join(dtypes)}), or its {scale!r} is not "
-                "float32. Download or correct again."
-            )
-        rank_bytes += SCALE_BYTES
-    return GroupGains(group, rank_bytes, [float(gain) for gain in stored["gains"]])
+    rank, found = int(stored["rank"]), 0
+    bits = _bits(unmatched, f"{group.name}.right")
+    for name, (shape, dtypes) in layout(group, rank, bits).items():
+        found += prod(shape) * ITEMSIZES[_dtype(unmatched, name, shape, dtypes)]
+    return GroupGains(group, found // rank, [float(gain) for gain in stored["gains"]])
 
 
-def _dtype(unmatched: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...]) -> str:
+def _bits(tensors: Mapping[str, tuple[Any, Path]], right: str) -> int | None:
+    """The bits per value of factors, by the header of the right factor; None if it is missing, or of floats."""
+    if right not in tensors:
+        return None
+    header = tensors[right][0].get_slice(right)
+    return bits_of_header(str(header.get_dtype()), header.get_shape())
+
+
+def _dtype(unmatched: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...], dtypes: Sequence[str]) -> str:
     opened, file = unmatched.pop(name, (None, None))
     if opened is None:
         raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
     header = opened.get_slice(name)
     found, dtype = tuple(header.get_shape()), str(header.get_dtype())
-    if found != shape or dtype not in _ITEMSIZES:
+    if found != shape or dtype not in dtypes:
         raise CorrectionError(
-            f"factor {name!r} in {file} has shape {found} and dtype {dtype}, expected a float or int8 tensor of shape "
-            f"{shape}."
+            f"factor {name!r} in {file} has shape {found} and dtype {dtype}, expected {' or '.join(dtypes)} of shape "
+            f"{shape}. Download or correct again."
         )
     return dtype

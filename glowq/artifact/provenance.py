@@ -25,11 +25,11 @@ class HeldOut(TypedDict, total=False):
 
 
 class RoundingCost(TypedDict, total=False):
-    """Mean divergence from the reference, with int8 and unrounded factors; see `glowq.evaluation.rounding_cost`."""
+    """Mean divergence from the reference, with rounded and unrounded factors; see `glowq.evaluation.rounding_cost`."""
 
     tokens: int
     quantized: float
-    int8: float
+    rounded: float
     same_ranks: float
     same_bytes: float
 
@@ -93,8 +93,8 @@ class Provenance:
         total: loss of the quantized model in the unit of the gains: its divergence from the reference where groups were
             measured, or else the sum of what the solver predicts for all groups.
         distilled_steps: steps of gradient descent on the chosen factors.
-        factor_dtype: "int8" if the factors were rounded to it.
-        int8: measured loss of accuracy by rounding to int8.
+        factor_dtype: "int8", "int4" or "int3" if the factors were rounded to it.
+        rounding: measured loss of accuracy by rounding.
         improvement: measured divergence without and with the correction, on text that it was not calibrated on; None if
             no text was held out, or if the model's outputs cannot be compared.
         change: mean divergence between the answers with and without the correction, to fixed random tokens; see
@@ -120,7 +120,7 @@ class Provenance:
     total: float | None = None
     distilled_steps: int | None = None
     factor_dtype: str | None = None
-    int8: RoundingCost | None = None
+    rounding: RoundingCost | None = None
     improvement: Improvement | None = None
     change: float | None = None
     held_out: HeldOut | None = None
@@ -135,7 +135,7 @@ class Provenance:
             check_int(f"provenance.{name}", getattr(self, name), 0, optional=True)
         for name in ("glowq", "factor_dtype", "command", "adapter_base"):
             check_text(f"provenance.{name}", getattr(self, name), optional=True)
-        for name in ("int8", "improvement", "held_out", "selected", "instead", "mixed"):
+        for name in ("rounding", "improvement", "held_out", "selected", "instead", "mixed"):
             if getattr(self, name) is not None:
                 _check_figures(f"provenance.{name}", getattr(self, name))
         if self.not_restored is not None:

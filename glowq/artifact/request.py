@@ -35,8 +35,9 @@ class CorrectionRequest:
         distill: number of distillation steps. After the ranks are chosen, gradient descent on the factors brings the
             corrected model's answers nearer to the reference's; 60 is a good value. The ranks do not change, but the
             factors are no longer the optimum of each single group.
-        factor_dtype: "auto" for the model's own dtype, or "int8" for half the bytes, so that a budget gives twice the
-            ranks. The loss of accuracy by rounding is measured on text that the factors were not calibrated on.
+        factor_dtype: "auto" for the model's own dtype; or "int8", "int4" or "int3" for fewer bytes, so that a budget
+            gives about 2, 4 or 5 times the ranks. The loss of accuracy by rounding is measured on text that the factors
+            were not calibrated on.
         seed: seed for the choice of sequences and for the solver.
         force: keep a correction that is measured to be no better than none, on text that it was not calibrated on.
         mixed: spend the budget on bits, too: quantize the groups with the next larger width that gain more by it than
@@ -61,7 +62,7 @@ class CorrectionRequest:
     mixed: bool = False
 
     def __post_init__(self) -> None:
-        from ..factors.int8 import check_factor_dtype
+        from ..factors.form import bits_of
         from ..solving.methods.base import get_method
 
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
@@ -74,7 +75,7 @@ class CorrectionRequest:
         for name in ("force", "mixed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, found {getattr(self, name)!r}.")
-        check_factor_dtype(self.factor_dtype)
+        bits_of(self.factor_dtype)  # checks the name
         method = get_method(self.method)
         if self.mixed and (self.budget is None or parse_target(self.budget) is not None or method.allocation != "gain"):
             raise ConfigError(

@@ -55,7 +55,7 @@ class SavedCorrection:
 
         Args:
             request: the requested rank or budget; an empty request keeps everything.
-            factor_dtype: "int8" if the kept factors will be rounded to int8, so that a rank takes about half the bytes.
+            factor_dtype: what the kept factors will be rounded to, so that a rank takes fewer bytes.
 
         Raises:
             RankError: rank below 1.
@@ -64,7 +64,7 @@ class SavedCorrection:
         """
         group_gains = stored_as(self.factors.group_gains, factor_dtype)
         if request.budget is not None:
-            self._check_budget(request.budget, group_gains, " in int8" if factor_dtype == "int8" else "")
+            self._check_budget(request.budget, group_gains, "" if factor_dtype == "auto" else f" in {factor_dtype}")
         return choose_ranks(group_gains, request, self.base_bytes, self.config.total)
 
     def _check_budget(self, budget: str | int, group_gains: Sequence[GroupGains], kind: str) -> None:

@@ -167,9 +167,9 @@ def _check_reached(containers: Mapping[str, SharedCorrection]) -> None:
 
 
 def _copied(entry: GroupFactors) -> GroupFactors:
-    """Copy the factors to new float32 tensors, also if they are int8, so that training does not change the original."""
+    """Copy the factors to new float32 tensors, also rounded ones, so that training does not change the original."""
     lefts = {name: left.float().clone() for name, left in entry.lefts.items()}
-    return replace(entry, right=entry.right.float().clone(), lefts=lefts, int8=False)
+    return replace(entry, right=entry.right.float().clone(), lefts=lefts, bits=None)
 
 
 def _read(entry: GroupFactors, container: SharedCorrection) -> GroupFactors:
@@ -181,7 +181,7 @@ def _read(entry: GroupFactors, container: SharedCorrection) -> GroupFactors:
         entry,
         right=stored(container.right, entry.right),
         lefts={member: stored(factor, left) for (member, left), factor in lefts},
-        int8=False,
+        bits=None,
     )
 
 

@@ -100,8 +100,8 @@ MaxRankOption = Annotated[
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
 FactorDtypeOption = Annotated[
-    Literal["auto", "int8"],
-    typer.Option(help="auto: the model's own dtype. int8: one byte per value, so that a budget gives twice the ranks."),
+    Literal["auto", "int8", "int4", "int3"],
+    typer.Option(help="auto: the model's own dtype. int8, int4, int3: a budget gives about 2, 4 or 5 times the ranks."),
 ]
 ClozeOption = Annotated[
     int, typer.Option(min=0, metavar="N", help="Also ask N times which of 4 continuations the text has; 0: not.")

@@ -49,8 +49,9 @@ def undone(figures: Mapping[str, Any] | None) -> dict[str, float] | None:
         figures: what `glowq.evaluation.rounding_cost` measured; None if nothing was rounded.
 
     Returns:
-        "int8", "same_bytes" and "same_ranks" -> share; None if nothing was measured, or quantization changed nothing.
+        "rounded", "same_bytes" and "same_ranks" -> share; None if nothing was measured, or if quantization changed
+        nothing.
     """
     if not figures or figures["quantized"] <= 0:
         return None
-    return {name: 1 - figures[name] / figures["quantized"] for name in ("int8", "same_bytes", "same_ranks")}
+    return {name: 1 - figures[name] / figures["quantized"] for name in ("rounded", "same_bytes", "same_ranks")}

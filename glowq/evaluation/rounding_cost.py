@@ -1,4 +1,4 @@
-"""Measure on text how much accuracy is lost by rounding a correction's factors to int8."""
+"""Measure on text how much accuracy is lost by rounding a correction's factors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import RoundingError
 from ..factors.factors import GroupFactors
+from ..factors.form import dtype_name
 from ..selection.rounding import NEGLIGIBLE
 from .improvement import measured_divergences
 
@@ -23,7 +24,7 @@ def rounding_cost(
     same_bytes: Sequence[GroupFactors],
     sequences: Tensor,
 ) -> dict[str, Any]:
-    """Compare int8 factors with unrounded factors on text, and raise an error if they are worse in the same bytes.
+    """Compare rounded factors with unrounded factors on text, and raise an error if they are worse in the same bytes.
 
     Args:
         model: quantized model without a correction. It has no correction afterwards.
@@ -35,22 +36,23 @@ def rounding_cost(
 
     Returns:
         "tokens", and the mean divergence from the reference (nats per token, or squared distance of an encoder's
-        states) for four models: "quantized", without factors; "int8", with `found`; "same_ranks" and "same_bytes", with
-        these factors.
+        states) for four models: "quantized", without factors; "rounded", with `found`; "same_ranks" and "same_bytes",
+        with these factors.
 
     Raises:
-        RoundingError: the divergence with int8 factors is larger than without factors; or it is larger than with
+        RoundingError: the divergence with rounded factors is larger than without factors; or it is larger than with
             `same_bytes`, by more than a hundredth of what `same_ranks` removes.
     """
-    several = {"quantized": (), "int8": found, "same_ranks": same_ranks, "same_bytes": same_bytes}
+    several = {"quantized": (), "rounded": found, "same_ranks": same_ranks, "same_bytes": same_bytes}
     found_divergences = measured_divergences(model, reference, several, sequences)
     figures: dict[str, Any] = {name: float(values.mean()) for name, values in found_divergences.items()}
     margin = NEGLIGIBLE * max(0.0, figures["quantized"] - figures["same_ranks"])
-    if figures["int8"] > min(figures["quantized"], figures["same_bytes"] + margin):
+    if figures["rounded"] > min(figures["quantized"], figures["same_bytes"] + margin):
+        dtype = dtype_name(found[0].bits)
         raise RoundingError(
-            f"int8 factors leave {figures['int8']:.4g} of the quantized model's divergence {figures['quantized']:.4g} "
-            f"(on {sequences.numel()} tokens that the factors were not calibrated on), and unrounded ones in the same "
-            f"bytes {figures['same_bytes']:.4g}: rounding loses more than the saved bytes gain. Correct without int8 "
-            "factors."
+            f"{dtype} factors leave {figures['rounded']:.4g} of the quantized model's divergence "
+            f"{figures['quantized']:.4g} (on {sequences.numel()} tokens that the factors were not calibrated on), and "
+            f"unrounded ones in the same bytes {figures['same_bytes']:.4g}: rounding loses more than the saved bytes "
+            f"gain. Correct without {dtype} factors."
         )
     return {"tokens": sequences.numel(), **figures}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors
+from ..factors.form import bits_of
 from ..factors.rounding import rounded
 from ..runtime.attach import attach, attached_factors, detach
 from ..utils.logging import progress
@@ -53,26 +54,30 @@ def per_module(factors: Sequence[GroupFactors]) -> list[GroupFactors]:
     ]
 
 
-def variants(model: nn.Module, *, int8: bool = False) -> dict[str, nn.Module]:
+def variants(model: nn.Module, *, factor_dtype: str = "auto") -> dict[str, nn.Module]:
     """Return three models that share their weights: the base, the corrected one, one with a right factor per module.
 
     Args:
         model: model with a correction; it becomes the second of the three.
-        int8: also add the last two with their factors rounded to int8.
+        factor_dtype: also add the last two with their factors rounded to this, unless it is "auto".
 
     Raises:
-        ConfigError: the model carries no correction, or `int8` is set and all its factors are in int8 already.
+        ConfigError: the model carries no correction, or its factors have as few bits as `factor_dtype` already.
     """
     factors = attached_factors(model)
     if not factors:
         raise ConfigError("the model carries no correction, so that there is nothing to time; give a folder with one.")
-    if int8 and all(entry.int8 for entry in factors):
-        raise ConfigError("the correction's factors are in int8 already: leave out --int8, they are timed as they are.")
+    bits = bits_of(factor_dtype)
+    if bits is not None and any(entry.bits is not None and entry.bits <= bits for entry in factors):
+        raise ConfigError(
+            f"the correction's factors have no more bits than {factor_dtype}: leave out --factor-dtype, they are timed "
+            "as they are."
+        )
     single = per_module(factors)
     found = {"base": _copy_with(model, ()), "shared": model, "per module": _copy_with(model, single)}
-    if int8:
+    if bits is not None:
         for name, several in (("shared", factors), ("per module", single)):
-            found[f"{name}, int8"] = _copy_with(model, [rounded(entry) for entry in several])
+            found[f"{name}, {factor_dtype}"] = _copy_with(model, [rounded(entry, bits) for entry in several])
     return found
 
 

@@ -1,3 +1,3 @@
-"""The data that all packages exchange: groups, their factors, and the int8 form of factors.
+"""The data that all packages exchange: groups, their factors, and the forms of factors with few bits.
 
 This package may import only `errors`."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .form import FactorForm
 from .group import Group
-from .int8 import SCALE_BYTES
 
 __all__ = ["GroupFactors", "cut_group"]
 
@@ -29,8 +29,8 @@ class GroupFactors:
         lefts: member name -> left factor A_i, shape (o_i, r).
         gains: error that each rank removes, shape (r,), float64, descending, in one unit for the whole correction.
         total: error of the group without a correction, in the same unit.
-        int8: whether the factors are stored and used in int8. Their values are then on the grid of
-            `glowq.factors.int8`.
+        bits: 8, 4 or 3 if the factors are stored and used as whole numbers of so many bits. Their values are then on
+            the grid of `glowq.factors.integers`. None for floats.
     """
 
     group: Group
@@ -38,7 +38,7 @@ class GroupFactors:
     lefts: Mapping[str, Tensor]
     gains: Tensor
     total: float
-    int8: bool = False
+    bits: int | None = None
 
     @property
     def rank(self) -> int:
@@ -48,7 +48,7 @@ class GroupFactors:
     @property
     def factor_bytes(self) -> int:
         """Bytes of all factors, without the zeros that fill int8 factors to multiples of 16 ranks on the CPU."""
+        if self.bits is not None:
+            return self.rank * FactorForm(self.bits, 0).rank_bytes((self.group.in_features, *self.group.out_features))
         factors = (self.right, *self.lefts.values())
-        if self.int8:
-            return sum(factor.numel() for factor in factors) + SCALE_BYTES * self.rank
         return sum(factor.numel() * factor.element_size() for factor in factors)

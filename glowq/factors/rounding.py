@@ -1,4 +1,4 @@
-"""Round factors to int8, and predict how much this reduces their gains."""
+"""Round factors to whole numbers of few bits, and predict how much this reduces their gains."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from .factors import GroupFactors
-from .int8 import round_factors
+from .integers import round_factors
 
 __all__ = ["rounded"]
 
 
-def rounded(entry: GroupFactors) -> GroupFactors:
-    """Round one group's factors to int8, and reduce its gains by the predicted loss.
+def rounded(entry: GroupFactors, bits: int) -> GroupFactors:
+    """Round one group's factors to `bits` bits per value, and reduce its gains by the predicted loss.
 
     If the squared error of a rank's product A B is a share e of its square, the rank is predicted to lose the share e
     of its gain.
     """
-    if entry.int8:
+    if entry.bits == bits:
         return entry
-    right, lefts = round_factors(entry.right, entry.lefts)
+    right, lefts = round_factors(entry.right, entry.lefts, bits)
     kept = 1 - _relative_errors(entry, right, lefts)
     gains = (entry.gains * kept.clamp(min=0)).cummin(0).values  # gains must not rise from rank to rank
-    return replace(entry, right=right, lefts=lefts, gains=gains, int8=True)
+    return replace(entry, right=right, lefts=lefts, gains=gains, bits=bits)
 
 
 def _relative_errors(entry: GroupFactors, right: Tensor, lefts: Mapping[str, Tensor]) -> Tensor:

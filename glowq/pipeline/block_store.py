@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .._version import __version__
 from ..artifact.config import GlowQConfig
-from ..artifact.factor_files import describe_groups, factor_tensors, read_factors, with_checksums
+from ..artifact.factor_files import read_factors
+from ..artifact.factor_layout import describe_groups, factor_tensors, with_checksums
 from ..errors import OutputError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group

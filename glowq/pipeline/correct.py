@@ -20,6 +20,7 @@ from ..errors import (
 from ..evaluation.change import answer_change
 from ..evaluation.improvement import improvement, is_worse, not_better
 from ..factors.factors import GroupFactors
+from ..factors.form import FactorForm, bits_of
 from ..models.wrappers import correctable
 from ..quantizers.model import packed_bytes
 from ..runtime.attach import applied, attach, attached, detach
@@ -80,20 +81,19 @@ def correct(
         ReferenceMismatchError: modules, shapes or embeddings of the reference differ from those of the model.
         FoldingError: a quantized weight was multiplied by channel scales, and no layer before it divides by them.
         CalibrationError: no text, or fewer tokens than needed. A budget needs 2 sequences, because the groups are
-            measured on one of them. int8 factors need 2 sequences, too, because they are measured on one.
+            measured on one of them. Rounded factors need 2 sequences, too, because they are measured on one.
         RankError: rank below 1, or larger than every group allows.
         ConfigError: an option is unknown or wrong; the budget is too small for any rank; or the budget is a target
             ("recover 80%") that the solved ranks cannot reach. For a target, as many ranks are solved as for a budget
             of 10%.
         NoImprovementError: on text that was held out, the correction makes the model's answers worse beyond chance.
         OutputError: another run uses the folder `resume`, it holds something else, or it cannot be written.
-        RoundingError: int8 factors would lose more accuracy than the saved bytes can give back.
+        RoundingError: rounded factors would lose more accuracy than the saved bytes can give back.
         NonFiniteError: NaN or Inf in a weight or in an activation; the message names the module.
     """
     model = correctable(model)
     request = CorrectionRequest.of(request, options).of_quantized_model()
     solver, ranks_asked, seed = get_method(request.method), request.ranks, request.seed
-    int8 = request.factor_dtype == "int8"
     if attached(model):
         raise ConfigError("the model carries a correction already; call glowq.detach(model) first.")
     backends = readable_modules(model, dense)
@@ -103,9 +103,9 @@ def correct(
     if request.budget is None:
         ranks = uniform_ranks(trace.groups, request.rank)
     else:
-        itemsize = 1 if int8 else dtype_of_factors(model).itemsize
-        ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, itemsize, shared=solver.shared)
-    train, held = split_sequences(sequences, solver, ranks_asked, int8, seed)
+        form = FactorForm(bits_of(request.factor_dtype), dtype_of_factors(model).itemsize)
+        ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, form, shared=solver.shared)
+    train, held = split_sequences(sequences, solver, ranks_asked, request.factor_dtype, seed)
     check_token_count(train, ranks)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision, subfolder, variant)
     try:

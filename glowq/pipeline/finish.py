@@ -1,4 +1,4 @@
-"""From solved factors to a correction: measure each group, choose ranks, distill, and round to int8."""
+"""From solved factors to a correction: measure each group, choose ranks, distill, and round."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def finished(
 
     Raises:
         NoGainError: a budget is requested, and no rank of any group gains anything.
-        RoundingError: int8 factors would lose more accuracy than the saved bytes can give back.
+        RoundingError: rounded factors would lose more accuracy than the saved bytes can give back.
         ConfigError: a target ("recover 80%") that the factors cannot reach.
     """
     model, reference, held = problem.model, problem.source.model, problem.held
@@ -69,9 +69,9 @@ def finished(
             model, reference, correction.factors, problem.train, steps=request.distill, seed=problem.seed
         )
         correction.config.record(distilled_steps=request.distill)
-    if request.factor_dtype == "int8":
+    if request.factor_dtype != "auto":
         assert held is not None
-        correction = _rounded(model, reference, whole, correction, held)
+        correction = _rounded(model, reference, whole, correction, held, request.factor_dtype)
     if request.budget is not None and correction.config.provenance.gains != GainUnit.SQUARED_OUTPUT:
         correction.config.record(
             instead=predict_more_bits(model, factors, correction.factor_bytes, correction.config.total)
@@ -105,18 +105,23 @@ def _measured(
 
 
 def _rounded(
-    model: nn.Module, reference: nn.Module, whole: Correction, correction: Correction, sequences: Tensor
+    model: nn.Module,
+    reference: nn.Module,
+    whole: Correction,
+    correction: Correction,
+    sequences: Tensor,
+    factor_dtype: str,
 ) -> Correction:
-    """The correction with int8 factors. Its config records the loss of accuracy by rounding.
+    """The correction with rounded factors. Its config records the loss of accuracy by rounding.
 
-    For this record, the int8 factors are compared with the unrounded ones, and with the best ranks of `whole` that fit
-    in the same bytes.
+    For this record, the rounded factors are compared with the unrounded ones, and with the best ranks of `whole` that
+    fit in the same bytes.
     """
-    found = correction.to_int8()
+    found = correction.rounded(factor_dtype)
     steps = allocate(by_benefit(whole.group_gains), found.factor_bytes)
     same_bytes = whole.kept({step.name: step.rank for step in steps})
     cost = rounding_cost(model, reference, found.factors, correction.factors, same_bytes.factors, sequences)
-    found.config.record(int8=cost)
+    found.config.record(rounding=cost)
     return found
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..artifact.provenance import Mixed
 from ..artifact.request import CorrectionRequest
 from ..errors import ConfigError, NoGainError
+from ..factors.form import FactorForm, bits_of
 from ..factors.group import Group
 from ..models.reference import Reference
 from ..quantizers.base import Unavailable
@@ -108,7 +109,7 @@ def plan_mixture(
     backend = backend_of(config)
     assert backend is not None
     assert request.budget is not None
-    base_bytes, int8 = packed_bytes(model), request.factor_dtype == "int8"
+    base_bytes = packed_bytes(model)
     available = parse_budget(request.budget, base_bytes)
     sequences = calibration_sequences(model, request, tokenizer)
     plain = replace(request, calibration=sequences, mixed=False, distill=0, force=True)
@@ -120,7 +121,7 @@ def plan_mixture(
     finally:
         detach(model)
     groups = traced(model, sequences).groups
-    _, held = split_sequences(sequences, get_method(request.method), request.ranks, int8, request.seed)
+    _, held = split_sequences(sequences, get_method(request.method), request.ranks, request.factor_dtype, request.seed)
     assert held is not None  # a budget needs it
     partner = backend.partner(config)
     wider = None if partner is None else load(partner)
@@ -129,8 +130,8 @@ def plan_mixture(
         measured = measure_wider(model, wider, source, groups, held)
     steps = {entry.group.name: Step(entry.group.name, 1, entry.bytes, entry.gain) for entry in measured}
     # The correction that follows needs one step of ranks, or it would be refused.
-    itemsize = 1 if int8 else factor_dtype(model).itemsize
-    least = min(itemsize * request.rank_step * (group.in_features + sum(group.out_features)) for group in groups)
+    form = FactorForm(bits_of(request.factor_dtype), factor_dtype(model).itemsize)
+    least = request.rank_step * min(form.rank_bytes((group.in_features, *group.out_features)) for group in groups)
     found = divide(ranks, steps, available - least, rank_step=request.rank_step, max_rank=request.max_rank)
     wide = tuple(group for group in groups if group.name in found.wider)
     if not wide:

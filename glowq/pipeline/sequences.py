@@ -64,22 +64,22 @@ def _vocab_size(model: nn.Module) -> int | None:
 
 
 def split_sequences(
-    sequences: Tensor, method: Method, request: RankRequest, int8: bool, seed: int
+    sequences: Tensor, method: Method, request: RankRequest, factor_dtype: str, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     """Split the sequences into a part for calibration, and a part on which groups and the correction are measured.
 
     The second part is None if there is only one sequence and nothing has to be measured.
     """
-    needed = int8 or (request.budget is not None and method.allocation == "gain")
+    needed = factor_dtype != "auto" or (request.budget is not None and method.allocation == "gain")
     if len(sequences) < 2 and not needed:
         return sequences, None
     try:
         return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
     except CalibrationError as error:
-        if not int8:
+        if factor_dtype == "auto":
             raise
         raise CalibrationError(
-            f"int8 factors are measured on text that the factors are not calibrated on: {error}"
+            f"{factor_dtype} factors are measured on text that the factors are not calibrated on: {error}"
         ) from error
 
 

@@ -18,11 +18,11 @@ from torch import nn
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
-from ..factors.int8 import Packed, filled, pack, unpack
+from ..factors.integers import Packed, Stored, in_bytes, pack, unpack
 from ..utils.checks import check_module
 from .container import SharedCorrection
 from .hook import MemberHook
-from .operators import INT8_MULTIPLE
+from .products import INT8_MULTIPLE
 
 __all__ = ["applied", "attach", "attached", "attached_factors", "detach", "factor_dtype", "hold_as_floats", "set_aside"]
 
@@ -32,13 +32,15 @@ CONTAINER = "glowq_"
 def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None = None) -> SharedCorrection:
     """Add the correction of one group to `model`. The factors are copied: training the model does not change `factors`.
 
+    On a CPU, factors of 4 or 3 bits are held in int8, because torch has no fast product with fewer bits.
+
     From now on, torch.compile's graphs in this process check hooks. Graphs that were compiled earlier are discarded
     once.
 
     Args:
         model: the model, which holds every member of the group under its name.
         factors: the group and its factors.
-        dtype: dtype of the attached factors; None keeps their own. For int8 factors it is the dtype of their scales.
+        dtype: dtype of the attached factors; None keeps their own. For rounded factors it is the dtype of their scales.
 
     Raises:
         ConfigError: the group carries a correction already.
@@ -49,14 +51,15 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
     if hasattr(parent, name):
         raise ConfigError(f"group {group.name!r} carries a correction already; call glowq.detach(model) first.")
     device = torch.device(_execution_device(model.get_submodule(group.members[0])))
-    if factors.int8:
-        packed = pack(factors.right, factors.lefts)
+    if factors.bits is not None:
+        packed = pack(factors.right, factors.lefts, factors.bits)
         if device.type == "cpu":
-            packed = filled(packed, INT8_MULTIPLE)
+            packed = in_bytes(packed, group.shapes, INT8_MULTIPLE)
         scale = packed.scale.to(factors.right.dtype)
-        container = SharedCorrection(group, packed.right, packed.lefts, scale, rank=factors.rank)
+        container = SharedCorrection(group, packed.right, packed.lefts, scale, rank=factors.rank, bits=factors.bits)
     else:
-        container = SharedCorrection(group, factors.right, factors.lefts)
+        lefts = {member: Stored(left) for member, left in factors.lefts.items()}
+        container = SharedCorrection(group, Stored(factors.right), lefts)
     _make_graphs_check_hooks()
     container.to(device=device, dtype=dtype)
     container.unshare((factors.right, *factors.lefts.values()))
@@ -110,27 +113,29 @@ def attached_factors(model: nn.Module) -> list[GroupFactors]:
 
 
 def _factors_of(container: SharedCorrection, dtype: torch.dtype) -> GroupFactors:
+    group, rank = container.group, container.rank
     first, *others = container._factors
-    right, scale = first.factor.detach(), first.scale
-    lefts = {member: left.factor.detach() for member, left in zip(container.group.members, others, strict=True)}
-    if scale is not None:
-        held = container.rank
-        lefts = {member: left[:, :held].contiguous() for member, left in lefts.items()}
-        right, lefts = unpack(Packed(right[:held], scale[:held], lefts), dtype)
-    gains = torch.zeros(container.rank, dtype=torch.float64)
-    return GroupFactors(container.group, right, lefts, gains, 0.0, container.int8)
+    right, lefts = first.stored(), {member: left.stored() for member, left in zip(group.members, others, strict=True)}
+    if first.scale is None:
+        floats = right.values, {member: left.values for member, left in lefts.items()}
+    else:
+        if right.multipliers is None:  # without the ranks of zeros
+            right = Stored(right.values[:rank])
+            lefts = {member: Stored(left.values[:, :rank].contiguous()) for member, left in lefts.items()}
+        floats = unpack(Packed(right, first.scale[:rank], lefts), dtype, group.shapes)
+    return GroupFactors(group, *floats, torch.zeros(rank, dtype=torch.float64), 0.0, container.bits)
 
 
 def hold_as_floats(model: nn.Module) -> None:
-    """Replace attached int8 factors by float factors of the same values, for programs that support only floats."""
+    """Replace attached factors of whole numbers by floats of the same values, for programs that support only floats."""
     before = attached(model)
-    if not any(container.int8 for container in before.values()):
+    if not any(container.bits for container in before.values()):
         return
     factors = attached_factors(model)
     detach(model)
     for entry in factors:
         old = before[entry.group.name]
-        attach(model, replace(entry, int8=False)).switch(old.switched_on, old.pauses)
+        attach(model, replace(entry, bits=None)).switch(old.switched_on, old.pauses)
 
 
 @contextmanager

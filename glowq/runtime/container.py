@@ -10,29 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..factors.form import dtype_name
 from ..factors.group import Group
-from ..factors.int8 import LEFT_UNIT
+from ..factors.integers import Stored
 from . import operators
+from .factor_modules import JoinedLefts, LeftFactor, RightFactor, is_watched
+from .products import FEW
 
 __all__ = ["SharedCorrection"]
-
-
-class _Factor(nn.Module):
-    """One factor as a leaf module: accelerate's offload hooks run when it is called, not when its parameter is read.
-
-    `scale`, shape (rows,), holds the scale of each row of an int8 factor; it is None for a float factor.
-    """
-
-    factor: nn.Parameter
-    scale: Tensor | None
-
-    def __init__(self, factor: Tensor, scale: Tensor | None = None) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(factor, requires_grad=False)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return operators.right(x, self.factor, self.scale)
 
 
 class _Handle(Protocol):
@@ -67,36 +52,40 @@ class SharedCorrection(nn.Module):
 
     Args:
         group: the group.
-        right: right factor B, shape (r, d), float, or int8 with `scale`.
-        lefts: member name -> left factor A_i, shape (o_i, r), dtype of `right`.
-        scale: scale of each row of an int8 right factor, shape (r,), see `glowq.factors.int8`.
+        right: right factor B, of floats, or of whole numbers with `scale`.
+        lefts: member name -> left factor A_i, of the form of `right`.
+        scale: scale of each row of a right factor of whole numbers, shape (r,), see `glowq.factors.integers`.
         rank: rank of the correction, if the factors are filled with ranks of zeros; None if they are not.
+        bits: bits per value of factors of whole numbers as they are saved; None for floats.
     """
 
     def __init__(
         self,
         group: Group,
-        right: Tensor,
-        lefts: Mapping[str, Tensor],
+        right: Stored,
+        lefts: Mapping[str, Stored],
         scale: Tensor | None = None,
         *,
         rank: int | None = None,
+        bits: int | None = None,
     ) -> None:
         super().__init__()
         self.group = group
-        self.rank = right.shape[0] if rank is None else rank
+        self.rank = right.values.shape[0] if rank is None else rank
+        self.bits = bits
         self.enabled = True  # whether a forward adds the correction: `switched_on`, and no `pauses`
         self.switched_on = True  # set by `glowq.set_enabled`
         self.pauses = 0  # open contexts of `glowq.disabled`
-        self.right = _Factor(right, scale)
-        self.lefts = nn.ModuleList(
-            _Factor(left, None if scale is None else scale.new_full((len(left),), LEFT_UNIT))
-            for left in (lefts[member] for member in group.members)
-        )
+        self.right = RightFactor(right, scale)
+        held = [
+            LeftFactor(lefts[member], width, scale)
+            for member, width in zip(group.members, group.out_features, strict=True)
+        ]
+        self.lefts = nn.ModuleList(held)
         # A tuple, because an access to `self.lefts[index]` is slow.
-        self._factors: tuple[_Factor, ...] = (self.right, *self.lefts)
-        self._widths = [len(lefts[member]) for member in group.members]
-        self._whole: tuple[Any, ...] = ()  # addresses of the left factors, all of them as one tensor, their scales
+        self._factors: tuple[RightFactor, ...] = (self.right, *self.lefts)
+        self._together = JoinedLefts(held, group.out_features)
+        self._members = len(group.members)
         self._slot: list[_Slot | None] = [None]  # in a list, because setting an attribute of a module is slow
         self._traced: list[_Slot | None] = [None]
         self._handles: list[_Handle] = []
@@ -106,11 +95,6 @@ class SharedCorrection(nn.Module):
         """Set whether the group is on, and how many contexts of `glowq.disabled` are open."""
         self.switched_on, self.pauses = on, pauses
         self.enabled = on and pauses == 0
-
-    @property
-    def int8(self) -> bool:
-        """Whether the factors are held in int8."""
-        return self.right.scale is not None
 
     def forward(self, index: int, x: Tensor, output: Tensor, in_place: bool = False) -> Tensor:
         """The corrected output of member number `index`.
@@ -135,8 +119,9 @@ class SharedCorrection(nn.Module):
             addition = slot.additions[index]
         else:
             left: Any = self._factors[1 + index]
-            if in_place and not gradients and not _is_watched(left):
-                operators.left_add_(output, slot.product, left._parameters["factor"], left._buffers["scale"])
+            if in_place and not gradients and not is_watched(left):
+                factor, buffers = left._parameters["factor"], left._buffers
+                operators.left_add_(output, slot.product, factor, buffers["scale"], buffers["multipliers"])
                 return output
             addition = left(slot.product)
         if in_place and not (gradients and (output.requires_grad or addition.requires_grad)):
@@ -146,7 +131,7 @@ class SharedCorrection(nn.Module):
     @property
     def watched(self) -> bool:
         """Whether a factor has a hook, so that the factors must be called as modules."""
-        return any(map(_is_watched, self._factors))
+        return any(map(is_watched, self._factors))
 
     def right_product(self, index: int, x: Tensor) -> Tensor:
         """The right product B x for member number `index`, computed once per forward for all members.
@@ -186,21 +171,20 @@ class SharedCorrection(nn.Module):
         """Compute what the members need from this input, and keep it in the slot for the other members."""
         countless, right = x.is_inference(), self._factors[0]
         factor: Any
-        factor, scale = right._parameters["factor"], right._buffers["scale"]
+        factor, scale, multipliers = right._parameters["factor"], right._buffers["scale"], right._buffers["multipliers"]
         watched = self.watched
         if not watched:
             self._check_device(x, factor)
-        few = x.is_cpu and x.numel() <= operators.FEW * x.shape[-1]
+        few = x.is_cpu and x.numel() <= FEW * x.shape[-1]
         if few and at_once and not (watched or gradients or countless):
-            whole, left_scale = self._together()
-            total = operators.correction(x, factor, whole, scale, left_scale)
-            parts = torch.split_with_sizes(total, self._widths, -1) if len(self._widths) > 1 else (total,)
-            product, additions = None, tuple(parts)
+            whole, left_scale, left_multipliers = self._together.tensors()
+            total = operators.correction(x, factor, whole, scale, left_scale, multipliers, left_multipliers)
+            product, additions = None, self._together.split(total)
         else:
             product, additions = right(x), ()
             if product.requires_grad:
                 product.register_hook(self._forget)  # a later member must not share a graph that backward has freed
-        if len(self._widths) == 1 or countless:
+        if self._members == 1 or countless:
             return _Slot(None, (), product, additions, 0)
         slot = _Slot(weakref.ref(x), _state(x, gradients), product, additions, 1 << index)
         self._slot[0] = slot
@@ -220,10 +204,13 @@ class SharedCorrection(nn.Module):
             if apart:
                 slot = _Slot(x, (), self.right(x), (), 1 << index)
             else:
-                whole, left_scale = self._together()
-                total = operators.correction(x, self.right.factor, whole, self.right.scale, left_scale)
-                slot = _Slot(x, (), None, total.split(self._widths, -1), 1 << index)
-            if len(self._widths) > 1:
+                whole, *buffers = self._together.tensors()
+                right = self.right
+                total = operators.correction(
+                    x, right.factor, whole, right.scale, buffers[0], right.multipliers, buffers[1]
+                )
+                slot = _Slot(x, (), None, self._together.split(total), 1 << index)
+            if self._members > 1:
                 self._traced[0] = slot
         if slot.product is None:
             return slot.additions[index]
@@ -233,19 +220,9 @@ class SharedCorrection(nn.Module):
     def _used(self, slot: _Slot, index: int) -> _Slot | None:
         """The slot after one more member has used it; None after the last member."""
         used = slot.used | (1 << index)
-        if used == (1 << len(self._widths)) - 1:
+        if used == (1 << self._members) - 1:
             return None
         return _Slot(slot.source, slot.state, slot.product, slot.additions, used)
-
-    def _together(self) -> tuple[Tensor, Tensor | None]:
-        """All left factors as one tensor, shape (O, r), and the scale of every row; stacked again if one has moved."""
-        if torch.compiler.is_compiling():
-            return torch.cat([left.factor for left in self._factors[1:]]), self._left_scale()
-        addresses, whole, scale = self._whole
-        if addresses != _addresses(self._factors):
-            self._stack()
-            addresses, whole, scale = self._whole
-        return whole, scale
 
     def _check_device(self, x: Tensor, factor: Any) -> None:
         if x.device != factor.device:
@@ -259,22 +236,10 @@ class SharedCorrection(nn.Module):
 
     def _stack(self) -> None:
         """Place the left factors one after the other in memory, so that all members can share one matrix product."""
-        factors = [left.factor for left in self._factors[1:]]
-        whole = operators.joined(factors)
-        if whole is None:
-            pieces = operators.stacked([factor.data for factor in factors])
-            for factor, piece in zip(factors, pieces, strict=True):
-                factor.data = piece
-            whole = operators.joined(factors)
         for part in self._factors:
             if part.scale is not None and not part.factor.is_cpu:
                 part.scale = part.scale.float()  # kernels read float32; a product on the CPU reads its input's dtype
-        self._whole = _addresses(self._factors), whole, self._left_scale()
-
-    def _left_scale(self) -> Tensor | None:
-        """The scale of every row of all left factors; None for float factors."""
-        scales = [left.scale for left in self._factors[1:] if left.scale is not None]
-        return torch.cat(scales) if scales else None
+        self._together.stack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedCorrection:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -282,7 +247,7 @@ class SharedCorrection(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slot": [None], "_traced": [None], "_whole": ()}
+        return {**self.__dict__, "_slot": [None], "_traced": [None]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -290,7 +255,7 @@ class SharedCorrection(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"{self.group.name}, rank={self.rank}{', int8' if self.int8 else ''}"
+        return f"{self.group.name}, rank={self.rank}{'' if self.bits is None else f', {dtype_name(self.bits)}'}"
 
 
 def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
@@ -299,14 +264,3 @@ def _state(x: Tensor, gradients: bool) -> tuple[Any, ...]:
         return ()
     autocast = not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
     return x._version, x.requires_grad, gradients, autocast
-
-
-def _is_watched(factor: Any) -> bool:
-    """Whether a factor must be called as a module, because it has a hook."""
-    state = factor.__dict__
-    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state)
-
-
-def _addresses(factors: tuple[Any, ...]) -> list[int]:
-    """The memory addresses of a container's left factors."""
-    return [factor._parameters["factor"].data_ptr() for factor in factors[1:]]

@@ -21,7 +21,7 @@ import glowq_kernels
 
 from ..quantizers.base import FusedProduct
 from ..quantizers.registry import find_backend
-from . import operators
+from . import products
 from .hook import MemberHook
 
 __all__ = ["FusedForward", "fuse", "is_fused"]
@@ -34,7 +34,7 @@ def fuse(model: nn.Module) -> int:
     """Let corrected members of `model` use kernels that multiply and correct in one launch.
 
     A member is fused if its weight is on a GPU now, in a packing that such a kernel reads. (For tests, the CPU counts
-    as well if triton runs its interpreter.) A fused member uses the kernel for inputs of at most `operators.FEW` tokens
+    as well if triton runs its interpreter.) A fused member uses the kernel for inputs of at most `products.FEW` tokens
     of float16, bfloat16 or float32, under `torch.no_grad` or `torch.inference_mode`. A group then takes one launch for
     its right product (in `torch.inference_mode` one for each member, see `SharedCorrection`) and one launch for each
     member. For other inputs the member runs the library's forward and its hook adds the correction. It does the same
@@ -116,6 +116,8 @@ class FusedForward:
         if launch is None:
             return None
         left: Any = hook.container._factors[1 + hook.index]
+        if left._buffers["multipliers"] is not None:
+            return None  # no such kernel reads factors of 4 or 3 bits
         factor, scale = left._parameters["factor"], left._buffers["scale"]
         try:
             output = launch(product=right(), left=factor, left_scale=None if scale is None else scale.float())
@@ -153,7 +155,7 @@ def _is_supported(x: Any) -> bool:
     return (
         x.dtype in _DTYPES
         and x.dim() > 0
-        and 0 < x.numel() <= operators.FEW * x.shape[-1]
+        and 0 < x.numel() <= products.FEW * x.shape[-1]
         and x.layout is torch.strided
         and not x.is_neg()
         and _can_run(x.device)
@@ -173,7 +175,7 @@ def _is_recorded() -> bool:
 
 def _can_run(device: torch.device) -> bool:
     """Whether the kernels run on tensors of `device`. If they cannot run on a GPU, a warning says why, once."""
-    return (device.type in _GPUS or (device.type == "cpu" and _interpreted())) and operators._kernels() is not None
+    return (device.type in _GPUS or (device.type == "cpu" and _interpreted())) and products.kernels() is not None
 
 
 @cache

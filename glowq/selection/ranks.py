@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..errors import ConfigError, RankError
+from ..factors.form import FactorForm
 from ..factors.group import Group
 from .allocation import GroupGains, Step, allocate, by_benefit, largest_rank, reach
 from .budget import RankRequest, parse_budget, parse_target
@@ -35,7 +36,7 @@ def uniform_ranks(groups: Sequence[Group], rank: int | None) -> dict[str, int]:
 
 
 def candidate_ranks(
-    groups: Sequence[Group], request: RankRequest, base_bytes: int, itemsize: int, *, shared: bool
+    groups: Sequence[Group], request: RankRequest, base_bytes: int, form: FactorForm, *, shared: bool
 ) -> dict[str, int]:
     """Group name -> rank to solve for, so that `choose_ranks` can later choose smaller ranks within a budget.
 
@@ -46,7 +47,7 @@ def candidate_ranks(
         groups: the groups that can be corrected.
         request: must hold a budget.
         base_bytes: bytes of the quantized weights.
-        itemsize: bytes of one factor value.
+        form: how the factors will be stored.
         shared: True for one right factor per group, False for one per member.
 
     Raises:
@@ -55,7 +56,7 @@ def candidate_ranks(
     assert request.budget is not None
     is_target, step = parse_target(request.budget) is not None, request.rank_step
     available = parse_budget(_TARGET_BUDGET if is_target else request.budget, base_bytes)
-    costs = {group.name: _rank_values(group, shared) * itemsize for group in groups}
+    costs = {group.name: _rank_bytes(group, form, shared) for group in groups}
     if not is_target:
         smallest = min(costs[group.name] * min(step, largest_rank(group)) for group in groups)
         _check_large_enough(smallest, available, request, base_bytes)
@@ -144,5 +145,6 @@ def _check_large_enough(smallest: int, available: int, request: RankRequest, bas
         )
 
 
-def _rank_values(group: Group, shared: bool) -> int:
-    return sum(group.out_features) + group.in_features * (1 if shared else len(group.members))
+def _rank_bytes(group: Group, form: FactorForm, shared: bool) -> int:
+    parts = [group] if shared else group.apart()
+    return sum(form.rank_bytes((part.in_features, *part.out_features)) for part in parts)

@@ -1,6 +1,7 @@
-"""Predict how much int8 factors lose by rounding, and raise an error if they lose too much.
+"""Predict how much factors of few bits lose by rounding, and raise an error if they lose too much.
 
-One byte per value instead of two allows twice the ranks, and rounding must lose less than these ranks gain. Therefore
+One byte per value instead of two allows twice the ranks, and 4 or 3 bits about four times as many. Rounding must lose
+less than these ranks gain. Therefore
 the rounded correction is compared with the unrounded correction, cut to the same bytes.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import RoundingError
-from ..factors.int8 import SCALE_BYTES, check_factor_dtype
+from ..factors.form import FactorForm, bits_of
 from .allocation import GroupGains, allocate, by_benefit
 
 __all__ = ["NEGLIGIBLE", "check_rounding", "stored_as"]
@@ -20,26 +21,28 @@ NEGLIGIBLE = 0.01
 
 
 def stored_as(group_gains: Sequence[GroupGains], factor_dtype: str) -> Sequence[GroupGains]:
-    """Return the same gains with the bytes of a rank of factors stored as `factor_dtype`: in int8 about half of them.
+    """Return the same gains with the bytes of a rank of factors stored as `factor_dtype`: of int8 about half.
 
     Raises:
         ConfigError: `factor_dtype` is none of `FACTOR_DTYPES`.
     """
-    check_factor_dtype(factor_dtype)
-    if factor_dtype == "auto":
+    bits = bits_of(factor_dtype)
+    if bits is None:
         return group_gains
+    form = FactorForm(bits, 0)
     return [
-        replace(item, rank_bytes=item.group.in_features + sum(item.group.out_features) + SCALE_BYTES)
+        replace(item, rank_bytes=form.rank_bytes((item.group.in_features, *item.group.out_features)))
         for item in group_gains
     ]
 
 
-def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains]) -> None:
-    """Raise an error if int8 factors are predicted to gain less than unrounded factors in the same bytes.
+def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains], factor_dtype: str) -> None:
+    """Raise an error if rounded factors are predicted to gain less than unrounded factors in the same bytes.
 
     Args:
         group_gains: gains of the groups, unrounded. If no gain was measured, nothing is predicted and nothing raised.
         found: gains of the same groups, rounded.
+        factor_dtype: what they were rounded to.
 
     Raises:
         RoundingError: the difference is more than a hundredth of the whole gain; the message holds both predictions.
@@ -49,7 +52,7 @@ def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains
     gain, whole = (sum(sum(item.gains) for item in several) for several in (found, group_gains))
     if gain < unrounded - NEGLIGIBLE * whole:
         raise RoundingError(
-            f"int8 factors are predicted to keep {gain / whole:.1%} of what these factors gain, and unrounded ones cut "
-            f"to the same {available:,} bytes {unrounded / whole:.1%}: rounding loses more than the saved bytes gain. "
-            "Leave out int8, and cut to a budget instead."
+            f"{factor_dtype} factors are predicted to keep {gain / whole:.1%} of what these factors gain, and "
+            f"unrounded ones cut to the same {available:,} bytes {unrounded / whole:.1%}: rounding loses more than "
+            f"the saved bytes gain. Leave out {factor_dtype}, and cut to a budget instead."
         )

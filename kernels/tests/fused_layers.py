@@ -112,11 +112,11 @@ def corrected(
 
     Args:
         dtype: dtype in which bitsandbytes computes.
-        factors: dtype of the factors; int8 rounds them with `glowq.factors.int8`.
+        factors: dtype of the factors; int8 rounds them with `glowq.factors.integers`.
     """
     from glowq.factors.factors import GroupFactors
     from glowq.factors.group import Group
-    from glowq.factors.int8 import round_factors
+    from glowq.factors.integers import round_factors
     from glowq.quantizers.model import prepare_model
     from glowq.runtime.attach import attach
 
@@ -134,7 +134,7 @@ def corrected(
             right, lefts = round_factors(right, lefts)
         attach(
             model,
-            GroupFactors(group, right, lefts, torch.zeros(RANK, dtype=torch.float64), 0.0, int8),
+            GroupFactors(group, right, lefts, torch.zeros(RANK, dtype=torch.float64), 0.0, 8 if int8 else None),
             dtype=torch.float32 if int8 else factors,
         )
     return model

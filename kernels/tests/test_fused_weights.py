@@ -202,14 +202,14 @@ def test_on_a_gpu_there_is_nothing_to_release(fused: Any, monkeypatch: pytest.Mo
 
 def test_without_triton(fused: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = corrected(BASES["nf4"], device)
-    fused.operators._kernels.cache_clear()
+    fused.products.kernels.cache_clear()
     monkeypatch.setattr(glowq_kernels, "unavailable", lambda: "triton is missing.")
     try:
         with pytest.warns(UserWarning, match=r"triton is missing\. pip install"):
             assert fused.fuse(model) == 0
         assert fused.fuse(model) == 0
     finally:
-        fused.operators._kernels.cache_clear()
+        fused.products.kernels.cache_clear()
 
 
 def test_no_device_for_the_kernels(fused: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "missing": (tensors(lambda t: t.pop(RIGHT)), errors.CorrectionError, f"factor '{RIGHT}' is missing"),
     "extra": (tensors(lambda t: t.update({"a.right": t[RIGHT] + 1})), errors.CorrectionError, "extra factor 'a.right'"),
     "misshaped": (tensors(lambda t: t.update({RIGHT: t[RIGHT][:2]})), errors.CorrectionError, r"shape \(2, 128\)"),
-    "whole": (tensors(lambda t: t.update({RIGHT: t[RIGHT].int()})), errors.CorrectionError, "expected a float"),
+    "whole": (tensors(lambda t: t.update({RIGHT: t[RIGHT].int()})), errors.CorrectionError, "expected BF16 or F16"),
     "nan": (tensors(lambda t: t[RIGHT].fill_(math.nan)), errors.NonFiniteError, f"'{RIGHT}' in .* holds NaN"),
     "field": (stored(lambda c: c.update(sede=1)), errors.ConfigError, "unknown field 'sede' .* 'seed'"),
     "newer": (stored(lambda c: c.update(version=2)), errors.VersionError, "format version 2"),

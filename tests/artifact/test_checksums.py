@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glowq.artifact.correction import Correction
-from glowq.artifact.factor_files import FACTOR_KEYS
+from glowq.artifact.factor_layout import FACTOR_KEYS
 from glowq.errors import ConfigError, CorrectionError, NonFiniteError
 from support.cli import call
 from support.tiny import corrected, gap, load, logits

@@ -21,8 +21,21 @@ from support.tiny import load, quantized
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = sorted(path.stem for path in GOLDEN.glob("*.zip"))
-FORMS = ["float/correction", "float/full", "int8/correction", "int8/full"]
+BITS = {"float": None, "int8": 8, "int4": 4}
 IDS = torch.arange(1, 13)[None]  # of write.py
+
+
+def forms(version: str) -> list[str]:
+    """The forms of a version, such as "int8/full"."""
+    with zipfile.ZipFile(GOLDEN / f"{version}.zip") as archive:
+        return sorted({str(Path(name).parent) for name in archive.namelist() if "/" in name})
+
+
+CASES = [(version, form) for version in VERSIONS for form in forms(version)]
+all_forms = pytest.mark.parametrize(("version", "form"), CASES, indirect=["version"])
+all_dtypes = pytest.mark.parametrize(
+    ("version", "dtype"), sorted({(version, form.split("/")[0]) for version, form in CASES}), indirect=["version"]
+)
 
 
 def stored(version: str, folder: Path) -> Path:
@@ -62,7 +75,7 @@ def test_the_newest_format_is_among_them() -> None:
     assert f"format-{FORMAT_VERSION}.{FORMAT_MINOR}" in VERSIONS
 
 
-@pytest.mark.parametrize("form", FORMS)
+@all_forms
 def test_it_answers_as_it_did(form: str, version: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", NewerFormatWarning)
@@ -73,23 +86,27 @@ def test_it_answers_as_it_did(form: str, version: Path) -> None:
         assert float((answers(model) - expected).abs().max()) > 0.05
 
 
-@pytest.mark.parametrize("dtype", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("version", "dtype"),
+    [(version, form.split("/")[0]) for version, form in CASES if "full" in form],
+    indirect=["version"],
+)
 def test_it_is_attached_to_its_base_in_memory(dtype: str, version: Path) -> None:
     model = quantized(version / "base", "nf4", dtype=torch.float32)
     correction = glowq.load_correction(model, version / dtype / "correction")
     expected = load_file(version / "logits.safetensors")[dtype]
     torch.testing.assert_close(answers(model), expected, rtol=1e-3, atol=1e-3)
-    assert {entry.int8 for entry in correction.factors} == {dtype == "int8"}
+    assert {entry.bits for entry in correction.factors} == {BITS[dtype]}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@all_forms
 def test_it_passes_verify(form: str, version: Path) -> None:
     found = result_of("verify", version / form)
     assert found["groups"] == 4
     assert found["change"] > 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@all_forms
 def test_it_is_saved_in_the_newest_format(form: str, version: Path, tmp_path: Path) -> None:
     """What an old version wrote can be kept: written again, it is of this version and answers alike."""
     model = load(version / form, dtype=torch.float32)
@@ -99,7 +116,7 @@ def test_it_is_saved_in_the_newest_format(form: str, version: Path, tmp_path: Pa
     assert torch.equal(answers(load(tmp_path / "again", dtype=torch.float32)), answers(model))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@all_forms
 def test_a_version_from_the_future_is_refused_by_name(form: str, newest: Path) -> None:
     change(newest / form, lambda config: config.update(version=FORMAT_VERSION + 1, colour="red"))
     message = f"format version {FORMAT_VERSION + 1}; the installed glowq reads up to {FORMAT_VERSION}"
@@ -114,7 +131,7 @@ def test_a_version_from_the_future_is_refused_by_name(form: str, newest: Path) -
             glowq.Correction.from_pretrained(newest / form)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@all_forms
 def test_a_minor_version_from_the_future_is_read_with_a_warning(form: str, newest: Path) -> None:
     change(newest / form, lambda config: config.update(minor=FORMAT_MINOR + 1, colour="red"))
     with pytest.warns(NewerFormatWarning, match=f"'colour', which format {FORMAT_VERSION}.{FORMAT_MINOR + 1} has"):

@@ -48,7 +48,7 @@ WRONG = [
     ({"calibration_tokens": "many"}, "calibration_tokens must be a whole number"),
     ({"sequence_length": 1}, "sequence_length must be a whole number of at least 2"),
     ({"distill": -1}, "distill must be a whole number"),
-    ({"factor_dtype": "int4"}, "factor_dtype must be one of"),
+    ({"factor_dtype": "int2"}, "factor_dtype must be one of"),
     ({"seed": -1}, "seed must be a whole number"),
 ]
 

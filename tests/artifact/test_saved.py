@@ -181,8 +181,8 @@ class TestDamage:
         ("change", "message"),
         [
             (lambda tensors, name: tensors.pop(name), "is missing; the correction is incomplete"),
-            (lambda tensors, name: tensors.update({name: tensors[name][:2]}), r"has shape \(2, .*expected a float"),
-            (lambda tensors, name: tensors.update({name: tensors[name].int()}), "dtype I32, expected a float"),
+            (lambda tensors, name: tensors.update({name: tensors[name][:2]}), r"has shape \(2, .*expected BF16 or F16"),
+            (lambda tensors, name: tensors.update({name: tensors[name].int()}), "dtype I32, expected BF16 or F16"),
             (lambda tensors, name: tensors.update({"a.right": tensors[name] + 1}), "extra factor 'a.right'"),
         ],
         ids=["missing", "misshaped", "whole", "extra"],

@@ -53,7 +53,7 @@ class TestResult:
         assert all(set(row) == ROW | figures("decode") for row in result["rows"])
         assert set(result) == {
             *("model", "device", "threads", "torch", "platform", "dtype", "rows", "command", "output"),
-            *("new_tokens", "repeats", "compiled", "seed", "int8"),
+            *("new_tokens", "repeats", "compiled", "seed", "factor_dtype"),
         }
         assert (result["model"], result["output"]) == (str(rank_8), str(output))
         assert (result["new_tokens"], result["repeats"], result["compiled"], result["seed"]) == (4, 3, False, 7)
@@ -175,14 +175,14 @@ class TestThreeModels:
                 assert float((logits(made[name]) - before[name]).abs().max()) <= rounding
 
     def test_in_int8_they_compute_what_rounded_factors_do(self, model: Any, source: Path) -> None:
-        made = variants(model, int8=True)
+        made = variants(model, factor_dtype="int8")
         assert list(made) == [*MODELS, "shared, int8", "per module, int8"]
         for name, each in made.items():
-            assert all(part.int8 is name.endswith("int8") for part in attached(each).values())
+            assert all((part.bits == 8) is name.endswith("int8") for part in attached(each).values())
         again = quantized(source, "nf4")
         prepare_model(again)
         for entry in attached_factors(model):
-            attach(again, rounded(entry))
+            attach(again, rounded(entry, 8))
         assert torch.equal(logits(made["shared, int8"]), logits(again))
 
     def test_they_share_every_tensor_of_the_base(self, model: Any) -> None:
@@ -223,8 +223,8 @@ class TestRefused:
         refused(call("bench", source, *LEAST, "--json"), "carries no correction")
 
     def test_int8_of_what_is_int8_already(self, rank_8: Path, tmp_path: Path) -> None:
-        glowq.Correction.from_pretrained(rank_8).to_int8().save_pretrained(tmp_path / "int8")
-        refused(call("bench", tmp_path / "int8", *LEAST, "--int8"), "leave out --int8")
+        glowq.Correction.from_pretrained(rank_8).rounded("int8").save_pretrained(tmp_path / "int8")
+        refused(call("bench", tmp_path / "int8", *LEAST, "--factor-dtype", "int8"), "leave out --factor-dtype")
 
     @pytest.mark.parametrize(
         "option",

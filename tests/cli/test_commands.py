@@ -89,7 +89,7 @@ class TestCorrect:
                 "predicted",
                 "gains",
                 "factor_dtype",
-                "int8",
+                "rounding",
                 "improvement",
                 "instead",
                 "mixed",

@@ -12,6 +12,7 @@ import pytest
 
 import glowq
 from glowq.cli.reports.comparison_files import markdown, write_comparison
+from glowq.factors import integers
 from glowq.utils.manifest import MANIFEST
 from glowq.utils.output import check_output
 from support import writers
@@ -296,28 +297,35 @@ class TestDistilled:
         assert "--distill needs a method that allocates by gain: add glowq to --methods" in done.stderr
 
 
-class TestInt8:
+class TestRounded:
     def test_the_same_bytes_hold_more_ranks(self, command: list[Any]) -> None:
-        result = result_of(*command, "--methods", "svd,glowq", "--budgets", "0.00001%,9%", "--int8")
+        result = result_of(
+            *command, "--methods", "svd,glowq", "--budgets", "0.00001%,9%", "--factor-dtypes", "int8,int3"
+        )
         rows = {(row["method"], row["budget"]): row for row in result["rows"]}
-        assert list(dict.fromkeys(row["method"] for row in result["rows"])) == ["svd", "glowq", "glowq+int8"]
+        assert list(dict.fromkeys(row["method"] for row in result["rows"])) == [
+            "svd",
+            "glowq",
+            "glowq+int8",
+            "glowq+int3",
+        ]
         small, plain = rows["glowq+int8", "9%"], rows["glowq", "9%"]
         assert 0 < small["factor_bytes"] <= small["budget_bytes"] == plain["budget_bytes"]
-        assert small["predicted"] > plain["predicted"]
+        assert rows["glowq+int3", "9%"]["predicted"] > small["predicted"] > plain["predicted"]
         assert rows["glowq+int8", "0.00001%"]["reason"] is not None
 
     def test_what_is_refused_says_why(self, command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
-        monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
+        monkeypatch.setitem(integers._LARGEST, 8, 1)
+        monkeypatch.setattr("glowq.factors.integers.LEFT_UNIT", 1.0)
         monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *group_gains: None)
-        result = result_of(*command, "--methods", "glowq", "--budgets", "9%", "--int8")
+        result = result_of(*command, "--methods", "glowq", "--budgets", "9%", "--factor-dtypes", "int8")
         (row,) = (row for row in result["rows"] if row["method"] == "glowq+int8")
         assert "rounding loses more than the saved bytes gain" in row["reason"]
 
     def test_without_a_method_that_allocates_by_gain(self, command: list[Any]) -> None:
-        done = call(*command, "--methods", "svd,glowq-s", "--int8")
+        done = call(*command, "--methods", "svd,glowq-s", "--factor-dtypes", "int4")
         assert done.exit_code == 1
-        assert "--int8 needs a method that allocates by gain: add glowq to --methods" in done.stderr
+        assert "--factor-dtypes needs a method that allocates by gain: add glowq to --methods" in done.stderr
 
 
 @pytest.fixture(scope="module")

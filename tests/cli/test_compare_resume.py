@@ -15,7 +15,17 @@ from glowq.pipeline.block_store import BlockFolder
 from glowq.pipeline.compare import alternatives
 from support.cli import call
 
-ASKED = ["--methods", "svd,qera,eora,glowq", "--budgets", "4%,9%", "--int8", "--distill", "2", "--alternatives"]
+ASKED = [
+    "--methods",
+    "svd,qera,eora,glowq",
+    "--budgets",
+    "4%,9%",
+    "--factor-dtypes",
+    "int8,int4",
+    "--distill",
+    "2",
+    "--alternatives",
+]
 SIZES = ["--calibration-tokens", "1024", "--tokens", "512", "--sequence-length", "128", "--cloze", "4", "--seed", "3"]
 
 
@@ -68,7 +78,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: int
 
 
 PLACES = [
-    (BlockSolver, "_factors_of", 4),
+    (BlockSolver, "_factors_of", 5),
     (distillation, "distill", 1),
     (scores, "_score_batch", 1),
     (alternatives, "measure_wider", 0),

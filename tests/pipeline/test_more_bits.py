@@ -121,4 +121,4 @@ def test_a_part_of_the_correction_does_not_keep_it() -> None:
     assert found is not None
     assert 0 < correction.factor_bytes <= 0.09 * packed_bytes(model)
     assert correction.cut(budget="4%").config.provenance.instead is None
-    assert correction.to_int8().config.provenance.instead is None
+    assert correction.rounded("int8").config.provenance.instead is None

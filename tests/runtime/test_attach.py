@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glowq.errors import ConfigError, UnsupportedModuleError
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
-from glowq.factors.int8 import round_factors
+from glowq.factors.integers import round_factors
 from glowq.quantizers.model import prepare_model
 from glowq.runtime.attach import _execution_device, attach, attached, detach
 from glowq.runtime.container import SharedCorrection
@@ -273,13 +273,13 @@ def test_changing_the_model_leaves_the_factors_that_were_attached(
     factors: GroupFactors = random_factors(Group("+".join(names), names, 8, widths, ""))
     if int8:
         right, lefts = round_factors(factors.right, factors.lefts)
-        factors = replace(factors, right=right, lefts=lefts, int8=True)
+        factors = replace(factors, right=right, lefts=lefts, bits=8)
     else:  # left factors in adjacent memory, as in a corrected model
         lefts = dict(zip(names, torch.cat(list(factors.lefts.values())).split(widths), strict=True))
         factors = replace(factors, lefts=lefts)
     before = copy.deepcopy(factors)
     held = attach(trio, factors)
-    whole, _ = held._together()
+    whole, *_ = held._together.tensors()
     assert whole.data_ptr() == held.lefts[0].factor.data_ptr()  # still in adjacent memory
     with torch.no_grad():
         for parameter in trio.parameters():

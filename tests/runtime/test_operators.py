@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glowq.runtime import operators
+from glowq.runtime import operators, products
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "torch-ext"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -380,9 +380,9 @@ class TestOnGPUsWithoutKernels:
             import glowq_kernels
         if glowq_kernels.unavailable() is None:  # the kernels can run, on a GPU or in triton's interpreter
             monkeypatch.setattr(sys.modules["glowq_kernels"], "unavailable", lambda: "the kernels are out of reach.")
-        operators._kernels.cache_clear()
+        products.kernels.cache_clear()
         yield glowq_kernels.unavailable()
-        operators._kernels.cache_clear()
+        products.kernels.cache_clear()
 
     def test_right_values_and_one_warning(self, reason: str) -> None:
         with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
@@ -390,12 +390,12 @@ class TestOnGPUsWithoutKernels:
             for tokens in (1, 3, 16, 17, 0):
                 for dtype in DTYPES:
                     x, right, left = draw(tokens, 8), draw(5, 8, dtype=dtype), draw(6, 5, dtype=dtype)
-                    product = operators._right_on_gpu(x, right)
+                    product = products.ON_GPU.right(x, right)
                     assert product.dtype == dtype
                     assert_close(product, x.double() @ right.double().T, x, right)
                     output = draw(tokens, 6)
                     expected = output.double() + product.double() @ left.double().T
-                    assert operators._left_add_on_gpu(output, product, left) is None
+                    assert products.ON_GPU.left_add_(output, product, left) is None
                     assert_close(output, expected, product, left)
         (warning,) = (str(entry.message) for entry in seen if issubclass(entry.category, UserWarning))
         assert reason in warning
@@ -405,6 +405,6 @@ class TestOnGPUsWithoutKernels:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
             x, right = draw(17, 8), draw(5, 8)
-            assert_close(operators._right_on_gpu(x, right), x.double() @ right.double().T, x, right)
+            assert_close(products.ON_GPU.right(x, right), x.double() @ right.double().T, x, right)
             x, right = x[:1].double(), right.double()
-            torch.testing.assert_close(operators._right_on_gpu(x, right), x @ right.T)
+            torch.testing.assert_close(products.ON_GPU.right(x, right), x @ right.T)

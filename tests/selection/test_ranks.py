@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glowq.errors import ConfigError, RankError
+from glowq.factors.form import FactorForm
 from glowq.selection.budget import RankRequest, parse_budget, parse_target
 from glowq.selection.ranks import candidate_ranks, choose_ranks, uniform_ranks
 from support.gains import allowed, few, gains_of, groups_of
@@ -105,11 +106,14 @@ def test_one_rank_for_all_as_far_as_a_group_allows() -> None:
         uniform_ranks(groups, 10)
 
 
+HALF = FactorForm(None, 2)  # two bytes per value
+
+
 class TestCandidates:
     groups = groups_of([(64, 64), (512, 512)])
 
     def ranks(self, budget: str | int, **limits: Any) -> dict[str, int]:
-        return candidate_ranks(self.groups, RankRequest(budget=budget, **limits), 10**6, 2, shared=True)
+        return candidate_ranks(self.groups, RankRequest(budget=budget, **limits), 10**6, HALF, shared=True)
 
     def test_they_leave_room_to_choose_and_cost_no_more_than_the_budget_alone(self) -> None:
         assert self.ranks(3_000) == {"g0": 11, "g1": 1}
@@ -125,7 +129,10 @@ class TestCandidates:
 
     def test_a_target_is_solved_for_as_a_tenth_of_the_weights_is(self) -> None:
         assert self.ranks("recover 1%") == self.ranks("recover 99%") == {"g0": 64, "g1": 512}
-        assert candidate_ranks(self.groups, RankRequest(budget="recover 9%"), 100, 2, shared=True) == {"g0": 8, "g1": 8}
+        assert candidate_ranks(self.groups, RankRequest(budget="recover 9%"), 100, HALF, shared=True) == {
+            "g0": 8,
+            "g1": 8,
+        }
 
     @few
     @given(
@@ -144,9 +151,9 @@ class TestCandidates:
         request = RankRequest(budget=budget, rank_step=step, max_rank=cap)
         if budget != "recover 50%" and budget < min(rank_bytes[name] * min(step, most[name]) for name in most):
             with pytest.raises(ConfigError, match="of the smallest group takes"):
-                candidate_ranks(groups, request, 10**4, 2, shared=shared)
+                candidate_ranks(groups, request, 10**4, HALF, shared=shared)
             return
-        ranks = candidate_ranks(groups, request, 10**4, 2, shared=shared)
+        ranks = candidate_ranks(groups, request, 10**4, HALF, shared=shared)
         assert ranks
         for name, rank in ranks.items():
             assert rank in allowed(most[name], most[name], step, cap)
@@ -191,7 +198,7 @@ class TestRefused:
     def test_before_anything_is_solved(self) -> None:
         groups, request = groups_of([(30, 30), (15, 20)]), RankRequest(budget="5.5%", rank_step=8)
         with pytest.raises(ConfigError, match=r"one step of 8 ranks of the smallest group takes 560 bytes \(5\.60%\)"):
-            candidate_ranks(groups, request, 10_000, 2, shared=True)
+            candidate_ranks(groups, request, 10_000, HALF, shared=True)
 
 
 @pytest.mark.parametrize("budget", ["0.02", 0.02])

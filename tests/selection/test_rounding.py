@@ -1,4 +1,4 @@
-"""Corrections with int8 factors: the loss from rounding, when rounding is refused, files, commands and exports."""
+"""Corrections with factors of few bits: the loss by rounding, when it is refused, files, commands and exports."""
 
 from __future__ import annotations
 
@@ -15,21 +15,33 @@ from typer.testing import CliRunner
 import glowq
 from glowq.cli.app import app
 from glowq.errors import CalibrationError, ConfigError, CorrectionError, RoundingError
-from glowq.factors.int8 import pack, unpack
+from glowq.factors import integers
+from glowq.factors.integers import pack, unpack
 from glowq.integrations.export.registry import export
 from glowq.runtime.attach import attached, attached_factors
 from support import tiny
 
 
+@pytest.fixture(scope="module", params=["int8", "int4", "int3"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def corrected(source: Path) -> tuple[Any, glowq.Correction]:
-    return tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")
+def bits(dtype: str) -> int:
+    return int(dtype.removeprefix("int"))
+
+
+@pytest.fixture(scope="module")
+def corrected(source: Path, dtype: str) -> tuple[Any, glowq.Correction]:
+    return tiny.corrected(source, "nf4", rank=None, budget="12%", factor_dtype=dtype)
 
 
 @pytest.fixture(scope="module")
 def saved(corrected: tuple[Any, glowq.Correction], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an int8 correction. Tests do not change it."""
-    folder = tmp_path_factory.mktemp("int8") / "correction"
+    """Folder of a rounded correction. Tests do not change it."""
+    folder = tmp_path_factory.mktemp("rounded") / "correction"
     corrected[1].save_pretrained(folder)
     return folder
 
@@ -43,22 +55,26 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCorrecting:
-    def test_a_budget_counts_one_byte_per_value(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+    def test_a_budget_counts_the_bits_of_each_value(
+        self, source: Path, corrected: tuple[Any, glowq.Correction], dtype: str, bits: int
+    ) -> None:
         correction = corrected[1]
-        assert 0.3 < correction.overhead <= 0.4
-        assert all(entry.int8 for entry in correction.factors)
-        assert f"{correction.factor_bytes} bytes of int8" in repr(correction)
+        assert 0.08 < correction.overhead <= 0.12
+        assert {entry.bits for entry in correction.factors} == {bits}
+        assert f"{correction.factor_bytes} bytes of {dtype}" in repr(correction)
         for entry in correction.factors:
-            assert entry.factor_bytes == entry.rank * (entry.group.in_features + sum(entry.group.out_features) + 4)
-        unrounded = tiny.corrected(source, "nf4", rank=None, budget="40%")[1]
+            widths = entry.group.in_features, *entry.group.out_features
+            values = sum(widths) if bits == 8 else sum(-(-width // 32) * (4 * bits + 1) for width in widths)
+            assert entry.factor_bytes == entry.rank * (values + 4)
+        unrounded = tiny.corrected(source, "nf4", rank=None, budget="12%")[1]
         assert sum(correction.ranks.values()) > 1.7 * sum(unrounded.ranks.values())
 
-    def test_what_rounding_costs_was_measured(self, corrected: tuple[Any, glowq.Correction]) -> None:
-        figures = corrected[1].config.provenance.int8
-        assert set(figures) == {"tokens", "quantized", "int8", "same_ranks", "same_bytes"}
+    def test_what_rounding_costs_was_measured(self, corrected: tuple[Any, glowq.Correction], bits: int) -> None:
+        figures = corrected[1].config.provenance.rounding
+        assert set(figures) == {"tokens", "quantized", "rounded", "same_ranks", "same_bytes"}
         gained = figures["quantized"] - figures["same_ranks"]
-        assert figures["int8"] <= figures["same_bytes"] + 0.01 * gained
-        assert abs(figures["int8"] - figures["same_ranks"]) < 0.05 * gained
+        assert figures["rounded"] <= figures["same_bytes"] + 0.01 * gained
+        assert abs(figures["rounded"] - figures["same_ranks"]) < {8: 0.05, 4: 0.1, 3: 0.2}[bits] * gained
 
     def test_what_is_read_back_has_the_models_dtype(self, source: Path, corrected: tuple[Any, Any]) -> None:
         """The factors have the dtype of the model even if the scales are float32, as on a GPU."""
@@ -73,17 +89,18 @@ class TestCorrecting:
         assert torch.equal(entry.right, correction.factors[0].right)
 
     @pytest.mark.parametrize("options", [{"method": "qera"}, {"distill": 2}, {"rank": 4, "budget": None}])
-    def test_every_way_of_correcting(self, source: Path, options: dict[str, Any]) -> None:
-        request = {"rank": 4} if "method" in options else {"rank": None, "budget": "40%"}
-        model, correction = tiny.corrected(source, "nf4", **{**request, **options}, factor_dtype="int8")
-        assert all(container.int8 for container in attached(model).values())
+    def test_every_way_of_correcting(self, source: Path, options: dict[str, Any], dtype: str, bits: int) -> None:
+        request = {"rank": 4} if "method" in options else {"rank": None, "budget": "12%"}
+        model, correction = tiny.corrected(source, "nf4", **{**request, **options}, factor_dtype=dtype)
+        assert {container.bits for container in attached(model).values()} == {bits}
         for entry in correction.factors:
-            assert torch.equal(unpack(pack(entry.right, entry.lefts), entry.right.dtype)[0], entry.right)
+            packed = pack(entry.right, entry.lefts, bits)
+            assert torch.equal(unpack(packed, entry.right.dtype, entry.group.shapes)[0], entry.right)
 
-    def test_while_loading(self, source: Path, corrected: tuple[Any, glowq.Correction]) -> None:
-        config = glowq.GlowQConfig(base="nf4", calibration=tiny.TEXTS, rank=4, factor_dtype="int8", **tiny.CALIBRATION)
+    def test_while_loading(self, source: Path, dtype: str, bits: int) -> None:
+        config = glowq.GlowQConfig(base="nf4", calibration=tiny.TEXTS, rank=4, factor_dtype=dtype, **tiny.CALIBRATION)
         model = tiny.load(source, quantization_config=config)
-        assert {container.int8 for container in attached(model).values()} == {True}
+        assert {container.bits for container in attached(model).values()} == {bits}
 
     def test_one_sequence_is_none_to_measure_on(self, source: Path) -> None:
         ids = torch.randint(0, 4096, (1, 64))
@@ -92,8 +109,8 @@ class TestCorrecting:
 
     def test_what_loses_more_than_it_wins_is_refused(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Rounding to 1 step instead of 127 steps destroys most of a factor, so it is refused."""
-        monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
-        monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
+        monkeypatch.setitem(integers._LARGEST, 8, 1)
+        monkeypatch.setattr("glowq.factors.integers.LEFT_UNIT", 1.0)
         monkeypatch.setattr("glowq.artifact.correction.check_rounding", lambda *group_gains: None)
         message = (
             r"int8 factors leave \d.*the factors were not calibrated on\), and unrounded ones in the same bytes \d"
@@ -103,24 +120,26 @@ class TestCorrecting:
 
 
 def test_what_is_predicted_to_lose_more_than_it_wins_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glowq.factors.int8._LARGEST", 1)
-    monkeypatch.setattr("glowq.factors.int8.LEFT_UNIT", 1.0)
+    monkeypatch.setitem(integers._LARGEST, 8, 1)
+    monkeypatch.setattr("glowq.factors.integers.LEFT_UNIT", 1.0)
     correction = glowq.Correction.from_pretrained(whole)
     message = r"predicted to keep [\d.]+% of what these factors gain, and unrounded ones cut to the same [\d,]+ bytes"
     with pytest.raises(RoundingError, match=message):
-        correction.to_int8()
+        correction.rounded("int8")
 
 
 class TestFiles:
-    def test_a_byte_a_value_on_disk(self, saved: Path, corrected: tuple[Any, glowq.Correction]) -> None:
+    def test_the_bytes_on_disk(self, saved: Path, corrected: tuple[Any, glowq.Correction], bits: int) -> None:
         tensors = load_file(saved / "glowq.safetensors")
         kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in tensors.items()}
-        assert kinds == {"right": torch.int8, "left": torch.int8, "right_scale": torch.float32}
+        codes = torch.int8 if bits == 8 else torch.uint8
+        multipliers = {} if bits == 8 else {"right_multipliers": torch.int8, "left_multipliers": torch.int8}
+        assert kinds == {"right": codes, "left": codes, "right_scale": torch.float32, **multipliers}
         stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         assert stored == corrected[1].factor_bytes
 
     def test_loading_changes_no_logit(
-        self, saved: Path, corrected: tuple[Any, glowq.Correction], source: Path, tmp_path: Path
+        self, saved: Path, corrected: tuple[Any, glowq.Correction], source: Path, tmp_path: Path, bits: int
     ) -> None:
         model, _ = corrected
         expected = tiny.logits(model)
@@ -130,21 +149,21 @@ class TestFiles:
         assert tiny.gap(attached_later, expected) == 0.0
         model.save_pretrained(tmp_path / "full")
         full = tiny.load(tmp_path / "full")
-        assert {container.int8 for container in attached(full).values()} == {True}
+        assert {container.bits for container in attached(full).values()} == {bits}
         assert tiny.gap(full, expected) == 0.0
 
     def test_a_part_of_it(self, saved: Path, source: Path) -> None:
         model = tiny.quantized(source, "nf4")
-        part = glowq.load_correction(model, saved, budget="10%")
-        assert part.overhead <= 0.1
-        cut = glowq.Correction.from_pretrained(saved).cut(budget="10%")
+        part = glowq.load_correction(model, saved, budget="4%")
+        assert part.overhead <= 0.04
+        cut = glowq.Correction.from_pretrained(saved).cut(budget="4%")
         assert cut.ranks == part.ranks
         for ours, theirs in zip(cut.factors, part.factors, strict=True):
             assert torch.equal(ours.right, theirs.right)
             assert all(torch.equal(ours.lefts[member], left) for member, left in theirs.lefts.items())
 
-    def test_the_same_command_gives_the_same_bytes(self, saved: Path, source: Path, tmp_path: Path) -> None:
-        again = tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")[1]
+    def test_the_same_command_gives_the_same_bytes(self, saved: Path, source: Path, tmp_path: Path, dtype: str) -> None:
+        again = tiny.corrected(source, "nf4", rank=None, budget="12%", factor_dtype=dtype)[1]
         again.save_pretrained(tmp_path / "again")
         for name in ("glowq.safetensors", "config.json", "README.md"):
             assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
@@ -154,14 +173,14 @@ class TestFiles:
         [
             (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"] * 1.5}), "no power of two"),
             (lambda t, g: t.update({f"{g}.right_scale": -t[f"{g}.right_scale"]}), "no power of two"),
-            (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"].half()}), "is not float32"),
-            (
-                lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"][:-1]}),
-                "expected a float or int8 tensor",
-            ),
+            (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"].half()}), "dtype F16, expected F32"),
+            (lambda t, g: t.update({f"{g}.right_scale": t[f"{g}.right_scale"][:-1]}), "expected F32 of shape"),
             (lambda t, g: t.pop(f"{g}.right_scale"), "right_scale' is missing"),
-            (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].float()}), "mixes int8 factors with others"),
-            (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].short()}), "expected a float or int8 tensor"),
+            (
+                lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].float()}),
+                "expected BF16 or F16 or F32 or F64|shape",
+            ),
+            (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].short()}), "expected BF16 or F16 or F32 or F64"),
         ],
     )
     def test_damaged_files(self, saved: Path, tmp_path: Path, damage: Any, message: str) -> None:
@@ -177,6 +196,27 @@ class TestFiles:
         with pytest.raises(CorrectionError, match=message):
             tiny.load(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.fill_(127), "holds numbers above 127"),
+            (lambda t: t.resize_(t.shape[0], t.shape[1] - 1), "expected I8 of shape"),
+            (None, "multipliers' is missing"),
+        ],
+    )
+    def test_damaged_multipliers(self, source: Path, tmp_path: Path, change: Any, message: str) -> None:
+        tiny.corrected(source, "nf4", rank=4, factor_dtype="int4")[1].save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "glowq.safetensors")
+        name = next(name for name in tensors if name.endswith("multipliers"))
+        change(tensors[name]) if change else tensors.pop(name)
+        save_file(tensors, tmp_path / "glowq.safetensors", metadata={"format": "pt"})
+        config = json.loads((tmp_path / "config.json").read_text())
+        for group in config["quantization_config"]["groups"].values():
+            del group["sha256"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CorrectionError, match=message):
+            tiny.load(tmp_path)
+
 
 def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
@@ -184,17 +224,19 @@ def run(*arguments: Any) -> tuple[int, dict[str, Any]]:
 
 
 class TestCommands:
-    def test_select_rounds_a_saved_correction(self, whole: Path, tmp_path: Path) -> None:
-        status, plain = run("select", whole, "--budget", "20%", "--output", tmp_path / "plain")
+    @pytest.mark.parametrize("name", ["int8", "int4", "int3"])
+    def test_select_rounds_a_saved_correction(self, whole: Path, tmp_path: Path, name: str) -> None:
+        status, plain = run("select", whole, "--budget", "4%", "--output", tmp_path / "plain")
         assert status == 0
-        status, found = run("select", whole, "--budget", "20%", "--factor-dtype", "int8", "--output", tmp_path / "int8")
+        status, found = run("select", whole, "--budget", "4%", "--factor-dtype", name, "--output", tmp_path / "small")
         assert status == 0
-        assert found["factor_dtype"] == "int8"
-        assert plain["factor_bytes"] < found["factor_bytes"] + 2000 <= 2000 + 0.2 * found["base_bytes"]
+        assert found["factor_dtype"] == name
+        assert found["factor_bytes"] <= 0.04 * found["base_bytes"]
         assert found["predicted"] > plain["predicted"]
-        assert {entry.int8 for entry in glowq.Correction.from_pretrained(tmp_path / "int8").factors} == {True}
-        assert "(int8)" in (tmp_path / "int8" / "README.md").read_text()
-        tiny.load(tmp_path / "int8")
+        factors = glowq.Correction.from_pretrained(tmp_path / "small").factors
+        assert {entry.bits for entry in factors} == {int(name.removeprefix("int"))}
+        assert f"({name})" in (tmp_path / "small" / "README.md").read_text()
+        tiny.load(tmp_path / "small")
 
     @pytest.mark.parametrize("name", ["select", "9%"])
     def test_an_output_with_the_name_of_another_word(
@@ -224,11 +266,11 @@ class TestCommands:
         assert run("verify", saved)[0] == 0
 
     def test_a_dtype_that_is_none_is_wrong_usage(self, whole: Path, tmp_path: Path) -> None:
-        assert run("select", whole, "--budget", "20%", "--factor-dtype", "int4", "--output", tmp_path / "x")[0] == 2
+        assert run("select", whole, "--budget", "20%", "--factor-dtype", "int2", "--output", tmp_path / "x")[0] == 2
 
 
 class TestExports:
-    """Exports without int8 support hold the same values as floats."""
+    """Exports without whole numbers hold the same values as floats."""
 
     def test_merged_and_peft(self, saved: Path, corrected: tuple[Any, glowq.Correction], tmp_path: Path) -> None:
         for to in ("merged", "peft"):
@@ -242,8 +284,8 @@ class TestExports:
     @pytest.mark.slow
     def test_onnx(self, tmp_path: Path) -> None:
         source = tiny.tiny_llama(tmp_path / "llama", num_hidden_layers=1)
-        correction = tiny.corrected(source, "nf4", rank=None, budget="40%", factor_dtype="int8")[1]
-        assert all(entry.int8 for entry in correction.factors)
+        correction = tiny.corrected(source, "nf4", rank=None, budget="12%", factor_dtype="int4")[1]
+        assert all(entry.bits == 4 for entry in correction.factors)
         correction.save_pretrained(tmp_path / "correction")
         facts = export(str(tmp_path / "correction"), "onnx", tmp_path / "onnx")
         assert facts["check"]
@@ -253,14 +295,14 @@ class TestExports:
     ("call", "error", "message"),
     [
         (
-            lambda: glowq.GlowQConfig(base="nf4", factor_dtype="int4"),
+            lambda: glowq.GlowQConfig(base="nf4", factor_dtype="int2"),
             ConfigError,
-            "must be one of auto, int8, found 'int4'",
+            "must be one of auto, int8, int4, int3, found 'int2'",
         ),
         (
             lambda: glowq.GlowQConfig(base="nf4", correction="folder", factor_dtype="int8"),
             ConfigError,
-            r"round a saved one with Correction\.to_int8",
+            r"round a saved one with Correction\.rounded",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import glowq
-from glowq.artifact.factor_files import factor_tensors
+from glowq.artifact.factor_layout import factor_tensors
 from glowq.factors.factors import GroupFactors
 from support.tiny import CHEAP, load, quantized, seeded
 
@@ -85,7 +85,7 @@ def write_forms(root: Path) -> dict[str, Saved]:
     model = quantized(root / "base", "nf4")
     asked = {"calibration": IDS, "calibration_tokens": 128, "sequence_length": 16, "rank": 2, **CHEAP}
     correction = glowq.correct(model, reference=root / "base", **asked)
-    rounded = correction.to_int8()
+    rounded = correction.rounded("int8")
     correction.save_pretrained(root / "correction")
     rounded.save_pretrained(root / "int8")
     model.save_pretrained(root / "full")

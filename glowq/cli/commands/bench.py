@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,7 +31,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per batch size and length.")] = 5,
     compile_: Annotated[bool, typer.Option("--compile", help="Time the models with torch.compile.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Also time both corrections with int8 factors.")] = False,
+    factor_dtype: Annotated[
+        Literal["auto", "int8", "int4", "int3"], typer.Option(help="Also time both corrections with rounded factors.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch chooses.")] = None,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder for bench.json, table.md and bench.png.")
@@ -71,9 +73,9 @@ def bench(
         if not compile_:  # torch.compile does not notice that a kernel rewrites its weight
             use_fast_kernels(loaded)
         options: dict[str, Any] = {"new_tokens": decoded, "repeats": repeats, "compiled": compile_, "seed": seed}
-        models = variants(loaded, int8=int8)
+        models = variants(loaded, factor_dtype=factor_dtype)
         rows = measure(models, shapes, loaded.config.quantization_config.base_bytes, **options)
-        about = {"model": model, **machine(loaded), **options, "int8": int8}
+        about = {"model": model, **machine(loaded), **options, "factor_dtype": factor_dtype}
         result = {**about, "rows": rows, "command": command_line(output, "DIR")}
         if output is not None:
             _write(Path(output), result)

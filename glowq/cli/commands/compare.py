@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
+_DTYPES = ("int8", "int4", "int3")
 _METHODS = "svd,zeroquant,lqer,qera,eora,aser,glowq-published,glowq"
 
 
@@ -40,6 +41,14 @@ def _check_budgets(value: str) -> str:
     _check_list(value)
     for budget in _list(value):
         check_budget(budget)
+    return value
+
+
+def _check_dtypes(value: str | None) -> str | None:
+    _check_list(value)
+    unknown = [name for name in _list(value) if name not in _DTYPES]
+    if unknown:
+        raise typer.BadParameter(f"expected some of {', '.join(_DTYPES)}, separated by commas; found {unknown[0]!r}.")
     return value
 
 
@@ -67,9 +76,14 @@ def compare(
     distill: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Also distill the first method that allocates by gain.")
     ] = 0,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Also round the first method that allocates by gain to int8.")
-    ] = False,
+    factor_dtypes: Annotated[
+        str | None,
+        typer.Option(
+            callback=_check_dtypes,
+            metavar="NAMES",
+            help="Also round the first method that allocates by gain: int8, int4, int3.",
+        ),
+    ] = None,
     alternatives: Annotated[
         bool, typer.Option("--alternatives", help="Also score other settings of --base at the same bytes.")
     ] = False,
@@ -106,8 +120,8 @@ def compare(
             raise ConfigError("--alternatives quantizes with other settings of a --base: name one, such as nf4.")
         if resume and output is None:
             raise ConfigError("--resume keeps finished cells in DIR.resume: name DIR with --output.")
-        names, sizes, wanted = _list(methods), _list(budgets), _list(tasks)
-        _check_early(names, wanted, output, {"--distill": bool(distill), "--int8": int8})
+        names, sizes, wanted, dtypes = map(_list, (methods, budgets, tasks, factor_dtypes))
+        _check_early(names, wanted, output, {"--distill": bool(distill), "--factor-dtypes": bool(dtypes)})
         kept = f"{output_path(output)}.resume" if resume and output is not None else None
         blocks = None if kept is None else opened.enter_context(open_blocks(kept))
         quantization = None if base in ("none", "dense") else base_config(base)
@@ -123,7 +137,7 @@ def compare(
         if quantization is not None:
             quantization = with_calibration(quantization, train)
         quantized = load_model(model, config, quantization, gguf_file)
-        settings = [names, sizes, int8, distill, alternatives, cloze, base, seed]
+        settings = [names, sizes, dtypes, distill, alternatives, cloze, base, seed]
         cells = cells_of(blocks, quantized, source, [train, report], seed, settings)
         comparison = compare_methods(
             quantized,
@@ -131,7 +145,7 @@ def compare(
             calibration=train,
             methods=names,
             budgets=sizes,
-            int8=int8,
+            factor_dtypes=dtypes,
             seed=seed,
             dense=base == "dense",
             cells=cells,

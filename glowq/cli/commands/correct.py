@@ -148,7 +148,7 @@ def _table(result: dict[str, Any]) -> Any:
         "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
         **_predicted(result),
         **_measured(result),
-        **_rounding(result["int8"]),
+        **_rounding(result["rounding"], result["factor_dtype"]),
         **_mixed(result),
         "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
         "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
@@ -178,14 +178,14 @@ def _share(improvement: dict[str, Any] | None) -> float | None:
     return float(1 - improvement["corrected"] / improvement["quantized"])
 
 
-def _rounding(figures: dict[str, Any] | None) -> dict[str, str]:
-    """Shares of the divergence undone by int8 factors, and by unrounded ones of the same bytes and the same ranks."""
+def _rounding(figures: dict[str, Any] | None, factor_dtype: str) -> dict[str, str]:
+    """Shares of the divergence undone by rounded factors, and by unrounded ones of equal bytes and of equal ranks."""
     shares = undone(figures)
     if figures is None or shares is None:
         return {}
     return {
-        "int8 factors": f"{shares['int8']:.1%} of the divergence undone on {figures['tokens']:,} tokens; unrounded: "
-        f"{shares['same_bytes']:.1%} in the same bytes, {shares['same_ranks']:.1%} at the same ranks"
+        f"{factor_dtype} factors": f"{shares['rounded']:.1%} of the divergence undone on {figures['tokens']:,} tokens; "
+        f"unrounded: {shares['same_bytes']:.1%} in the same bytes, {shares['same_ranks']:.1%} at the same ranks"
     }
 
 

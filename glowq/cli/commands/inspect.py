@@ -179,7 +179,7 @@ def _unread(method: str) -> dict[str, Any]:
 
 def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[str, Any]:
     from ...artifact.config import GlowQConfig
-    from ...artifact.factor_files import stored_group
+    from ...artifact.factor_layout import stored_group
     from ...selection.allocation import GroupGains
     from ...selection.curve import budget_curve
 
@@ -211,11 +211,12 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
 
 
 def _group(model: str, name: str, group: Mapping[str, Any], headers: Headers) -> dict[str, Any]:
-    rank, widths = group["rank"], dict(zip(group["members"], group["out_features"], strict=True))
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.right": (rank, group["in_features"])}
-    shapes.update({f"{member}.left": (width, rank) for member, width in widths.items()})
-    if headers.dtypes.get(f"{name}.right") == "I8":
-        shapes[f"{name}.right_scale"] = (rank,)
+    from ...artifact.factor_layout import bits_of_header, layout, stored_group
+
+    right = f"{name}.right"
+    bits = bits_of_header(headers.dtypes.get(right, ""), headers.shapes.get(right, ()))
+    expected = layout(stored_group(name, group), group["rank"], bits)
+    shapes = {tensor: shape for tensor, (shape, _) in expected.items()}
     for tensor, shape in shapes.items():
         found = headers.shapes.get(tensor)
         if found != shape:

@@ -30,13 +30,13 @@ def select(
 ) -> None:
     """Cut a correction to a budget: keep the ranks that gain most for their bytes. Nothing is solved again.
 
-    With --factor-dtype int8, each value counts as one byte, and the kept factors are rounded to int8. The loss of
+    With --factor-dtype, the kept factors are rounded, and each value counts as the bits that it then has. The loss of
     accuracy by rounding is predicted.
 
     \b
     Examples:
       glowq select corrected --budget 1% --output smaller
-      glowq select corrected --budget 1% --factor-dtype int8 --output smaller
+      glowq select corrected --budget 1% --factor-dtype int4 --output smaller
       glowq select corrected --budget "recover 50%" --rank-step 8 --output smaller
     """
     request = rank_request(None, budget, rank_step, max_rank)
@@ -51,8 +51,8 @@ def select(
         check_output(target)
         with open_saved(correction) as whole:
             cut = Correction.from_saved(whole, whole.choose(request, factor_dtype))
-        if factor_dtype == "int8":
-            cut = cut.to_int8()
+        if factor_dtype != "auto":
+            cut = cut.rounded(factor_dtype)
         note = _note(whole.config, correction)
         had = sum(sum(item.gains) for item in whole.factors.group_gains)
         kept = sum(float(entry.gains.sum()) for entry in cut.factors)

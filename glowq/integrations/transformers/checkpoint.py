@@ -63,8 +63,8 @@ def correct_checkpoint(
         "output", "groups" (number of groups), "ranks" (group name -> rank), "factor_bytes", "base_bytes", "overhead"
         (`factor_bytes` as a share of `base_bytes`), "predicted" (share of the predicted loss that the factors remove,
         or None), "instead" (share that more bits are predicted to undo in the same bytes, see
-        `glowq.pipeline.more_bits`, or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype", "int8"
-        (measured cost of rounding, see `glowq.evaluation.rounding_cost`; None if the factors are not rounded),
+        `glowq.pipeline.more_bits`, or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype",
+        "rounding" (measured cost of rounding, see `glowq.evaluation.rounding_cost`; None if they are not rounded),
         "improvement" (measured divergences without and with the correction, see `glowq.evaluation.improvement`; None if
         no sequence could be held out), "held_out" (perplexities; None if the model does not predict the next token),
         "mixed" (the groups that got more bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "seed", and
@@ -120,7 +120,7 @@ def correct_checkpoint(
         "gains": correction.config.provenance.gains,
         "calibration_tokens": train.numel(),
         "factor_dtype": request.factor_dtype,
-        "int8": correction.config.provenance.int8,
+        "rounding": correction.config.provenance.rounding,
         "improvement": correction.config.provenance.improvement,
         "held_out": held_out,
         "mixed": None if mixture is None else {**mixture.record, "ranks_gain": mixture.ranks_gain},

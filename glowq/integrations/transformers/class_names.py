@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ...artifact.config import GlowQConfig
-from ...artifact.factor_files import FACTOR_KEYS
+from ...artifact.factor_layout import FACTOR_KEYS
 from ...artifact.fingerprint import fingerprint
 from ...factors.factors import GroupFactors
 from ...factors.group import Group, group_name

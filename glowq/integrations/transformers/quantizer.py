@@ -20,7 +20,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ...artifact.base_files import base_folder, base_shards, check_same_model, refuse_unsafe
 from ...artifact.config import GlowQConfig
-from ...artifact.factor_files import FACTOR_KEYS, read_factors
+from ...artifact.factor_files import read_factors
+from ...artifact.factor_layout import FACTOR_KEYS
 from ...artifact.request import CorrectionRequest
 from ...data.text import check_source
 from ...errors import ConfigError, CorrectionError

@@ -15,7 +15,7 @@ from vllm.transformers_utils.config import checkpoint_has_lm_head
 
 from ...artifact.base_files import base_folder, base_shards, refuse_unsafe
 from ...artifact.config import GlowQConfig
-from ...artifact.factor_files import stored_group
+from ...artifact.factor_layout import stored_group
 from ...errors import ConfigError, UnknownBaseError
 from ...quantizers.libraries.dense import DenseConfig
 from ...quantizers.registry import method_of

@@ -13,7 +13,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from ...artifact.base_files import base_folder, refuse_unsafe
-from ...artifact.factor_files import FACTOR_KEYS, StoredFactors, open_factors
+from ...artifact.factor_files import StoredFactors, open_factors
+from ...artifact.factor_layout import FACTOR_KEYS
 from ...artifact.saved import FACTORS_FILE
 from ...errors import UnsupportedModuleError
 from ...quantizers.settings import base_settings

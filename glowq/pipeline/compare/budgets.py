@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...artifact.correction import Correction
 from ...factors.factors import GroupFactors
+from ...factors.form import FactorForm
 from ...factors.group import Group
 from ...factors.units import GainUnit
 from ...selection.allocation import largest_rank
@@ -65,13 +66,13 @@ class BudgetContext:
     Attributes:
         groups: every group of the model.
         available: budget as the user gave it -> its bytes; at least one.
-        itemsize: bytes of one factor value.
+        form: how the factors are stored.
         error_ratios: function that returns group name -> ||E||_F / ||W||_F.
     """
 
     groups: Sequence[Group]
     available: Mapping[str, int]
-    itemsize: int
+    form: FactorForm
     error_ratios: Callable[[], Mapping[str, float]]
 
     @property
@@ -81,10 +82,10 @@ class BudgetContext:
 
     def rank_bytes(self, method: Method) -> list[int]:
         """Bytes of one rank of each right factor and its left factors."""
-        return [self.itemsize * sum(widths) for widths in _parts(self.groups, method.shared)]
+        return [self.form.rank_bytes(widths) for widths in _parts(self.groups, method.shared)]
 
 
-def uniform_rank_within(groups: Sequence[Group], available: int, itemsize: int, *, shared: bool) -> int:
+def uniform_rank_within(groups: Sequence[Group], available: int, form: FactorForm, *, shared: bool) -> int:
     """The largest rank that every group can have within `available` bytes; 0 if one rank of each takes more.
 
     If a group's shape allows only a smaller rank, it keeps that rank, and the other groups can still get more.
@@ -92,20 +93,20 @@ def uniform_rank_within(groups: Sequence[Group], available: int, itemsize: int, 
     Args:
         groups: the groups to correct.
         available: bytes.
-        itemsize: bytes of one factor value.
+        form: how the factors are stored.
         shared: True for one right factor per group, False for one per member.
     """
     parts = _parts(groups, shared)
-    spent, rank, most = 0, 0, max(min(widths) for widths in parts)
+    spent, rank, most = 0, 0, max(map(_largest_rank, parts))
     while rank < most:
-        spent += itemsize * sum(sum(widths) for widths in parts if min(widths) > rank)
+        spent += sum(form.rank_bytes(widths) for widths in parts if _largest_rank(widths) > rank)
         if spent > available:
             break
         rank += 1
     return rank
 
 
-def fixed_rank_within(groups: Sequence[Group], available: int, itemsize: int) -> int:
+def fixed_rank_within(groups: Sequence[Group], available: int, form: FactorForm) -> int:
     """The rank of the groups that GlowQ-S chooses from.
 
     The paper fixes the rank at 64 and counts groups, not bytes. At that rank, a budget of bytes may hold almost no
@@ -116,7 +117,7 @@ def fixed_rank_within(groups: Sequence[Group], available: int, itemsize: int) ->
     Args:
         groups: the groups to choose from. A group whose shape allows only a smaller rank has that rank.
         available: bytes.
-        itemsize: bytes of one factor value.
+        form: how the factors are stored.
 
     Returns:
         A power of two from 1 to 64. At least one group allows this rank.
@@ -124,7 +125,7 @@ def fixed_rank_within(groups: Sequence[Group], available: int, itemsize: int) ->
     rank, most = _PUBLISHED_RANK, max(map(largest_rank, groups))
 
     def cost(rank: int) -> int:
-        return itemsize * sum(sum(widths) * min(rank, *widths) for widths in _parts(groups, True))
+        return sum(form.rank_bytes(widths) * min(rank, _largest_rank(widths)) for widths in _parts(groups, True))
 
     while rank > 1 and (rank > most or cost(rank) > 2 * available):
         rank //= 2
@@ -150,7 +151,7 @@ def _uniform(method: Method, context: BudgetContext, whole: Correction | None) -
 
 def _uniform_rank(method: Method, context: BudgetContext, budget: str) -> int:
     available = context.available[budget]
-    return uniform_rank_within(context.groups, available, context.itemsize, shared=method.shared)
+    return uniform_rank_within(context.groups, available, context.form, shared=method.shared)
 
 
 def _gain_size(method: Method, context: BudgetContext) -> RankRequest | None:
@@ -179,7 +180,7 @@ def _groups_size(method: Method, context: BudgetContext) -> RankRequest | None:
     most = context.available[context.largest]
     if most < min(context.rank_bytes(method)):
         return None
-    return RankRequest(rank=fixed_rank_within(context.groups, most, context.itemsize))
+    return RankRequest(rank=fixed_rank_within(context.groups, most, context.form))
 
 
 def _whole_groups(method: Method, context: BudgetContext, whole: Correction | None) -> list[Entry]:
@@ -193,7 +194,7 @@ def _whole_groups(method: Method, context: BudgetContext, whole: Correction | No
             reason = f"one rank of the smallest group takes {smallest} bytes, more than the budget"
             entries.append(_entry(method, context, budget, reason=reason))
             continue
-        rank = fixed_rank_within(context.groups, available, context.itemsize)
+        rank = fixed_rank_within(context.groups, available, context.form)
         scored = [
             (method.score(entry.gains, ratios[entry.group.name]), entry) for entry in whole.cut(rank=rank).factors
         ]
@@ -256,8 +257,12 @@ def refused(method: Method, context: BudgetContext, reason: str) -> list[Entry]:
     return [_entry(method, context, budget, reason=reason) for budget in context.available]
 
 
-def _parts(groups: Sequence[Group], shared: bool) -> list[tuple[int, int]]:
-    """(outputs, inputs) of each right factor: of each group if `shared`, else of each module."""
-    if shared:
-        return [(sum(group.out_features), group.in_features) for group in groups]
-    return [(width, group.in_features) for group in groups for width in group.out_features]
+def _parts(groups: Sequence[Group], shared: bool) -> list[tuple[int, ...]]:
+    """(inputs, outputs of each member) of each right factor: of each group if `shared`, else of each module."""
+    parts = groups if shared else [part for group in groups for part in group.apart()]
+    return [(part.in_features, *part.out_features) for part in parts]
+
+
+def _largest_rank(widths: tuple[int, ...]) -> int:
+    inputs, *outputs = widths
+    return min(inputs, sum(outputs))

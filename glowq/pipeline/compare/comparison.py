@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...evaluation.cloze import ClozeItems, ClozeScore, cloze_scores
 from ...evaluation.scores import Score, score_models
 from ...factors.factors import GroupFactors
+from ...factors.form import FactorForm
 from ...models.tracing import Trace
 from ...models.weight_errors import WeightErrors
 from ...quantizers.model import packed_bytes, read_weight
@@ -57,7 +58,7 @@ def compare_methods(
     calibration: Tensor,
     methods: Sequence[str],
     budgets: Sequence[str],
-    int8: bool = False,
+    factor_dtypes: Sequence[str] = (),
     seed: int = 0,
     dense: bool = False,
     cells: Cells | None = None,
@@ -75,7 +76,8 @@ def compare_methods(
         calibration: token ids, shape (n, length), int64.
         methods: names, see `glowq.solving.methods.base`.
         budgets: see `glowq.selection.budget.parse_budget`.
-        int8: also compare the first method that allocates by gain with int8 factors, for example as "glowq+int8".
+        factor_dtypes: also compare the first method that allocates by gain with factors of these dtypes, for example as
+            "glowq+int4".
         seed: seed of the solver.
         dense: see `glowq.correct`.
         cells: store what is finished.
@@ -97,8 +99,8 @@ def compare_methods(
         def ratios() -> Mapping[str, float]:
             return _error_ratios(WeightErrors(model, source, backends), trace)
 
-        context = BudgetContext(trace.groups, available, factor_dtype(model).itemsize, ratios)
-        plans = plans_of(solvers, context, int8, base_bytes)
+        context = BudgetContext(trace.groups, available, FactorForm(None, factor_dtype(model).itemsize), ratios)
+        plans = plans_of(solvers, context, factor_dtypes, base_bytes)
         train, held = split(calibration, plans, seed)
         problem = Problem(model, source, backends, trace, train, held, base_bytes, seed)
         stored = {plan.name: [cells.entry(label) for label in plan.labels] for plan in plans}

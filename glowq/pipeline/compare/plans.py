@@ -12,6 +12,7 @@ from ...artifact.build import stored_config
 from ...artifact.request import CorrectionRequest
 from ...errors import NoGainError, RoundingError
 from ...factors.factors import GroupFactors
+from ...factors.form import bits_of
 from ...selection.budget import RankRequest
 from ...selection.ranks import candidate_ranks, uniform_ranks
 from ...solving.methods.base import Method
@@ -33,19 +34,19 @@ class Plan:
         context: bytes of the budgets, and of one factor value.
         size: what to solve; None if not even the largest budget holds a rank.
         job: the same as ranks.
-        int8: whether the factors are rounded to int8.
+        factor_dtype: what the factors are rounded to; "auto" if they are not.
     """
 
     method: Method
     context: BudgetContext
     size: RankRequest | None
     job: Job | None
-    int8: bool
+    factor_dtype: str
 
     @property
     def name(self) -> str:
         """Name of the entries, for example "glowq+int8"."""
-        return f"{self.method.name}+int8" if self.int8 else self.method.name
+        return self.method.name if self.factor_dtype == "auto" else f"{self.method.name}+{self.factor_dtype}"
 
     @property
     def labels(self) -> list[str]:
@@ -68,7 +69,7 @@ class Plan:
                 rank=self.size.rank,
                 budget=self.size.budget,
                 method=self.method.name,
-                factor_dtype="int8" if self.int8 else "auto",
+                factor_dtype=self.factor_dtype,
                 seed=problem.seed,
                 force=True,
             )
@@ -87,13 +88,15 @@ class Plan:
         return [replace(entry, method=self.name) for entry in entries]
 
 
-def plans_of(methods: Sequence[Method], context: BudgetContext, int8: bool, base_bytes: int) -> list[Plan]:
-    """What to solve: each method that differs from the earlier ones, and the first that allocates by gain in int8 too.
+def plans_of(
+    methods: Sequence[Method], context: BudgetContext, factor_dtypes: Sequence[str], base_bytes: int
+) -> list[Plan]:
+    """What to solve: each method that differs from the earlier ones, and the first that allocates by gain rounded too.
 
     Args:
         methods: the methods, without duplicates.
         context: bytes of the budgets.
-        int8: whether to add the plan with int8 factors.
+        factor_dtypes: what to round the factors of that method to, once each.
         base_bytes: bytes of the quantized weights.
     """
     plans: list[Plan] = []
@@ -102,13 +105,15 @@ def plans_of(methods: Sequence[Method], context: BudgetContext, int8: bool, base
         if twin_key(method) in seen:
             continue
         seen.add(twin_key(method))
-        plans.append(_plan(method, context, False, base_bytes))
-        if int8 and method.allocation == "gain" and not any(plan.int8 for plan in plans):
-            plans.append(_plan(method, replace(context, itemsize=1), True, base_bytes))
+        plans.append(_plan(method, context, "auto", base_bytes))
+        if method.allocation == "gain" and all(plan.factor_dtype == "auto" for plan in plans):
+            for name in factor_dtypes:
+                smaller = replace(context, form=replace(context.form, bits=bits_of(name)))
+                plans.append(_plan(method, smaller, name, base_bytes))
     return plans
 
 
-def _plan(method: Method, context: BudgetContext, int8: bool, base_bytes: int) -> Plan:
+def _plan(method: Method, context: BudgetContext, factor_dtype: str, base_bytes: int) -> Plan:
     size = ALLOCATORS[method.allocation].size(method, context)
     job = None
     if size is not None:
@@ -117,9 +122,9 @@ def _plan(method: Method, context: BudgetContext, int8: bool, base_bytes: int) -
             method,
             uniform_ranks(groups, size.rank)
             if size.budget is None
-            else candidate_ranks(groups, size, base_bytes, context.itemsize, shared=method.shared),
+            else candidate_ranks(groups, size, base_bytes, context.form, shared=method.shared),
         )
-    return Plan(method, context, size, job, int8)
+    return Plan(method, context, size, job, factor_dtype)
 
 
 def split(calibration: Tensor, plans: Sequence[Plan], seed: int) -> tuple[Tensor, Tensor | None]:
@@ -132,7 +137,7 @@ def split(calibration: Tensor, plans: Sequence[Plan], seed: int) -> tuple[Tensor
     """
     for plan in sorted(plans, key=lambda plan: plan.method.allocation != "gain"):
         if plan.size is not None:
-            return split_sequences(calibration, plan.method, plan.size, plan.int8, seed)
+            return split_sequences(calibration, plan.method, plan.size, plan.factor_dtype, seed)
     return calibration, None
 
 

@@ -1,4 +1,4 @@
-"""Write a correction in both forms, with floats and with int8, by the glowq that Python finds; see README.md.
+"""Write a correction in both forms, with floats, int8 and int4, by the glowq that Python finds; see README.md.
 
 Usage, in an empty folder: python write.py NAME [base]. It writes NAME.zip. With `base` it writes the folder `base`, the
 full-precision model, first; without it, that folder must be there.
@@ -73,10 +73,11 @@ def main() -> None:
     model = quantized()
     correction = glowq.correct(model, reference="base", calibration=calibration, rank=2)
     logits = {"float": write(target / "float", model, correction)}
-    correction.to_int8().save_pretrained(target / "rounded")
-    model = quantized()
-    logits["int8"] = write(target / "int8", model, glowq.load_correction(model, target / "rounded"))
-    shutil.rmtree(target / "rounded")
+    for dtype in ("int8", "int4"):
+        correction.rounded(dtype).save_pretrained(target / "rounded")
+        model = quantized()
+        logits[dtype] = write(target / dtype, model, glowq.load_correction(model, target / "rounded"))
+        shutil.rmtree(target / "rounded")
     save_file(logits, target / "logits.safetensors")
     packed(target)
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from glowq import Correction, GlowQConfig
-from glowq.artifact.factor_files import describe_groups
+from glowq.artifact.factor_layout import describe_groups
 from glowq.factors.factors import GroupFactors
+from glowq.factors.form import FactorForm
 from glowq.factors.group import Group
 from glowq.pipeline.compare.budgets import ALLOCATORS, BudgetContext, Entry, fixed_rank_within
 from glowq.solving.methods.base import Method, get_method
 
+HALF = FactorForm(None, 2)
 # With two bytes per value, one rank of these groups takes 320, 120 and 160 bytes. Their largest ranks are 80, 20, 32.
 GROUPS = [
     Group("a", ("a",), 80, (80,), ""),
@@ -47,7 +49,7 @@ def allocate(
         config = GlowQConfig(format="correction", base_model=base_model, groups=describe_groups(factors))
         return Correction(factors, config, {}, 10**6)
 
-    context = BudgetContext(GROUPS, {f"{budget}B": budget for budget in budgets}, 2, lambda: ratios)
+    context = BudgetContext(GROUPS, {f"{budget}B": budget for budget in budgets}, HALF, lambda: ratios)
     chosen, allocator = get_method(method), ALLOCATORS["groups"]
     size = allocator.size(chosen, context)
     whole = None if size is None or size.rank is None else solve(chosen, size.rank)
@@ -64,11 +66,11 @@ def names(entry: Entry) -> list[str]:
 )
 def test_the_rank_is_halved_until_half_of_all_groups_fit_the_budget(available: int, rank: int) -> None:
     # All groups take 28000 bytes at 64 ranks, 17760 at 32, 9600 at 16, 1200 at 2.
-    assert fixed_rank_within(GROUPS, available, 2) == rank
+    assert fixed_rank_within(GROUPS, available, HALF) == rank
 
 
 def test_the_rank_is_one_that_some_group_allows() -> None:
-    assert fixed_rank_within(GROUPS[1:2], 10**6, 2) == 16
+    assert fixed_rank_within(GROUPS[1:2], 10**6, HALF) == 16
 
 
 @pytest.mark.parametrize(

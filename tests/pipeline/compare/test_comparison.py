@@ -15,6 +15,7 @@ from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.errors import EvaluationError
 from glowq.evaluation.scores import perplexity, score_models
+from glowq.factors.form import FactorForm
 from glowq.factors.group import Group
 from glowq.pipeline.compare.budgets import Entry, uniform_rank_within
 from glowq.pipeline.compare.comparison import Comparison, compare_methods, distill_entries, score_entries
@@ -173,7 +174,7 @@ def test_uniform_rank_is_the_largest_within_the_bytes(shared: bool) -> None:
         return sum(2 * (outputs + inputs) * min(rank, outputs, inputs) for outputs, inputs in parts)
 
     for available in range(0, cost(8) + 40):
-        rank = uniform_rank_within(groups, available, 2, shared=shared)
+        rank = uniform_rank_within(groups, available, FactorForm(None, 2), shared=shared)
         assert cost(rank) <= available
         assert rank == (8 if shared else 5) or cost(rank + 1) > available
 
