@@ -2,6 +2,9 @@
 
 The solver treats each group alone and ignores the errors of the other groups. A few dozen steps of gradient descent at
 the chosen ranks let the groups compensate for each other's errors. No other parameter changes.
+
+Factors that will be rounded are trained as they will be used: every step computes with rounded factors, and applies the
+gradient of the rounded values to the unrounded ones (a straight-through estimator, arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from ..data.tokens import batches, split
 from ..errors import CalibrationError, ConfigError, NonFiniteError, SensitivityError
 from ..evaluation.divergence import answer, divergences
 from ..factors.factors import GroupFactors
+from ..factors.integers import round_factors
 from ..models.checkpointing import is_large, recomputing
 from ..models.forward import evaluating, to_model
 from ..runtime.attach import attach, attached, detach
@@ -43,6 +47,7 @@ def distill(
     sequences: Tensor,
     *,
     steps: int,
+    bits: int | None = None,
     seed: int = 0,
 ) -> list[GroupFactors]:
     """Train factors so that the outputs of the corrected model come closer to those of the reference.
@@ -55,10 +60,11 @@ def distill(
         factors: factors at the chosen ranks. Their gains and totals are not changed.
         sequences: token ids, shape (n, length), int64, n >= 2.
         steps: number of steps, at least 1; each uses about `_STEP_TOKENS` tokens.
+        bits: what the factors are rounded to, see `GroupFactors`; None for floats.
         seed: seed of the choice of held-out sequences and of the order of the others.
 
     Returns:
-        Factors with the shapes, order and dtypes of the given ones.
+        Factors with the shapes, order and dtypes of the given ones. Trained ones are rounded to `bits`.
 
     Raises:
         ConfigError: steps is below 1.
@@ -75,10 +81,12 @@ def distill(
         raise CalibrationError(f"distillation needs 2 calibration sequences or more, found {len(sequences)}.")
     train, held = split(sequences, _HELD_OUT, seed)
     with _learning(model, reference, factors) as containers:
+        values = _Values(list(containers.values()), bits)
+        values.use()
         before = _held_out(model, reference, held)
-        _descend(model, reference, containers, train, steps, seed)
+        _descend(model, reference, containers, values, train, steps, seed)
         after = _held_out(model, reference, held)
-        learned = [_read(entry, containers[entry.group.name]) for entry in factors]
+        learned = [replace(_read(entry, containers[entry.group.name]), bits=bits) for entry in factors]
     return learned if after < before else list(factors)
 
 
@@ -86,11 +94,12 @@ def _descend(
     model: nn.Module,
     reference: nn.Module,
     containers: Mapping[str, SharedCorrection],
+    values: _Values,
     sequences: Tensor,
     steps: int,
     seed: int,
 ) -> None:
-    learned = [parameter for container in containers.values() for parameter in container.parameters()]
+    learned = values.learned
     # Adam changes every value by about the learning rate. A rate in proportion to the values of a factor changes large
     # and small factors by the same share.
     rates = [_RATE * float(parameter.detach().square().mean().sqrt()) for parameter in learned]
@@ -109,14 +118,52 @@ def _descend(
             stack.callback(container.right.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
         for _ in range(steps):
             chosen = sequences[[next(order) for _ in range(count)]]
-            descent.zero_grad()
+            values.forget()
             for batch in batches(chosen, _batch_size(sequences)):
                 loss = _loss(model, reference, batch) * (len(batch["input_ids"]) / count)
                 loss.backward()
             _check_reached({name: containers[name] for name in called})
+            values.take_gradients()
             descent.step()
+            values.use()
             schedule.step()
             bar.update()
+
+
+class _Values:
+    """The values that are trained: the factors of the containers, or unrounded copies of them.
+
+    Attributes:
+        learned: the tensors that an optimizer changes.
+    """
+
+    def __init__(self, containers: Sequence[SharedCorrection], bits: int | None) -> None:
+        self._containers, self._bits = containers, bits
+        self._used = [parameter for container in containers for parameter in container.parameters()]
+        self.learned = self._used if bits is None else [part.detach().clone() for part in self._used]
+
+    def forget(self) -> None:
+        """Forget the gradients of the last step."""
+        for parameter in self._used:
+            parameter.grad = None
+
+    def take_gradients(self) -> None:
+        """Give the gradients of the factors to the values that are trained."""
+        for value, parameter in zip(self.learned, self._used, strict=True):
+            value.grad = parameter.grad
+
+    def use(self) -> None:
+        """Let the containers compute with the values, rounded."""
+        if self._bits is None:
+            return
+        values = iter(self.learned)
+        with torch.no_grad():
+            for container in self._containers:
+                right, *lefts = [next(values) for _ in container.parameters()]
+                named = dict(zip(container.group.members, lefts, strict=True))
+                found, others = round_factors(right, named, self._bits)
+                for parameter, value in zip(container.parameters(), (found, *others.values()), strict=True):
+                    parameter.copy_(value)
 
 
 def _loss(model: nn.Module, reference: nn.Module, batch: Mapping[str, Any]) -> Tensor:

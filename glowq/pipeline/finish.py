@@ -18,6 +18,7 @@ from ..calibration.group_gains import calibrated, measure_groups
 from ..errors import NoGainError
 from ..evaluation.rounding_cost import rounding_cost
 from ..factors.factors import GroupFactors
+from ..factors.form import bits_of
 from ..factors.units import GainUnit
 from ..selection.allocation import allocate, by_benefit
 from ..selection.budget import RankRequest
@@ -64,14 +65,18 @@ def finished(
     if request.budget is not None:
         _check_gains(factors, problem.train)
         correction = whole.kept(whole.choose(request.ranks, request.factor_dtype))
+    unrounded = correction.factors
     if request.distill:
+        bits, steps = bits_of(request.factor_dtype), request.distill
         correction.factors = distill(
-            model, reference, correction.factors, problem.train, steps=request.distill, seed=problem.seed
+            model, reference, unrounded, problem.train, steps=steps, bits=bits, seed=problem.seed
         )
         correction.config.record(distilled_steps=request.distill)
     if request.factor_dtype != "auto":
         assert held is not None
-        correction = _rounded(model, reference, whole, correction, held, request.factor_dtype)
+        correction = _rounded(correction, request.factor_dtype)
+        cost = rounding_cost(model, reference, correction.factors, unrounded, _within(whole, correction), held)
+        correction.config.record(rounding=cost)
     if request.budget is not None and correction.config.provenance.gains != GainUnit.SQUARED_OUTPUT:
         correction.config.record(
             instead=predict_more_bits(model, factors, correction.factor_bytes, correction.config.total)
@@ -104,25 +109,18 @@ def _measured(
     return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found], facts
 
 
-def _rounded(
-    model: nn.Module,
-    reference: nn.Module,
-    whole: Correction,
-    correction: Correction,
-    sequences: Tensor,
-    factor_dtype: str,
-) -> Correction:
-    """The correction with rounded factors. Its config records the loss of accuracy by rounding.
+def _rounded(correction: Correction, factor_dtype: str) -> Correction:
+    """The correction with rounded factors. Distillation has rounded them already, if it made them better."""
+    if all(entry.bits == bits_of(factor_dtype) for entry in correction.factors):
+        correction.config.record(factor_dtype=factor_dtype)
+        return correction
+    return correction.rounded(factor_dtype)
 
-    For this record, the rounded factors are compared with the unrounded ones, and with the best ranks of `whole` that
-    fit in the same bytes.
-    """
-    found = correction.rounded(factor_dtype)
-    steps = allocate(by_benefit(whole.group_gains), found.factor_bytes)
-    same_bytes = whole.kept({step.name: step.rank for step in steps})
-    cost = rounding_cost(model, reference, found.factors, correction.factors, same_bytes.factors, sequences)
-    found.config.record(rounding=cost)
-    return found
+
+def _within(whole: Correction, correction: Correction) -> list[GroupFactors]:
+    """The unrounded ranks that gain most in the bytes of a correction."""
+    steps = allocate(by_benefit(whole.group_gains), correction.factor_bytes)
+    return whole.kept({step.name: step.rank for step in steps}).factors
 
 
 def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:

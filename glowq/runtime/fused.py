@@ -7,6 +7,7 @@ output as before.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
@@ -19,9 +20,11 @@ from torch.autograd import forward_ad
 
 import glowq_kernels
 
+from ..factors.form import dtype_name
 from ..quantizers.base import FusedProduct
 from ..quantizers.registry import find_backend
 from . import products
+from .attach import attached
 from .hook import MemberHook
 
 __all__ = ["FusedForward", "fuse", "is_fused"]
@@ -45,9 +48,18 @@ def fuse(model: nn.Module) -> int:
         model: a model with a correction.
 
     Returns:
-        The number of members that this call has fused.
+        The number of members that this call has fused. Members with factors of 4 or 3 bits on a GPU are not; a warning
+        says so.
     """
-    return sum(_fuse(module) for module in model.modules())
+    found = sum(_fuse(module) for module in model.modules())
+    held = [container for container in attached(model).values() if container.right.multipliers is not None]
+    if held and _can_run(held[0].right.factor.device):
+        warnings.warn(
+            f"the correction's {dtype_name(held[0].bits)} factors run in plain torch, because no kernel reads them: "
+            "generation is faster with int8 factors.",
+            stacklevel=3,
+        )
+    return found
 
 
 def is_fused(module: nn.Module) -> bool:

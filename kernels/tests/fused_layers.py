@@ -112,7 +112,7 @@ def corrected(
 
     Args:
         dtype: dtype in which bitsandbytes computes.
-        factors: dtype of the factors; int8 rounds them with `glowq.factors.integers`.
+        factors: dtype of the factors; int8 and uint8 round them with `glowq.factors.integers`, to 8 and to 4 bits.
     """
     from glowq.factors.factors import GroupFactors
     from glowq.factors.group import Group
@@ -125,17 +125,17 @@ def corrected(
         model.add_module(name, base.make(inputs, outputs, bias, dtype))
     model.to(device)
     prepare_model(model)
-    int8 = factors is torch.int8
+    bits = {torch.int8: 8, torch.uint8: 4}.get(factors)
     for members in (("q", "k", "v"), ("o",)):
         group = Group("+".join(members), members, inputs, tuple(WIDTHS[member] for member in members), "")
         right = torch.randn(RANK, inputs) / 4
         lefts = {member: torch.randn(WIDTHS[member], RANK) for member in members}
-        if int8:
-            right, lefts = round_factors(right, lefts)
+        if bits is not None:
+            right, lefts = round_factors(right, lefts, bits)
         attach(
             model,
-            GroupFactors(group, right, lefts, torch.zeros(RANK, dtype=torch.float64), 0.0, 8 if int8 else None),
-            dtype=torch.float32 if int8 else factors,
+            GroupFactors(group, right, lefts, torch.zeros(RANK, dtype=torch.float64), 0.0, bits),
+            dtype=factors if bits is None else torch.float32,
         )
     return model
 

@@ -17,6 +17,7 @@ from fused_layers import (
     as_before,
     check,
     check_all,
+    corrected,
     everywhere,
     inputs,
     make_like,
@@ -41,6 +42,27 @@ def test_values(
     check_all(base, model, inputs(*tokens, device=device))
     assert calls[BASES[base].kernel] == len(WIDTHS)
     assert not calls["left_add_"]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_factors_in_blocks_are_not_fused_and_one_warning_says_so(
+    fused: Any, calls: Counter[str], device: torch.device, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach = pytest.importorskip("glowq.runtime.attach")
+    if device.type == "cpu":  # where they are held in int8, which is fused
+        assert fused.fuse(corrected(BASES[base], device, factors=torch.uint8)) == len(WIDTHS)
+        monkeypatch.setattr("glowq.runtime.attach.in_bytes", lambda packed, shapes, multiple: packed)
+    model = corrected(BASES[base], device, factors=torch.uint8)
+    with pytest.warns(UserWarning, match="int4 factors run in plain torch, because no kernel reads them") as seen:
+        assert fused.fuse(model) == 0
+    assert len(seen) == 1
+    x = inputs(3, device=device)
+    calls.clear()
+    found = run(model, x)
+    assert not calls[BASES[base].kernel]
+    attach.hold_as_floats(model)
+    for one, other in zip(found, run(model, x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @everywhere

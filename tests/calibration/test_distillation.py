@@ -18,7 +18,10 @@ from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
 from glowq.errors import CalibrationError, ConfigError, NonFiniteError, SensitivityError
 from glowq.evaluation.scores import score_models
+from glowq.factors.integers import pack, unpack
+from glowq.factors.rounding import rounded
 from glowq.models.tracing import find_groups
+from glowq.runtime.attach import applied
 from support.bases import small_model
 from support.gradients import cut_gradient
 from support.tiny import correct, gap, load, logits, quantized
@@ -51,6 +54,36 @@ def test_nearer_to_the_reference_on_text_that_was_not_seen_at_the_same_bytes(sou
     difference = after - before
     assert float(difference.mean() + 2 * difference.std() / len(difference) ** 0.5) < 0
     assert float(after.mean()) < 0.97 * float(before.mean())
+
+
+def test_rounded_factors_are_trained_as_they_are_used(source: Path) -> None:
+    """Steps with rounded factors end nearer to the reference than the same steps before the factors are rounded."""
+    reference, train = load(source), sequences(source, "python-stdlib", 4096)
+    held = sequences(source, "python-stdlib:held-out", 2048)
+    model = quantized(source, "torchao-int3")
+    options: dict[str, Any] = {"reference": source, "calibration": train, "rank": 6}
+    solved = glowq.correct(model, **options).factors
+    glowq.detach(model)
+    after = [rounded(entry, 3) for entry in distill(model, reference, solved, train, steps=6)]
+    during = distill(model, reference, solved, train, steps=6, bits=3)
+    found = {}
+    for name, factors in (("solved", [rounded(entry, 3) for entry in solved]), ("after", after), ("during", during)):
+        with applied(model, factors):
+            found[name] = score_models({"reference": reference, name: model}, held)[name].kl
+    assert {entry.bits for entry in during} == {3}
+    for entry in during:
+        packed = pack(entry.right, entry.lefts, 3)
+        assert torch.equal(unpack(packed, entry.right.dtype, entry.group.shapes)[0], entry.right)
+    assert float(found["during"].mean()) < float(found["after"].mean()) < float(found["solved"].mean())
+
+
+def test_a_rounded_correction_can_be_distilled(source: Path) -> None:
+    options: dict[str, Any] = {"calibration": sequences(source, "python-stdlib", 1024), "rank": 2, "distill": 1}
+    correction = glowq.correct(quantized(source, "nf4"), reference=source, factor_dtype="int4", **options)
+    assert {entry.bits for entry in correction.factors} == {4}
+    provenance = correction.config.provenance
+    assert (provenance.factor_dtype, provenance.distilled_steps) == ("int4", 1)
+    assert provenance.rounding is not None
 
 
 def test_the_same_seed_gives_the_same_bits_and_files_load_as_saved(source: Path, tmp_path: Path) -> None:

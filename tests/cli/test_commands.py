@@ -89,6 +89,7 @@ class TestCorrect:
                 "predicted",
                 "gains",
                 "factor_dtype",
+                "distilled_steps",
                 "rounding",
                 "improvement",
                 "instead",

@@ -148,7 +148,7 @@ def _table(result: dict[str, Any]) -> Any:
         "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
         **_predicted(result),
         **_measured(result),
-        **_rounding(result["rounding"], result["factor_dtype"]),
+        **_rounding(result["rounding"], result["factor_dtype"], result["distilled_steps"]),
         **_mixed(result),
         "calibration": f"{result['calibration_tokens']:,} tokens, seed {result['seed']}",
         "time, peak memory": f"{result['seconds']} s, {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
@@ -178,14 +178,15 @@ def _share(improvement: dict[str, Any] | None) -> float | None:
     return float(1 - improvement["corrected"] / improvement["quantized"])
 
 
-def _rounding(figures: dict[str, Any] | None, factor_dtype: str) -> dict[str, str]:
+def _rounding(figures: dict[str, Any] | None, factor_dtype: str, steps: int | None) -> dict[str, str]:
     """Shares of the divergence undone by rounded factors, and by unrounded ones of equal bytes and of equal ranks."""
     shares = undone(figures)
     if figures is None or shares is None:
         return {}
+    other = "unrounded" if steps is None else "neither rounded nor distilled"
     return {
         f"{factor_dtype} factors": f"{shares['rounded']:.1%} of the divergence undone on {figures['tokens']:,} tokens; "
-        f"unrounded: {shares['same_bytes']:.1%} in the same bytes, {shares['same_ranks']:.1%} at the same ranks"
+        f"{other}: {shares['same_bytes']:.1%} in the same bytes, {shares['same_ranks']:.1%} at the same ranks"
     }
 
 

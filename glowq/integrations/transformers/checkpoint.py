@@ -64,7 +64,8 @@ def correct_checkpoint(
         (`factor_bytes` as a share of `base_bytes`), "predicted" (share of the predicted loss that the factors remove,
         or None), "instead" (share that more bits are predicted to undo in the same bytes, see
         `glowq.pipeline.more_bits`, or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype",
-        "rounding" (measured cost of rounding, see `glowq.evaluation.rounding_cost`; None if they are not rounded),
+        "distilled_steps" (None if the factors were not distilled), "rounding" (measured cost of rounding, see
+        `glowq.evaluation.rounding_cost`; None if they are not rounded),
         "improvement" (measured divergences without and with the correction, see `glowq.evaluation.improvement`; None if
         no sequence could be held out), "held_out" (perplexities; None if the model does not predict the next token),
         "mixed" (the groups that got more bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "seed", and
@@ -120,6 +121,7 @@ def correct_checkpoint(
         "gains": correction.config.provenance.gains,
         "calibration_tokens": train.numel(),
         "factor_dtype": request.factor_dtype,
+        "distilled_steps": correction.config.provenance.distilled_steps,
         "rounding": correction.config.provenance.rounding,
         "improvement": correction.config.provenance.improvement,
         "held_out": held_out,

@@ -153,7 +153,7 @@ def distill_entries(
     seed: int = 0,
     cells: Cells | None = None,
 ) -> list[Entry]:
-    """Distill the factors of the first method that allocates by gain, at every budget.
+    """Distill the factors of the first method that allocates by gain, and its last rounded ones, at every budget.
 
     Args:
         model: quantized model without a correction.
@@ -165,7 +165,7 @@ def distill_entries(
         cells: store what is finished.
 
     Returns:
-        New entries, whose method is for example "glowq+distilled".
+        New entries, whose method is for example "glowq+distilled" or "glowq+int4+distilled".
 
     Raises:
         GlowQError: see `glowq.calibration.distillation.distill`.
@@ -174,12 +174,14 @@ def distill_entries(
 
     cells = cells or Cells()
     first = next(entry.method for entry in entries if entry.allocation == "gain")
+    last = [entry.method for entry in entries if entry.method.startswith(f"{first}+")][-1:]
     found = []
-    for entry in (entry for entry in entries if entry.method == first):
-        distilled = replace(entry, method=f"{first}+distilled", predicted=None, gains=None)
+    for entry in (entry for entry in entries if entry.method in (first, *last)):
+        distilled = replace(entry, method=f"{entry.method}+distilled", predicted=None, gains=None)
         kept = cells.entry(distilled.label)
         if kept is None:
-            factors = distill(model, reference, entry.factors, sequences, steps=steps, seed=seed)
+            bits = entry.factors[0].bits if entry.factors else None
+            factors = distill(model, reference, entry.factors, sequences, steps=steps, bits=bits, seed=seed)
             kept = replace(distilled, factors=tuple(factors))
             cells.keep(kept)
         found.append(kept)
