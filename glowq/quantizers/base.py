@@ -185,9 +185,9 @@ class Backend(ABC):
             None if no kernel can read the module's weight. Otherwise a callable that takes the module and its input x,
             shape (..., d), float16, bfloat16 or float32. It is called only if no gradient is needed. The callable
             returns None if the module must compute this input by itself. Otherwise it returns a function of
-            `glowq_kernels` with all arguments filled in except `product`, shape (..., r), `left`, shape (o, r), and
-            `left_scale`, shape (o,) or None. The result of that function, converted to the dtype of x, is the output of
-            the module's own forward plus the correction.
+            `glowq_kernels` with all arguments filled in except `product`, shape (..., r), `left`, shape (o, r),
+            `left_scale`, shape (o,) or None, and `left_multipliers`, None unless `left` is in blocks. The result of
+            that function, converted to the dtype of x, is the output of the module's own forward plus the correction.
 
             The callable is stored, copied and pickled with the model. It therefore reads the module's tensors at every
             call, and keeps values that it computes from them in a `Derived`.

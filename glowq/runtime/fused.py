@@ -7,7 +7,6 @@ output as before.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
@@ -20,11 +19,9 @@ from torch.autograd import forward_ad
 
 import glowq_kernels
 
-from ..factors.form import dtype_name
 from ..quantizers.base import FusedProduct
 from ..quantizers.registry import find_backend
 from . import products
-from .attach import attached
 from .hook import MemberHook
 
 __all__ = ["FusedForward", "fuse", "is_fused"]
@@ -48,18 +45,9 @@ def fuse(model: nn.Module) -> int:
         model: a model with a correction.
 
     Returns:
-        The number of members that this call has fused. Members with factors of 4 or 3 bits on a GPU are not; a warning
-        says so.
+        The number of members that this call has fused.
     """
-    found = sum(_fuse(module) for module in model.modules())
-    held = [container for container in attached(model).values() if container.right.multipliers is not None]
-    if held and _can_run(held[0].right.factor.device):
-        warnings.warn(
-            f"the correction's {dtype_name(held[0].bits)} factors run in plain torch, because no kernel reads them: "
-            "generation is faster with int8 factors.",
-            stacklevel=3,
-        )
-    return found
+    return sum(_fuse(module) for module in model.modules())
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -98,7 +86,7 @@ class FusedForward:
         hook = self._hook
         assert hook is not None
         right = hook.container.right.factor
-        x = torch.empty((0, right.shape[1]), dtype=torch.float32, device=right.device)
+        x = torch.empty((0, hook.container.group.in_features), dtype=torch.float32, device=right.device)
         with torch.no_grad():
             return self._launched(hook, x, lambda: x.new_empty((0, len(right)))) is not None
 
@@ -128,11 +116,10 @@ class FusedForward:
         if launch is None:
             return None
         left: Any = hook.container._factors[1 + hook.index]
-        if left._buffers["multipliers"] is not None:
-            return None  # no such kernel reads factors of 4 or 3 bits
-        factor, scale = left._parameters["factor"], left._buffers["scale"]
+        factor, scale, multipliers = left._parameters["factor"], left._buffers["scale"], left._buffers["multipliers"]
+        scale = None if scale is None else scale.float()
         try:
-            output = launch(product=right(), left=factor, left_scale=None if scale is None else scale.float())
+            output = launch(product=right(), left=factor, left_scale=scale, left_multipliers=multipliers)
         except glowq_kernels.KernelError:  # raised before anything is launched
             return None
         return output.to(x.dtype)

@@ -5,7 +5,7 @@ implementations for some devices. If a gradient is needed, torch's own operators
 derivatives of every order work. All operators take inputs of any leading shape, also an empty one. A factor is a float
 matrix, and its dtype is the dtype of the computation; or it is an int8 matrix with one scale per row, and the dtype of
 the input is the dtype of the computation. Blocks of 4 or 3 bits (see `glowq.factors.blocks`) come with the multipliers
-of the blocks. They are unpacked to int8 for the product.
+of the blocks. They are unpacked to int8 for the product, unless a kernel reads them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..factors.integers import Stored, numbers_of_left, numbers_of_right
 from . import products
-from .products import Products
+from .products import Products, left_matrix, right_matrix
 
 __all__ = ["correction", "joined", "left", "left_add_", "right", "stacked"]
 
@@ -161,10 +160,10 @@ def _with_blocks(matrix_products: Products) -> dict[str, Callable[..., Any]]:
     right, correction, left_add_ = matrix_products
 
     def right_(x: Tensor, factor: Tensor, scale: Any = None, multipliers: Any = None) -> Any:
-        return right(x, _right_matrix(x, factor, multipliers), scale)
+        return right(x, right_matrix(x, factor, multipliers), scale)
 
     def left(product: Tensor, factor: Tensor, scale: Any = None, multipliers: Any = None) -> Any:
-        return right(product, _left_matrix(factor, scale, multipliers), scale)
+        return right(product, left_matrix(factor, scale, multipliers), scale)
 
     def correction_(
         x: Tensor,
@@ -175,26 +174,22 @@ def _with_blocks(matrix_products: Products) -> dict[str, Callable[..., Any]]:
         right_multipliers: Any = None,
         left_multipliers: Any = None,
     ) -> Any:
-        first = _right_matrix(x, first, right_multipliers)
-        return correction(x, first, _left_matrix(second, left_scale, left_multipliers), right_scale, left_scale)
+        first = right_matrix(x, first, right_multipliers)
+        return correction(x, first, left_matrix(second, left_scale, left_multipliers), right_scale, left_scale)
 
     def left_add(output: Tensor, product: Tensor, factor: Tensor, scale: Any = None, multipliers: Any = None) -> None:
-        left_add_(output, product, _left_matrix(factor, scale, multipliers), scale)
+        left_add_(output, product, left_matrix(factor, scale, multipliers), scale)
 
     return {"right": right_, "left": left, "correction": correction_, "left_add_": left_add}
 
 
-def _right_matrix(x: Tensor, factor: Tensor, multipliers: Tensor | None) -> Tensor:
-    return factor if multipliers is None else numbers_of_right(Stored(factor, multipliers), x.shape[-1])
-
-
-def _left_matrix(factor: Tensor, scale: Any, multipliers: Tensor | None) -> Tensor:
-    return factor if multipliers is None else numbers_of_left(Stored(factor, multipliers), len(scale))
-
-
-_DEFAULT, _ON_CPU, _ON_GPU, _TRACED = map(
-    _with_blocks, (products.DEFAULT, products.ON_CPU, products.ON_GPU, products.TRACED)
-)
+_DEFAULT, _ON_CPU, _TRACED = map(_with_blocks, (products.DEFAULT, products.ON_CPU, products.TRACED))
+_ON_GPU = {
+    "right": products.right_on_gpu,
+    "left": products.left_on_gpu,
+    "correction": _DEFAULT["correction"],
+    "left_add_": products.left_add_on_gpu,
+}
 _OPERATORS = {name: getattr(torch.ops.glowq, name).default for name in _DEFAULT}
 
 for _name, _operator in _OPERATORS.items():

@@ -14,7 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DEFAULT", "FEW", "INT8_MULTIPLE", "ON_CPU", "ON_GPU", "TRACED", "Products", "kernels"]
+from ..factors.integers import Stored, numbers_of_left, numbers_of_right
+
+__all__ = [
+    "DEFAULT",
+    "FEW",
+    "INT8_MULTIPLE",
+    "ON_CPU",
+    "TRACED",
+    "Products",
+    "kernels",
+    "left_add_on_gpu",
+    "left_matrix",
+    "left_on_gpu",
+    "right_matrix",
+    "right_on_gpu",
+]
 
 FEW = 16
 """Largest number of tokens for which the kernels and the int8 product for few tokens are used."""
@@ -117,22 +132,48 @@ def kernels() -> Any:
 def _takes_kernels(x: Tensor, *factors: Tensor) -> bool:
     """Whether the kernels support these tensors (few tokens, supported dtypes) and can run."""
     few = x.numel() <= FEW * x.shape[-1]
-    known = (*_KERNEL_DTYPES, torch.int8)
+    known = (*_KERNEL_DTYPES, torch.int8, torch.uint8)
     return few and x.dtype in _KERNEL_DTYPES and all(factor.dtype in known for factor in factors) and bool(kernels())
 
 
-def _right_on_gpu(x: Tensor, right: Tensor, scale: Tensor | None = None) -> Tensor:
+def right_on_gpu(x: Tensor, right: Tensor, scale: Tensor | None = None, multipliers: Tensor | None = None) -> Tensor:
+    """The right product; see `glowq.runtime.operators.right`."""
     if not _takes_kernels(x, right):
-        return _right(x, right, scale)
-    product: Tensor = kernels().right(x, right, None if scale is None else scale.float())
+        return _right(x, right_matrix(x, right, multipliers), scale)
+    product: Tensor = kernels().right(x, right, None if scale is None else scale.float(), multipliers)
     return product
 
 
-def _left_add_on_gpu(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None) -> None:
+def left_on_gpu(
+    product: Tensor, left: Tensor, scale: Tensor | None = None, multipliers: Tensor | None = None
+) -> Tensor:
+    """The left product; see `glowq.runtime.operators.left`."""
+    if multipliers is None:
+        return right_on_gpu(product, left, scale)
+    assert scale is not None
+    output = product.new_zeros((*product.shape[:-1], len(scale)))
+    left_add_on_gpu(output, product, left, scale, multipliers)
+    return output
+
+
+def left_add_on_gpu(
+    output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None = None, multipliers: Tensor | None = None
+) -> None:
+    """Add the left product in place; see `glowq.runtime.operators.left_add_`."""
     if _takes_kernels(output, product, left):
-        kernels().left_add_(output, product, left, None if scale is None else scale.float())
+        kernels().left_add_(output, product, left, None if scale is None else scale.float(), multipliers)
     else:
-        _left_add_in_place(output, product, left, scale)
+        _left_add_in_place(output, product, left_matrix(left, scale, multipliers), scale)
+
+
+def right_matrix(x: Tensor, factor: Tensor, multipliers: Tensor | None) -> Tensor:
+    """A right factor as a matrix; one in blocks as int8."""
+    return factor if multipliers is None else numbers_of_right(Stored(factor, multipliers), x.shape[-1])
+
+
+def left_matrix(factor: Tensor, scale: Tensor | None, multipliers: Tensor | None) -> Tensor:
+    """A left factor as a matrix; one in blocks as int8."""
+    return factor if multipliers is None or scale is None else numbers_of_left(Stored(factor, multipliers), len(scale))
 
 
 class Products(NamedTuple):
@@ -145,5 +186,4 @@ class Products(NamedTuple):
 
 DEFAULT = Products(_right, _correction, _left_add_)
 ON_CPU = Products(_right_on_cpu, _correction_on_cpu, _left_add_in_place)
-ON_GPU = Products(_right_on_gpu, _correction, _left_add_on_gpu)
 TRACED = Products(_traced_right, _traced_correction, _left_add_)

@@ -70,6 +70,11 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     glowq_kernels.right(x, torch.zeros(RANK, INPUTS, dtype=torch.int8), torch.zeros(RANK))
     left, scale = torch.zeros(OUTPUTS, RANK, dtype=torch.int8), torch.zeros(OUTPUTS)
     product = torch.zeros(tokens, RANK, dtype=dtype)
+    for size in (16, 12):  # bytes of a block of 4 and of 3 bits
+        codes, multipliers = torch.zeros(RANK, INPUTS // 32, size, dtype=torch.uint8), torch.zeros(RANK, INPUTS // 32)
+        glowq_kernels.right(x, codes, torch.zeros(RANK), multipliers.to(torch.int8))
+        codes, multipliers = torch.zeros(OUTPUTS // 32, RANK, size, dtype=torch.uint8), torch.zeros(OUTPUTS // 32, RANK)
+        glowq_kernels.left_add_(torch.zeros(tokens, OUTPUTS), product, codes, scale, multipliers.to(torch.int8))
     glowq_kernels.left_add_(torch.zeros(tokens, OUTPUTS, dtype=dtype), product, left.to(dtype))
     extra = {"bias": scale, "product": product, "left": left, "left_scale": scale}
     for order in (None, torch.zeros(INPUTS, dtype=torch.int32)):

@@ -119,6 +119,29 @@ def random_factor(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
     return torch.randn(rows, columns).to(device, dtype), None
 
 
+def random_blocks(ranks: int, width: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random numbers of each rank in blocks of 32, packed one by one.
+
+    Returns:
+        The codes, uint8, shape (ranks, blocks, 4 * bits), the multipliers, int8, shape (ranks, blocks), and the
+        numbers, shape (ranks, width), float64.
+    """
+    blocks = -(-width // 32)
+    values = torch.randint(0, 2**bits, (ranks, blocks, 32))
+    multipliers = torch.randint(-15, 16, (ranks, blocks))
+    codes = torch.zeros(ranks, blocks, 4 * bits, dtype=torch.int64)
+    for place in range(32):
+        value = values[..., place]
+        if bits == 4:
+            codes[..., place % 16] += value << 4 * (place // 16)
+        else:
+            codes[..., place % 8] += (value & 3) << 2 * (place // 8)
+            codes[..., 8 + place % 4] += (value >> 2) << place // 4
+    numbers = (values - 2 ** (bits - 1)) * multipliers[..., None]
+    held = surrounded(codes.to(torch.uint8).to(device))[0], surrounded(multipliers.to(torch.int8).to(device))[0]
+    return *held, numbers.flatten(1)[:, :width].double()
+
+
 @dataclass
 class GPTQWeight:
     """A random weight in GPTQ's layout, on the device, and in float64.

@@ -17,12 +17,18 @@ HALF = torch.float16
 
 
 FACTOR = {"product": torch.ones(2, 3), "left": torch.ones(16, 3)}
+CODES = torch.zeros(3, 1, 16, dtype=torch.uint8)
+BLOCKS = {"right": CODES, "scale": torch.ones(3), "multipliers": torch.ones(3, 1).to(torch.int8)}
 
 CASES = [
     ("right", {"x": torch.ones(2, 16, dtype=torch.float64)}, "x must be float16 or bfloat16 or float32, found float64"),
     ("right", {"x": torch.tensor(1.0)}, r"x must have shape \(..., n\) with n at least 1, found \(\)"),
     ("right", {"x": torch.ones(2, 0), "right": torch.ones(3, 0)}, r"n at least 1, found \(2, 0\)"),
-    ("right", {"right": torch.ones(3, 16).long()}, "right must be a float of 16 or 32 bits or int8, found int64"),
+    (
+        "right",
+        {"right": torch.ones(3, 16).long()},
+        "right must be a float of 16 or 32 bits or int8, or codes in uint8, found int64",
+    ),
     ("right", {"right": torch.ones(3, 8)}, "one column for each of the 16 input channels of x, found 8"),
     ("right", {"right": torch.ones(0, 16)}, r"at least one, found shape \(0, 16\); leave out a correction of rank 0"),
     ("right", {"right": torch.ones(3, 16).to(torch.int8)}, "right is int8, which needs scale"),

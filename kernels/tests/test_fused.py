@@ -17,7 +17,6 @@ from fused_layers import (
     as_before,
     check,
     check_all,
-    corrected,
     everywhere,
     inputs,
     make_like,
@@ -44,23 +43,27 @@ def test_values(
     assert not calls["left_add_"]
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("base", BASES)
-def test_factors_in_blocks_are_not_fused_and_one_warning_says_so(
-    fused: Any, calls: Counter[str], device: torch.device, base: str, monkeypatch: pytest.MonkeyPatch
+def test_factors_in_blocks(
+    make: Callable[..., Any],
+    fused: Any,
+    calls: Counter[str],
+    device: torch.device,
+    base: str,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """They are held in blocks on a GPU; the CPU of triton's interpreter would hold them in int8."""
     attach = pytest.importorskip("glowq.runtime.attach")
-    if device.type == "cpu":  # where they are held in int8, which is fused
-        assert fused.fuse(corrected(BASES[base], device, factors=torch.uint8)) == len(WIDTHS)
-        monkeypatch.setattr("glowq.runtime.attach.in_bytes", lambda packed, shapes, multiple: packed)
-    model = corrected(BASES[base], device, factors=torch.uint8)
-    with pytest.warns(UserWarning, match="int4 factors run in plain torch, because no kernel reads them") as seen:
-        assert fused.fuse(model) == 0
-    assert len(seen) == 1
-    x = inputs(3, device=device)
-    calls.clear()
+    monkeypatch.setattr(attach, "in_bytes", lambda packed, shapes, multiple: packed)
+    model = make(base, bias=True, factors=torch.uint8)
+    x = inputs(tokens, device=device)
     found = run(model, x)
-    assert not calls[BASES[base].kernel]
+    assert calls[BASES[base].kernel] == len(WIDTHS)
+    assert not calls["left_add_"]
     attach.hold_as_floats(model)
+    assert fused.fuse(model) == len(WIDTHS)
     for one, other in zip(found, run(model, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import assert_close, dense, random_factor, scattered
+from oracles import assert_close, dense, random_blocks, random_factor, scattered
 from torch import Tensor
 
 import glowq_kernels
@@ -58,6 +58,22 @@ def test_dtypes(
     output = torch.randn(tokens, 40).to(device, output_dtype)
     product = torch.randn(tokens, 6).to(device, output_dtype if factor_dtype is torch.int8 else factor_dtype)
     check(left_add_, output, product, *random_factor(40, 6, factor_dtype, device))
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (2, 33), (3, 64), (17, 96), (2, 3, 40), (0, 64)])
+@pytest.mark.parametrize("rank", [1, 5, 70])
+def test_blocks(
+    left_add_: Callable[..., None], device: torch.device, bits: int, shape: tuple[int, ...], rank: int
+) -> None:
+    codes, multipliers, numbers = random_blocks(rank, shape[-1], bits, device)
+    scale = torch.rand(shape[-1], device=device) / 64
+    output, product = torch.randn(shape, device=device), torch.randn(*shape[:-1], rank, device=device)
+    before, entries = output.double().cpu(), product.double().cpu()
+    factor = numbers.T * scale.double().cpu()[:, None]
+    left_add_(output, product, codes.transpose(0, 1).contiguous(), scale, multipliers.T.contiguous())
+    magnitude = before.abs() + entries.abs() @ factor.abs().T
+    assert_close(output, before + entries @ factor.T, magnitude, rank)
 
 
 def test_members_of_a_group_in_one_output(left_add_: Callable[..., None], device: torch.device) -> None:

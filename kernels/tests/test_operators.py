@@ -45,10 +45,10 @@ def launched(operators: Any, device: torch.device, monkeypatch: pytest.MonkeyPat
 
 def check(operators: Any, x: Tensor, right: Tensor, output: Tensor, left: Tensor) -> None:
     """Compare the right product and the addition of the left product with float64, separately."""
-    assert_product(operators.products.ON_GPU.right(x, right), x, right)
+    assert_product(operators.products.right_on_gpu(x, right), x, right)
     product = torch.randn(*x.shape[:-1], right.shape[0]).to(left)
     before, entries, factor = (tensor.double().cpu() for tensor in (output, product, left))
-    assert operators.products.ON_GPU.left_add_(output, product, left) is None
+    assert operators.products.left_add_on_gpu(output, product, left) is None
     assert_close(output, before + entries @ factor.T, before.abs() + entries.abs() @ factor.abs().T, left.shape[1])
 
 
@@ -106,10 +106,10 @@ def test_products_of_torch_for_float64(operators: Any, launched: list[str], devi
     model, factors = (torch.float64 if wide in (part, "all") else torch.float32 for part in ("model", "factors"))
     x, output = (torch.randn(3, width).to(device, model) for width in (40, 24))
     right, left = (torch.randn(*shape).to(device, factors) for shape in ((5, 40), (24, 5)))
-    found = operators.products.ON_GPU.right(x, right)
+    found = operators.products.right_on_gpu(x, right)
     torch.testing.assert_close(found.double(), x.double() @ right.double().T, rtol=1e-5, atol=1e-5)
     expected = output.double() + found.double() @ left.double().T
-    operators.products.ON_GPU.left_add_(output, found, left)
+    operators.products.left_add_on_gpu(output, found, left)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
     assert not launched
 
@@ -118,5 +118,5 @@ def test_products_of_torch_for_float64(operators: Any, launched: list[str], devi
 def test_the_version_counter_moves(operators: Any, launched: list[str], device: torch.device, tokens: int) -> None:
     output = torch.zeros(tokens, 24, device=device)
     before = output._version
-    operators.products.ON_GPU.left_add_(output, torch.ones(tokens, 5, device=device), torch.ones(24, 5, device=device))
+    operators.products.left_add_on_gpu(output, torch.ones(tokens, 5, device=device), torch.ones(24, 5, device=device))
     assert output._version > before

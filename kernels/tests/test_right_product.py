@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import assert_close, dense, random_factor, scattered
+from oracles import assert_close, dense, random_blocks, random_factor, scattered
 from torch import Tensor
 
 import glowq_kernels
@@ -56,6 +56,20 @@ def test_dtypes(
 ) -> None:
     x = torch.randn(tokens, 200).to(device, x_dtype)
     check(right, x, *random_factor(6, 200, factor_dtype, device))
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("shape", [(1, 7), (1, 32), (2, 1000), (3, 64), (17, 96), (2, 3, 40), (0, 64)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_blocks(
+    right: Callable[..., Tensor], device: torch.device, bits: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    codes, multipliers, numbers = random_blocks(5, shape[-1], bits, device)
+    x, scale = torch.randn(shape).to(device, dtype), torch.rand(5, device=device) / 64
+    actual = right(x, codes, scale, multipliers)
+    assert actual.dtype == dtype
+    plain, exact = x.double().cpu(), numbers * scale.double().cpu()[:, None]
+    assert_close(actual, plain @ exact.T, plain.abs() @ exact.abs().T, shape[-1])
 
 
 def test_transposed_input_and_factor(

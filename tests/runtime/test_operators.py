@@ -390,12 +390,12 @@ class TestOnGPUsWithoutKernels:
             for tokens in (1, 3, 16, 17, 0):
                 for dtype in DTYPES:
                     x, right, left = draw(tokens, 8), draw(5, 8, dtype=dtype), draw(6, 5, dtype=dtype)
-                    product = products.ON_GPU.right(x, right)
+                    product = products.right_on_gpu(x, right)
                     assert product.dtype == dtype
                     assert_close(product, x.double() @ right.double().T, x, right)
                     output = draw(tokens, 6)
                     expected = output.double() + product.double() @ left.double().T
-                    assert products.ON_GPU.left_add_(output, product, left) is None
+                    assert products.left_add_on_gpu(output, product, left) is None
                     assert_close(output, expected, product, left)
         (warning,) = (str(entry.message) for entry in seen if issubclass(entry.category, UserWarning))
         assert reason in warning
@@ -405,6 +405,6 @@ class TestOnGPUsWithoutKernels:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
             x, right = draw(17, 8), draw(5, 8)
-            assert_close(products.ON_GPU.right(x, right), x.double() @ right.double().T, x, right)
+            assert_close(products.right_on_gpu(x, right), x.double() @ right.double().T, x, right)
             x, right = x[:1].double(), right.double()
-            torch.testing.assert_close(products.ON_GPU.right(x, right), x @ right.T)
+            torch.testing.assert_close(products.right_on_gpu(x, right), x @ right.T)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = ["KernelError"]
 
+_BLOCK = 32  # numbers in a block
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -14,30 +15,32 @@ class KernelError(ValueError):
     """Raised if a kernel does not accept its tensors or cannot run on this machine. No output has been written."""
 
 
-def check_right(x: Tensor, right: Tensor, scale: Tensor | None) -> None:
+def check_right(x: Tensor, right: Tensor, scale: Tensor | None, multipliers: Tensor | None) -> None:
     """Raise KernelError if `right` does not accept these tensors."""
     _check_floating("x", x)
     _check_vectors("x", x)
-    _check_factor("right", right, scale, "scale")
-    if right.shape[1] != x.shape[-1]:
+    _check_factor("right", right, len(right) if right.dim() else 0, scale, multipliers)
+    if right.shape[1] != (x.shape[-1] if multipliers is None else -(-x.shape[-1] // _BLOCK)):
         raise KernelError(
-            f"right must have one column for each of the {x.shape[-1]} input channels of x, found {right.shape[1]}; "
-            "pass the right factor of the group that reads x."
+            f"right must have one {_unit('column', multipliers)} of the {x.shape[-1]} input channels of x, found "
+            f"{right.shape[1]}; pass the right factor of the group that reads x."
         )
-    _check_together(x=x, right=right, scale=scale)
+    _check_together(x=x, right=right, scale=scale, multipliers=multipliers)
 
 
-def check_left_add(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None) -> None:
+def check_left_add(
+    output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None, multipliers: Tensor | None
+) -> None:
     """Raise KernelError if `left_add_` does not accept these tensors."""
     _check_floating("output", output)
     _check_vectors("output", output)
-    _check_low_rank(output, output.shape[-1], product, left, scale, "scale")
+    _check_low_rank(output, output.shape[-1], product, left, scale, multipliers)
     if _overlaps_itself(output):
         raise KernelError(
             f"no two elements of output may share memory, found shape {tuple(output.shape)} with strides "
             f"{output.stride()}; call contiguous() on it first."
         )
-    _check_together(output=output, product=product, left=left, scale=scale)
+    _check_together(output=output, product=product, left=left, scale=scale, multipliers=multipliers)
 
 
 def check_gptq(
@@ -52,6 +55,7 @@ def check_gptq(
     product: Tensor | None,
     left: Tensor | None,
     left_scale: Tensor | None,
+    left_multipliers: Tensor | None,
 ) -> None:
     """Raise KernelError if `gptq_linear` does not accept these arguments."""
     if bits != 4:
@@ -81,7 +85,7 @@ def check_gptq(
         _check_shape("g_idx", g_idx, (inputs,))
         _check_dtype("g_idx", g_idx, torch.int32, torch.int64)
     _check_contiguous(qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
-    _check_epilogue(x, outputs, bias, product, left, left_scale)
+    _check_epilogue(x, outputs, bias, product, left, left_scale, left_multipliers)
     _check_together(
         x=x,
         qweight=qweight,
@@ -92,6 +96,7 @@ def check_gptq(
         product=product,
         left=left,
         left_scale=left_scale,
+        left_multipliers=left_multipliers,
     )
 
 
@@ -106,6 +111,7 @@ def check_nf4(
     product: Tensor | None,
     left: Tensor | None,
     left_scale: Tensor | None,
+    left_multipliers: Tensor | None,
 ) -> None:
     """Raise KernelError if `nf4_linear` does not accept these arguments."""
     _check_floating("x", x)
@@ -131,14 +137,28 @@ def check_nf4(
     _check_shape("code", code, (16,))
     _check_dtype("code", code, torch.float32)
     _check_contiguous(qweight=qweight, absmax=absmax, code=code)
-    _check_epilogue(x, out_features, bias, product, left, left_scale)
+    _check_epilogue(x, out_features, bias, product, left, left_scale, left_multipliers)
     _check_together(
-        x=x, qweight=qweight, absmax=absmax, code=code, bias=bias, product=product, left=left, left_scale=left_scale
+        x=x,
+        qweight=qweight,
+        absmax=absmax,
+        code=code,
+        bias=bias,
+        product=product,
+        left=left,
+        left_scale=left_scale,
+        left_multipliers=left_multipliers,
     )
 
 
 def _check_epilogue(
-    x: Tensor, outputs: int, bias: Tensor | None, product: Tensor | None, left: Tensor | None, scale: Tensor | None
+    x: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    product: Tensor | None,
+    left: Tensor | None,
+    scale: Tensor | None,
+    multipliers: Tensor | None,
 ) -> None:
     """Raise KernelError if the bias or the low-rank product and its left factor do not fit x and the outputs."""
     if bias is not None:
@@ -149,20 +169,28 @@ def _check_epilogue(
         given, missing = ("product", "left") if left is None else ("left", "product")
         raise KernelError(f"product and left come together, found {given} without {missing}; pass both or neither.")
     if product is not None and left is not None:
-        _check_low_rank(x, outputs, product, left, scale, "left_scale")
-    elif scale is not None:
-        raise KernelError("left_scale must come with left, found it alone; pass product and left, or no left_scale.")
+        _check_low_rank(x, outputs, product, left, scale, multipliers, "left_")
+    else:
+        for name, given in (("left_scale", scale), ("left_multipliers", multipliers)):
+            if given is not None:
+                raise KernelError(f"{name} must come with left, found it alone; pass product and left, or no {name}.")
 
 
 def _check_low_rank(
-    like: Tensor, outputs: int, product: Tensor, left: Tensor, scale: Tensor | None, scale_name: str
+    like: Tensor,
+    outputs: int,
+    product: Tensor,
+    left: Tensor,
+    scale: Tensor | None,
+    multipliers: Tensor | None,
+    prefix: str = "",
 ) -> None:
     _check_floating("product", product)
-    _check_factor("left", left, scale, scale_name)
-    if left.shape[0] != outputs:
+    _check_factor("left", left, outputs, scale, multipliers, prefix)
+    if left.shape[0] != (outputs if multipliers is None else -(-outputs // _BLOCK)):
         raise KernelError(
-            f"left must have one row for each of the {outputs} outputs, found {left.shape[0]}; stack the left factors "
-            "of the members in the order of their outputs."
+            f"left must have one {_unit('row', multipliers)} of the {outputs} outputs, found {left.shape[0]}; stack "
+            "the left factors of the members in the order of their outputs."
         )
     expected = (*like.shape[:-1], left.shape[1])
     if tuple(product.shape) != expected:
@@ -172,22 +200,55 @@ def _check_low_rank(
         )
 
 
-def _check_factor(name: str, factor: Tensor, scale: Tensor | None, scale_name: str) -> None:
-    if factor.dtype is torch.int8:
+def _unit(name: str, multipliers: Tensor | None) -> str:
+    return f"{name} for each" if multipliers is None else f"block for every {_BLOCK}"
+
+
+def _check_factor(
+    name: str, factor: Tensor, rows: int, scale: Tensor | None, multipliers: Tensor | None, prefix: str = ""
+) -> None:
+    """Raise KernelError unless the factor is a matrix or in blocks, with what its dtype needs.
+
+    Args:
+        rows: rows of the factor as a matrix; each has a scale if it is one of integers.
+        prefix: what the names of its scale and multipliers begin with.
+    """
+    scale_name, multipliers_name = f"{prefix}scale", f"{prefix}multipliers"
+    if factor.dtype in (torch.int8, torch.uint8):
         if scale is None:
-            raise KernelError(f"{name} is int8, which needs {scale_name}, float32 with one value per row; pass it.")
+            raise KernelError(
+                f"{name} is {_name(factor.dtype)}, which needs {scale_name}, float32 with one value per row; pass it."
+            )
     elif factor.dtype not in FLOATS:
-        raise KernelError(f"{name} must be a float of 16 or 32 bits or int8, found {_name(factor.dtype)}; convert it.")
+        raise KernelError(
+            f"{name} must be a float of 16 or 32 bits or int8, or codes in uint8, found {_name(factor.dtype)}; convert "
+            "it."
+        )
     elif scale is not None:
         raise KernelError(f"{scale_name} belongs to an int8 factor, found {name} of {_name(factor.dtype)}; drop it.")
-    ranks, axis = ("rows", 0) if name == "right" else ("columns", 1)
-    if factor.dim() != 2 or factor.shape[axis] < 1:
+    if factor.dtype is torch.uint8:
+        if multipliers is None or factor.dim() != 3 or factor.shape[-1] not in (12, 16) or not factor.numel():
+            raise KernelError(
+                f"{name} is uint8, which needs blocks of 16 or 12 bytes, shape (..., ..., 16 or 12), and "
+                f"{multipliers_name}; found shape {tuple(factor.shape)}."
+            )
+        _check_shape(multipliers_name, multipliers, tuple(factor.shape[:2]))
+        _check_dtype(multipliers_name, multipliers, torch.int8)
+        _check_contiguous(**{name: factor, multipliers_name: multipliers})
+    elif multipliers is not None:
         raise KernelError(
-            f"{name} must be a matrix with as many {ranks} as the rank, at least one, found shape "
-            f"{tuple(factor.shape)}; leave out a correction of rank 0."
+            f"{multipliers_name} belongs to a factor in blocks, found {name} of {_name(factor.dtype)}; drop it."
         )
+    else:
+        ranks, axis = ("rows", 0) if name == "right" else ("columns", 1)
+        if factor.dim() != 2 or factor.shape[axis] < 1:
+            raise KernelError(
+                f"{name} must be a matrix with as many {ranks} as the rank, at least one, found shape "
+                f"{tuple(factor.shape)}; leave out a correction of rank 0."
+            )
+        rows = factor.shape[0]
     if scale is not None:
-        _check_shape(scale_name, scale, (factor.shape[0],))
+        _check_shape(scale_name, scale, (rows,))
         _check_dtype(scale_name, scale, torch.float32)
         _check_contiguous(**{scale_name: scale})
 

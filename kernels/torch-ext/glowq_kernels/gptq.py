@@ -25,6 +25,7 @@ def gptq_linear(
     product: Tensor | None = None,
     left: Tensor | None = None,
     left_scale: Tensor | None = None,
+    left_multipliers: Tensor | None = None,
 ) -> Tensor:
     """Compute y = W x + bias + A (B x) in one launch, where W is in GPTQ's layout.
 
@@ -50,8 +51,9 @@ def gptq_linear(
         zero_offset: added to each zero point: 1 for files of AutoGPTQ's first format, otherwise 0.
         bias: shape (o,), float16, bfloat16 or float32.
         product: B x as `right` returns it, shape (..., r), float16, bfloat16 or float32; None for no correction.
-        left: left factor A, shape (o, r), of the dtypes and strides that `left_add_` accepts; required with `product`.
-        left_scale: shape (o,), float32, for an int8 left factor.
+        left: left factor A, of the shapes, dtypes and strides that `left_add_` accepts; required with `product`.
+        left_scale: shape (o,), float32, for a left factor of integers.
+        left_multipliers: see `multipliers` of `left_add_`.
 
     Returns:
         Shape (..., o), contiguous, dtype of x.
@@ -62,7 +64,7 @@ def gptq_linear(
 
     Source: the layout of Frantar et al., GPTQ (arXiv 2210.17323), as AutoGPTQ and gptqmodel store it.
     """
-    check_gptq(x, qweight, qzeros, scales, bits, group_size, g_idx, bias, product, left, left_scale)
+    check_gptq(x, qweight, qzeros, scales, bits, group_size, g_idx, bias, product, left, left_scale, left_multipliers)
     inputs, outputs = x.shape[-1], qweight.shape[1]
     output = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     if output.numel():
@@ -77,6 +79,7 @@ def gptq_linear(
                 None if product is None else product.reshape(-1, product.shape[-1]).contiguous(),
                 left,
                 left_scale,
+                left_multipliers,
                 output.view(-1, outputs),
                 group_size=0 if scales.shape[0] == 1 else group_size,
                 zero_offset=zero_offset,

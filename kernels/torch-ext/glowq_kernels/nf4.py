@@ -23,6 +23,7 @@ def nf4_linear(
     product: Tensor | None = None,
     left: Tensor | None = None,
     left_scale: Tensor | None = None,
+    left_multipliers: Tensor | None = None,
 ) -> Tensor:
     """Compute y = W x + bias + A (B x) in one launch, where W is in bitsandbytes' 4-bit layout.
 
@@ -43,8 +44,9 @@ def nf4_linear(
         out_features: o.
         bias: shape (o,), float16, bfloat16 or float32.
         product: B x as `right` returns it, shape (..., r), float16, bfloat16 or float32; None for no correction.
-        left: left factor A, shape (o, r), of the dtypes and strides that `left_add_` accepts; required with `product`.
-        left_scale: shape (o,), float32, for an int8 left factor.
+        left: left factor A, of the shapes, dtypes and strides that `left_add_` accepts; required with `product`.
+        left_scale: shape (o,), float32, for a left factor of integers.
+        left_multipliers: see `multipliers` of `left_add_`.
 
     Returns:
         Shape (..., o), contiguous, dtype of x.
@@ -55,7 +57,7 @@ def nf4_linear(
 
     Source: the layout of Dettmers et al., QLoRA (arXiv 2305.14314), as bitsandbytes stores it.
     """
-    check_nf4(x, qweight, absmax, code, blocksize, out_features, bias, product, left, left_scale)
+    check_nf4(x, qweight, absmax, code, blocksize, out_features, bias, product, left, left_scale, left_multipliers)
     output = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     if output.numel():
         with device(x):
@@ -68,6 +70,7 @@ def nf4_linear(
                 None if product is None else product.reshape(-1, product.shape[-1]).contiguous(),
                 left,
                 left_scale,
+                left_multipliers,
                 output.view(-1, out_features),
                 blocksize=blocksize,
             )

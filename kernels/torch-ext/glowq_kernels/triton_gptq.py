@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_left import TOKENS, dot_type, low_rank_block, low_rank_vector, rank_block
+from .triton_left import TOKENS, bits_of, dot_type, low_rank_block, low_rank_vector, rank_block
 
 _COLUMNS = 32  # outputs in a tile: 128 bytes of a row of packed words
 _VECTOR_WORDS = 128  # rows of packed words in a tile, eight channels each
@@ -51,6 +51,7 @@ def _vector(
     product,
     left,
     left_scale,
+    left_multipliers,
     output,
     inputs,
     outputs,
@@ -63,6 +64,7 @@ def _vector(
     BY_WORD: tl.constexpr,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -97,7 +99,9 @@ def _vector(
     if bias is not None:
         total += tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
     if left is not None:
-        total += low_rank_vector(product, left, left_scale, columns, inside, rank, left_row, left_rank, RANKS)
+        total += low_rank_vector(
+            product, left, left_scale, left_multipliers, columns, inside, rank, left_row, left_rank, BITS, RANKS
+        )
     tl.store(output + columns, total, mask=inside)
 
 
@@ -112,6 +116,7 @@ def _block(
     product,
     left,
     left_scale,
+    left_multipliers,
     output,
     tokens,
     inputs,
@@ -128,6 +133,7 @@ def _block(
     TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -173,7 +179,19 @@ def _block(
         sums += tl.load(bias + columns, mask=inside, other=0).to(tl.float32)[None, :]
     if left is not None:
         sums += low_rank_block(
-            product, left, left_scale, rows, present, columns, inside, rank, left_row, left_rank, RANKS
+            product,
+            left,
+            left_scale,
+            left_multipliers,
+            rows,
+            present,
+            columns,
+            inside,
+            rank,
+            left_row,
+            left_rank,
+            BITS,
+            RANKS,
         )
     tl.store(
         output + rows[:, None] * outputs + columns[None, :],
@@ -192,6 +210,7 @@ def launch(
     product: Tensor | None,
     left: Tensor | None,
     left_scale: Tensor | None,
+    left_multipliers: Tensor | None,
     output: Tensor,
     *,
     group_size: int,
@@ -204,7 +223,7 @@ def launch(
     tokens, inputs = x.shape
     outputs = qweight.shape[1]
     rank, left_row, left_rank = (0, 0, 0) if left is None else (left.shape[1], left.stride(0), left.stride(1))
-    tensors = (x, qweight, qzeros, scales, g_idx, bias, product, left, left_scale, output)
+    tensors = (x, qweight, qzeros, scales, g_idx, bias, product, left, left_scale, left_multipliers, output)
     columns = triton.cdiv(outputs, _COLUMNS)
     if tokens == 1:
         _vector[(columns,)](
@@ -220,6 +239,7 @@ def launch(
             BY_WORD=g_idx is None and group_size % 8 == 0,
             WORDS=_VECTOR_WORDS,
             COLUMNS=_COLUMNS,
+            BITS=bits_of(left),
             RANKS=rank_block(rank),
             num_warps=8,
             enable_fp_fusion=True,
@@ -246,6 +266,7 @@ def launch(
         TOKENS=TOKENS,
         WORDS=fitting[0] if by_tile else _CHANNEL_WORDS,
         COLUMNS=_COLUMNS,
+        BITS=bits_of(left),
         RANKS=rank_block(rank),
         num_warps=4,
         enable_fp_fusion=True,

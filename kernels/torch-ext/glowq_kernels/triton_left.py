@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_blocks import numbers
+
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether these kernels run in triton's interpreter. Triton decides that when it decorates them, at import."""
 
@@ -33,15 +35,27 @@ def rank_block(rank: int) -> int:
 
 
 @triton.jit
+def _entries(left, multipliers, columns, ranks, mask, rank, left_row, left_rank, BITS: tl.constexpr):
+    """The entries of `left` at these outputs and ranks without their scales, float32; BITS is 0 for a matrix."""
+    if BITS == 0:
+        found = tl.load(left + columns * left_row + ranks * left_rank, mask=mask, other=0).to(tl.float32)
+    else:
+        found = numbers(left, multipliers, columns // 32 * rank + ranks, columns % 32, mask, BITS)
+    return found
+
+
+@triton.jit
 def low_rank_vector(
     product,
     left,
     left_scale,
+    left_multipliers,
     columns,
     inside,
     rank,
     left_row,
     left_rank,
+    BITS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     """Multiply `product` (r,) by the rows `columns` of `left` (o, r); float32, one value per column."""
@@ -49,13 +63,12 @@ def low_rank_vector(
     for start in range(0, rank, RANKS):
         ranks = start + tl.arange(0, RANKS)
         here = ranks < rank
-        factor = tl.load(
-            left + columns[:, None] * left_row + ranks[None, :] * left_rank,
-            mask=inside[:, None] & here[None, :],
-            other=0,
+        mask = inside[:, None] & here[None, :]
+        factor = _entries(
+            left, left_multipliers, columns[:, None], ranks[None, :], mask, rank, left_row, left_rank, BITS
         )
         entries = tl.load(product + ranks, mask=here, other=0)
-        sums += factor.to(tl.float32) * entries.to(tl.float32)[None, :]
+        sums += factor * entries.to(tl.float32)[None, :]
     total = tl.sum(sums, axis=1)
     if left_scale is not None:
         total *= tl.load(left_scale + columns, mask=inside, other=0)
@@ -67,6 +80,7 @@ def low_rank_block(
     product,
     left,
     left_scale,
+    left_multipliers,
     rows,
     present,
     columns,
@@ -74,6 +88,7 @@ def low_rank_block(
     rank,
     left_row,
     left_rank,
+    BITS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     """Multiply the tokens `rows` of `product` (T, r) by the rows `columns` of `left` (o, r).
@@ -84,10 +99,9 @@ def low_rank_block(
     for start in range(0, rank, RANKS):
         ranks = start + tl.arange(0, RANKS)
         here = ranks < rank
-        factor = tl.load(
-            left + columns[None, :] * left_row + ranks[:, None] * left_rank,
-            mask=here[:, None] & inside[None, :],
-            other=0,
+        mask = here[:, None] & inside[None, :]
+        factor = _entries(
+            left, left_multipliers, columns[None, :], ranks[:, None], mask, rank, left_row, left_rank, BITS
         )
         entries = tl.load(
             product + rows[:, None] * rank + ranks[None, :],
@@ -96,7 +110,7 @@ def low_rank_block(
         )
         # The two dtypes may differ, so both are converted to float32. "ieee" keeps all bits: the default precision
         # would round them to ten bits.
-        sums = tl.dot(entries.to(tl.float32), factor.to(tl.float32), sums, input_precision="ieee")
+        sums = tl.dot(entries.to(tl.float32), factor, sums, input_precision="ieee")
     if left_scale is not None:
         sums *= tl.load(left_scale + columns, mask=inside, other=0)[None, :]
     return sums
@@ -108,6 +122,7 @@ def _left_add(
     product,
     left,
     left_scale,
+    left_multipliers,
     tokens,
     outputs,
     rank,
@@ -117,27 +132,49 @@ def _left_add(
     left_rank,
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    BITS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     columns = tl.program_id(1).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = columns < outputs
     if TOKENS == 1:
-        total = low_rank_vector(product, left, left_scale, columns, inside, rank, left_row, left_rank, RANKS)
+        total = low_rank_vector(
+            product, left, left_scale, left_multipliers, columns, inside, rank, left_row, left_rank, BITS, RANKS
+        )
         places = output + columns * output_column
         tl.store(places, tl.load(places, mask=inside, other=0).to(tl.float32) + total, mask=inside)
     else:
         rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         present = rows < tokens
         totals = low_rank_block(
-            product, left, left_scale, rows, present, columns, inside, rank, left_row, left_rank, RANKS
+            product,
+            left,
+            left_scale,
+            left_multipliers,
+            rows,
+            present,
+            columns,
+            inside,
+            rank,
+            left_row,
+            left_rank,
+            BITS,
+            RANKS,
         )
         tile = output + rows[:, None] * output_token + columns[None, :] * output_column
         mask = present[:, None] & inside[None, :]
         tl.store(tile, tl.load(tile, mask=mask, other=0).to(tl.float32) + totals, mask=mask)
 
 
-def launch(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None) -> None:
-    """Add `product` (T, r), contiguous, times `left` (o, r) to `output` (T, o), which may have any strides."""
+def bits_of(factor: Tensor | None) -> int:
+    """Bits per number of a factor in blocks; 0 for a matrix, or for none."""
+    return 0 if factor is None or factor.dim() == 2 else factor.shape[-1] // 4
+
+
+def launch(
+    output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None, multipliers: Tensor | None = None
+) -> None:
+    """Add `product` (T, r), contiguous, times `left` (o, r) or its blocks to `output` (T, o), of any strides."""
     tokens, outputs = output.shape
     rank = left.shape[1]
     rows = 1 if tokens == 1 else TOKENS
@@ -149,6 +186,7 @@ def launch(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None) 
         product,
         left,
         scale,
+        multipliers,
         tokens,
         outputs,
         rank,
@@ -158,6 +196,7 @@ def launch(output: Tensor, product: Tensor, left: Tensor, scale: Tensor | None) 
         left.stride(1),
         TOKENS=rows,
         OUTPUTS=_OUTPUTS,
+        BITS=bits_of(left),
         RANKS=rank_block(rank),
         num_warps=4,
         enable_fp_fusion=True,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_left import TOKENS, dot_type, low_rank_block, low_rank_vector, rank_block
+from .triton_left import TOKENS, bits_of, dot_type, low_rank_block, low_rank_vector, rank_block
 
 _CHUNK = 32  # maximum bytes in a chunk: 64 values, the smallest block size in use
 _VECTOR_COLUMNS = 8
@@ -32,6 +32,7 @@ def _vector(
     product,
     left,
     left_scale,
+    left_multipliers,
     output,
     inputs,
     outputs,
@@ -43,6 +44,7 @@ def _vector(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -66,7 +68,9 @@ def _vector(
     if bias is not None:
         total += tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
     if left is not None:
-        total += low_rank_vector(product, left, left_scale, columns, inside, rank, left_row, left_rank, RANKS)
+        total += low_rank_vector(
+            product, left, left_scale, left_multipliers, columns, inside, rank, left_row, left_rank, BITS, RANKS
+        )
     tl.store(output + columns, total, mask=inside)
 
 
@@ -80,6 +84,7 @@ def _block(
     product,
     left,
     left_scale,
+    left_multipliers,
     output,
     tokens,
     inputs,
@@ -95,6 +100,7 @@ def _block(
     CHUNKS: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -125,7 +131,19 @@ def _block(
         sums += tl.load(bias + columns, mask=inside, other=0).to(tl.float32)[None, :]
     if left is not None:
         sums += low_rank_block(
-            product, left, left_scale, rows, filled, columns, inside, rank, left_row, left_rank, RANKS
+            product,
+            left,
+            left_scale,
+            left_multipliers,
+            rows,
+            filled,
+            columns,
+            inside,
+            rank,
+            left_row,
+            left_rank,
+            BITS,
+            RANKS,
         )
     tl.store(
         output + rows[:, None] * outputs + columns[None, :],
@@ -143,6 +161,7 @@ def launch(
     product: Tensor | None,
     left: Tensor | None,
     left_scale: Tensor | None,
+    left_multipliers: Tensor | None,
     output: Tensor,
     *,
     blocksize: int,
@@ -154,7 +173,7 @@ def launch(
     tokens, inputs = x.shape
     outputs = output.shape[1]
     rank, left_row, left_rank = (0, 0, 0) if left is None else (left.shape[1], left.stride(0), left.stride(1))
-    tensors = (x, qweight, absmax, code, bias, product, left, left_scale, output)
+    tensors = (x, qweight, absmax, code, bias, product, left, left_scale, left_multipliers, output)
     chunk = math.gcd(inputs, blocksize, 2 * _CHUNK) // 2
     if tokens == 1:
         _vector[(triton.cdiv(outputs, _VECTOR_COLUMNS),)](
@@ -169,6 +188,7 @@ def launch(
             CHUNK=chunk,
             CHUNKS=_VECTOR_BYTES // chunk,
             COLUMNS=_VECTOR_COLUMNS,
+            BITS=bits_of(left),
             RANKS=rank_block(rank),
             num_warps=8,
             enable_fp_fusion=True,
@@ -190,6 +210,7 @@ def launch(
         CHUNKS=_BLOCK_BYTES // chunk,
         TOKENS=TOKENS,
         COLUMNS=_BLOCK_COLUMNS,
+        BITS=bits_of(left),
         RANKS=rank_block(rank),
         num_warps=4,
         enable_fp_fusion=True,

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_blocks import numbers
+from .triton_left import bits_of
+
 _TOKENS = 4
 _PRODUCTS = 4096  # products in a tile: 16 per thread
 
@@ -16,6 +19,7 @@ def _right(
     x,
     right,
     scale,
+    multipliers,
     output,
     tokens,
     inputs,
@@ -24,6 +28,7 @@ def _right(
     x_channel,
     right_row,
     right_channel,
+    BITS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -34,13 +39,17 @@ def _right(
     for start in range(0, inputs, CHANNELS):
         channels = start + tl.arange(0, CHANNELS).to(tl.int64)
         here = channels < inputs
-        factor = tl.load(right + row * right_row + channels * right_channel, mask=here, other=0)
+        if BITS == 0:
+            factor = tl.load(right + row * right_row + channels * right_channel, mask=here, other=0).to(tl.float32)
+        else:
+            places = row * ((inputs + 31) // 32) + channels // 32
+            factor = numbers(right, multipliers, places, channels % 32, here, BITS)
         tile = tl.load(
             x + rows[:, None] * x_token + channels[None, :] * x_channel,
             mask=present[:, None] & here[None, :],
             other=0,
         )
-        sums += tile.to(tl.float32) * factor.to(tl.float32)[None, :]
+        sums += tile.to(tl.float32) * factor[None, :]
     # Each thread has summed its own channels. This adds the sums of the threads, always in the same order.
     total = tl.sum(sums, axis=1)
     if scale is not None:
@@ -48,8 +57,8 @@ def _right(
     tl.store(output + rows * rank + row, total, mask=present)
 
 
-def launch(x: Tensor, right: Tensor, scale: Tensor | None, output: Tensor) -> None:
-    """Write x (T, d) times `right` (r, d), both of any strides, to `output` (T, r), contiguous."""
+def launch(x: Tensor, right: Tensor, scale: Tensor | None, multipliers: Tensor | None, output: Tensor) -> None:
+    """Write x (T, d) times `right` (r, d), both of any strides, or its blocks, to `output` (T, r), contiguous."""
     tokens, inputs = x.shape
     rank = right.shape[0]
     rows = min(_TOKENS, triton.next_power_of_2(tokens))
@@ -59,6 +68,7 @@ def launch(x: Tensor, right: Tensor, scale: Tensor | None, output: Tensor) -> No
         x,
         right,
         scale,
+        multipliers,
         output,
         tokens,
         inputs,
@@ -67,6 +77,7 @@ def launch(x: Tensor, right: Tensor, scale: Tensor | None, output: Tensor) -> No
         x.stride(1),
         right.stride(0),
         right.stride(1),
+        BITS=bits_of(right),
         TOKENS=rows,
         CHANNELS=min(_PRODUCTS // rows, max(32, triton.next_power_of_2(inputs))),
         num_warps=8,
