@@ -55,6 +55,7 @@ BASE_NAMES = (
 METHOD_NAMES = (
     "aser",
     "eora",
+    "fwsvd",
     "glowq",
     "glowq-one-sided",
     "glowq-published",

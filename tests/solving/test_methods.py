@@ -10,11 +10,11 @@ from torch import Tensor
 
 from glowq.errors import CalibrationError, ConfigError
 from glowq.solving.methods.base import Method, get_method, method_names, register
-from glowq.solving.moments import Moments
+from glowq.solving.moments import LowRankMoment, Moments
 from support.moments import measured
 
 PUBLISHED = ["glowq-published", "glowq-s", "glowq-s-ratio"]
-NAMES = ["aser", "eora", "glowq", *PUBLISHED, "lqer", "qera", "svd", "zeroquant"]
+NAMES = ["aser", "eora", "fwsvd", "glowq", *PUBLISHED, "lqer", "qera", "svd", "zeroquant"]
 SECOND = ["aser", "eora", "glowq", *PUBLISHED, "qera"]
 RANK = 4
 
@@ -28,7 +28,7 @@ def weight_of(name: str, moments: Moments) -> Tensor:
     """Return the dense weight S in the objective of the method's paper."""
     assert moments.second is not None
     identity = torch.eye(len(moments.magnitude), dtype=torch.float64)
-    if name in {"svd", "zeroquant"}:
+    if name in {"fwsvd", "svd", "zeroquant"}:
         return identity
     if name == "lqer":
         return moments.magnitude.square().diag()
@@ -82,7 +82,9 @@ def test_what_a_method_says_of_itself(name: str) -> None:
     method = get_method(name)
     assert method.name == name
     assert method.shared == (name in {"glowq", *PUBLISHED, "svd"})
-    assert method.statistic == {"svd": "none", "zeroquant": "none", "lqer": "magnitude"}.get(name, "second")
+    assert method.statistic == {"fwsvd": "none", "svd": "none", "zeroquant": "none", "lqer": "magnitude"}.get(
+        name, "second"
+    )
     assert method.allocation == {"glowq": "gain", "glowq-s": "groups", "glowq-s-ratio": "groups"}.get(name, "uniform")
     assert (method.score is not None) == (method.allocation == "groups")
     assert method.summary
@@ -98,7 +100,21 @@ def test_the_published_scores() -> None:
     assert scores == {"glowq-s": 3.0 + 2.0, "glowq-s-ratio": 0.125}
 
 
-@pytest.mark.parametrize("name", ["svd", "zeroquant"])
+def test_rows_are_weighted_by_their_fisher_information() -> None:
+    """The oracle is a dense SVD of the weighted rows, for every form of the output moment."""
+    error, moments = measured()
+    draw = torch.randn(len(error), len(error), dtype=torch.float64)
+    dense = draw @ draw.T
+    low = LowRankMoment(dense.diagonal() - draw[:, :2].square().sum(1), draw[:, :2])
+    rows = (dense.diagonal() + 0.03 * dense.diagonal().mean()).sqrt()[:, None]
+    left, values, right = torch.linalg.svd(rows * error.double(), full_matrices=False)
+    expected = (left[:, :RANK] * values[:RANK]) @ right[:RANK] / rows
+    for moment in (dense, dense.diagonal(), low):
+        found = get_method("fwsvd").solve(error, replace(moments, output=moment), RANK, 0)
+        torch.testing.assert_close(found.left.double() @ found.right.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fwsvd", "svd", "zeroquant"])
 def test_weight_only_methods_need_no_calibration(name: str) -> None:
     error, moments = measured()
     unmeasured = replace(moments, tokens=0, second=None)
@@ -123,7 +139,7 @@ def test_without_a_second_moment_they_do_not_fall_back_to_plain_svd(name: str) -
 
 
 def test_unknown_and_repeated_names_are_refused() -> None:
-    message = r"^method must be one of aser, eora, glowq, .*zeroquant; found 'qlora'\. Did you mean 'qera'\?$"
+    message = r"^method must be one of aser, eora, fwsvd, glowq, .*zeroquant; found 'qlora'\. Did you mean 'qera'\?$"
     with pytest.raises(ConfigError, match=message):
         get_method("qlora")
     svd = get_method("svd")

@@ -3,6 +3,6 @@
 A file of this folder registers each method as a `Method`, and is imported here. This package may import `errors` and
 `solving`."""
 
-from . import baselines, glowq, published
+from . import baselines, fisher, glowq, published
 
-__all__ = ["baselines", "glowq", "published"]
+__all__ = ["baselines", "fisher", "glowq", "published"]
