@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import SensitivityError
 from ..evaluation.intervals import Interval, mean_interval, text_parts
 from ..factors.factors import GroupFactors
+from ..factors.group import Group
 from ..factors.units import GainUnit
 from ..runtime.attach import applied
 from ..utils.timeline import stage
@@ -72,13 +73,38 @@ def measure_groups(
         SensitivityError: the models return neither logits nor final states.
     """
     try:
-        found = gains_along_path(model, reference, factors, sequences)
+        found = gains_along_path(model, reference, [_Correction(model, entry) for entry in factors], sequences)
     except SensitivityError:
         return _one_by_one(model, reference, factors, sequences)
     return {
         name: GroupGain(mean_interval(text_parts(values)), found.before, found.unit)
         for name, values in found.parts.items()
     }
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """The correction of one group, see `PathChange`."""
+
+    model: nn.Module
+    factors: GroupFactors
+
+    @property
+    def group(self) -> Group:
+        return self.factors.group
+
+    def applied(self, strength: float) -> AbstractContextManager[Any]:
+        return applied(self.model, [_scaled(self.factors, strength)])
+
+    def added(self, member: str, x: Tensor) -> Tensor:
+        right, left = (part.to(x) for part in (self.factors.right, self.factors.lefts[member]))
+        return x @ right.T @ left.T
+
+
+def _scaled(entry: GroupFactors, strength: float) -> GroupFactors:
+    if strength == 1:
+        return entry
+    return replace(entry, lefts={member: left * strength for member, left in entry.lefts.items()})
 
 
 def _one_by_one(
@@ -88,8 +114,7 @@ def _one_by_one(
 
     def change(entry: GroupFactors) -> Change:
         def attached(scale: float) -> AbstractContextManager[Any]:
-            lefts = {member: left * scale for member, left in entry.lefts.items()}
-            return applied(model, [entry if scale == 1 else replace(entry, lefts=lefts)])
+            return applied(model, [_scaled(entry, scale)])
 
         return Change(entry.group.name, entry.group.block, attached, float(entry.gains.sum()))
 

@@ -1,9 +1,10 @@
-"""Measure what the correction of every group is worth beside all others, with one backward pass for all groups.
+"""Measure what a change of every group is worth beside all others, with one backward pass for all groups.
 
-All corrections are attached with a strength t from 0 to 1, and the divergence from the reference falls on the way. Its
-derivative by the strength of one group is that group's part at t. The mean of this part over the way is what the group
-is worth: these gains add up to what all corrections gain together (the Aumann-Shapley value). Two points of
-Gauss-Legendre quadrature give the mean exactly where the divergence is a polynomial of degree 4 in t.
+A change is a correction, or other weights. All are made with a strength t from 0 to 1, and the divergence from the
+reference falls on the way. Its derivative by the strength of one group is that group's part at t. The mean of this part
+over the way is what the group is worth: these gains add up to what all changes gain together (the Aumann-Shapley
+value). Two points of Gauss-Legendre quadrature give the mean exactly where the divergence is a polynomial of degree 4
+in t.
 
 Source: Aumann and Shapley, Values of Non-Atomic Games (1974); Integrated Gradients (arXiv 1703.01365) for models.
 """
@@ -12,9 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,38 @@ from torch import Tensor, nn
 from ..data.tokens import batches
 from ..errors import SensitivityError
 from ..evaluation.divergence import answer, divergences, kl_gradient, token_logits
-from ..factors.factors import GroupFactors
+from ..factors.group import Group
 from ..factors.units import GainUnit
 from ..models.checkpointing import is_large, recomputing
 from ..models.forward import differentiable, evaluating, to_model
-from ..runtime.attach import applied
 from ..utils.logging import progress
 
-__all__ = ["PathGains", "gains_along_path"]
+__all__ = ["PathChange", "PathGains", "gains_along_path"]
 
 _BATCH_TOKENS = 512  # a backward pass keeps the activations of this many tokens
 _POINTS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))  # both have the weight 1/2
+
+
+class PathChange(Protocol):
+    """A change of all modules of one group."""
+
+    @property
+    def group(self) -> Group:
+        """The group."""
+
+    def applied(self, strength: float) -> AbstractContextManager[Any]:
+        """A context inside of which the model has the change times `strength`."""
+
+    def added(self, member: str, x: Tensor) -> Tensor:
+        """What the change with the strength 1 adds to the output of a module.
+
+        Args:
+            member: name of the module.
+            x: its inputs, shape (n, d), float32.
+
+        Returns:
+            Shape (n, o), float32.
+        """
 
 
 class PathGains(NamedTuple):
@@ -51,22 +72,22 @@ class PathGains(NamedTuple):
 
 
 def gains_along_path(
-    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+    model: nn.Module, reference: nn.Module, changes: Sequence[PathChange], sequences: Tensor
 ) -> PathGains:
     """Measure the gain of every group.
 
     Args:
-        model: quantized model without a correction. It has no correction afterwards.
+        model: quantized model without a correction. It is unchanged afterwards.
         reference: full-precision model.
-        factors: the factors of every group.
-        sequences: token ids that the factors were not calibrated on, shape (n, length), int64.
+        changes: one change for each group.
+        sequences: token ids that nothing was calibrated on, shape (n, length), int64.
 
     Raises:
         SensitivityError: the models return neither logits nor final states; or no finite gradient reaches a group, as
             with layers that round their inputs.
     """
-    groups = [_GroupPart(entry) for entry in factors]
-    parts: dict[str, list[Tensor]] = {entry.group.name: [] for entry in factors}
+    groups = [_GroupPart(change) for change in changes]
+    parts: dict[str, list[Tensor]] = {change.group.name: [] for change in changes}
     unit, before = GainUnit.NATS, []
     inputs = list(batches(sequences, max(1, _BATCH_TOKENS // sequences.shape[1])))
     with ExitStack() as stack:
@@ -93,11 +114,12 @@ def gains_along_path(
 def _backward(
     model: nn.Module, wanted: list[Tensor], batch: Mapping[str, Any], groups: Sequence[_GroupPart], strength: float
 ) -> GainUnit:
-    """Run the model with all corrections at one strength, and let every group add its part."""
+    """Run the model with all changes at one strength, and let every group add its part."""
     with ExitStack() as stack:
-        for part in groups:  # before the corrections, whose sum has a gradient even if the layer's own output has none
+        for part in groups:  # before corrections, whose sum has a gradient even if the layer's own output has none
             part.watch(model, stack)
-        stack.enter_context(applied(model, [part.scaled(strength) for part in groups]))
+        for part in groups:
+            stack.enter_context(part.change.applied(strength))
         stack.enter_context(differentiable(model))
         if is_large(model, [batch]):
             stack.enter_context(recomputing(model))
@@ -117,24 +139,19 @@ def _backward(
 class _GroupPart:
     """Sums one group's part of the derivative for every token of a batch."""
 
-    def __init__(self, factors: GroupFactors) -> None:
-        self.name = factors.group.name
-        self._factors = factors
+    def __init__(self, change: PathChange) -> None:
+        self.name = change.group.name
+        self.change = change
         self._input: Tensor | None = None
         self._was_called = self._has_gradient = False
         self._sum = torch.zeros(0)
         self._shape = torch.Size()
 
-    def scaled(self, strength: float) -> GroupFactors:
-        """The factors times `strength`."""
-        lefts = {member: left * strength for member, left in self._factors.lefts.items()}
-        return replace(self._factors, lefts=lefts)
-
     def watch(self, model: nn.Module, stack: ExitStack) -> None:
         """Watch the group's input and the gradients at its outputs until the stack is closed."""
-        members = [model.get_submodule(name) for name in self._factors.group.members]
+        members = [model.get_submodule(name) for name in self.change.group.members]
         stack.callback(members[0].register_forward_pre_hook(self._keep_input).remove)
-        for name, member in zip(self._factors.group.members, members, strict=True):
+        for name, member in zip(self.change.group.members, members, strict=True):
             stack.callback(member.register_forward_hook(self._hook(name)).remove)
 
     def start(self, shape: torch.Size) -> None:
@@ -168,8 +185,7 @@ class _GroupPart:
             return
         rows = gradient.detach().flatten(0, -2).float()
         self._has_gradient = self._has_gradient or bool(rows.any())
-        right, left = (part.to(rows) for part in (self._factors.right, self._factors.lefts[member]))
-        parts = -((rows @ left) * (x.flatten(0, -2).float() @ right.T)).sum(1).double().cpu()
+        parts = -(rows * self.change.added(member, x.flatten(0, -2).float())).sum(1).double().cpu()
         tokens = len(self._sum)
         if len(parts) == tokens:
             self._sum += parts

@@ -141,16 +141,20 @@ def test_the_model_is_left_as_it_was(pair: tuple[nn.Module, nn.Module], ids: Ten
         assert value.grad is None
 
 
+def corrections(model: nn.Module, factors: list[GroupFactors]) -> list[Any]:
+    return [group_gains._Correction(model, entry) for entry in factors]
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_batches_and_recomputed_blocks_change_nothing(
     large: bool, pair: tuple[nn.Module, nn.Module], ids: Tensor, random_factors: Factory, monkeypatch: Any
 ) -> None:
     reference, model = pair
     factors = factors_for(model, ids, random_factors, 0.2)
-    whole, *_ = gains_along_path(model, reference, factors, ids)
+    whole, *_ = gains_along_path(model, reference, corrections(model, factors), ids)
     monkeypatch.setattr("glowq.calibration.path_gains._BATCH_TOKENS", 4 * ids.shape[1])  # 4 sequences, then 2
     monkeypatch.setattr("glowq.calibration.path_gains.is_large", lambda *_: large)
-    parted, *_ = gains_along_path(model, reference, factors, ids)
+    parted, *_ = gains_along_path(model, reference, corrections(model, factors), ids)
     for name, values in parted.items():
         assert values.shape == ids.shape
         torch.testing.assert_close(values, whole[name], rtol=1e-5, atol=1e-8)
@@ -240,7 +244,7 @@ def test_layers_without_a_gradient_are_measured_one_by_one(
     for block in model.model.layers:  # type: ignore[union-attr]
         block.mlp.down_proj = Rounded(block.mlp.down_proj)  # type: ignore[union-attr]
     with pytest.raises(SensitivityError, match="no finite gradient of the divergence reaches its outputs"):
-        gains_along_path(model, reference, factors, ids)
+        gains_along_path(model, reference, corrections(model, factors), ids)
     found = measure_groups(model, reference, factors, ids)
     alone = group_gains._one_by_one(model, reference, factors, ids)
     assert found == alone

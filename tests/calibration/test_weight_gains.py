@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glowq.calibration.weight_gains import Weights, measure_weights
+from glowq.errors import SensitivityError
 from glowq.factors.group import Group
 from glowq.models.tracing import find_groups
 
@@ -55,12 +56,43 @@ def changed(model: nn.Module, group: Group, errors: dict[str, Tensor]) -> Tensor
     return log_probabilities(other)
 
 
-def test_gains_are_those_of_whole_forwards(pair: tuple[nn.Module, nn.Module]) -> None:
-    reference, model = pair
+def less_wrong(model: nn.Module, reference: nn.Module) -> nn.Module:
+    """A copy of the model whose errors are 0.4 times the model's."""
     wider = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in wider.named_parameters():
-            parameter.lerp_(reference.get_parameter(name), 0.6)  # errors of 0.4 times the model's
+            parameter.lerp_(reference.get_parameter(name), 0.6)
+    return wider
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_gains_add_up_to_what_all_groups_gain_together(pair: tuple[nn.Module, nn.Module], full: bool) -> None:
+    """In the wider model only the groups differ: its head has the reference's weights, as the model's has here."""
+    reference, model = pair
+    with torch.no_grad():
+        model.lm_head.weight.copy_(reference.lm_head.weight)  # type: ignore[union-attr]
+    wider = reference if full else less_wrong(model, reference)
+    groups = find_groups(model, {"input_ids": IDS})
+    plain, wanted = log_probabilities(model), log_probabilities(reference)
+    sides = [weights_of(model), weights_of(reference), None if full else weights_of(wider)]
+    found = measure_weights(model, reference, groups, *sides, IDS)  # type: ignore[arg-type]
+    assert list(found) == [group.name for group in groups]
+    together = float((kl(wanted, plain) - kl(wanted, log_probabilities(wider))).mean())
+    assert sum(found.values()) == pytest.approx(together, rel=0.02)
+    assert torch.equal(log_probabilities(model), plain)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_without_a_gradient_they_are_those_of_whole_forwards(
+    pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise SensitivityError("no gradient")
+
+    monkeypatch.setattr("glowq.calibration.weight_gains.gains_along_path", refuse)
+    reference, model = pair
+    wider = less_wrong(model, reference)
     groups = find_groups(model, {"input_ids": IDS})
     sides = [weights_of(side) for side in (model, reference, wider)]
     found = measure_weights(model, reference, groups, *sides, IDS)

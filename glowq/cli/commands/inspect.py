@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +222,8 @@ def _group(model: str, name: str, group: Mapping[str, Any], headers: Headers) ->
             what = "missing" if found is None else f"of shape {found}"
             raise CorrectionError(f"factor {tensor!r} of {model} is {what}, expected shape {shape}; correct again.")
     sizes = sum(headers.sizes[tensor] for tensor in shapes)
-    values = {"name": name, "bytes": sizes, "parameters": sum(map(prod, shapes.values()))}
-    return {**values, **group, "gain": sum(group["gains"])}
+    parameters = group["rank"] * (group["in_features"] + sum(group["out_features"]))
+    return {"name": name, "bytes": sizes, "parameters": parameters, **group, "gain": sum(group["gains"])}
 
 
 def _tables(result: dict[str, Any]) -> Any:
