@@ -15,6 +15,7 @@ from support.bases import small_model
 from support.tiny import library_texts, tiny_llama
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+ROUNDED = ["glowq+int8", "glowq+int4", "glowq+int3"]
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_a_known_model_is_compared_once(tmp_path: Path, monkeypatch: pytest.Monk
     stored = json.loads((tmp_path / "results" / "tiny-torchao-int3.json").read_text())
     assert (tmp_path / "results" / "tiny-torchao-int3.png").is_file()
     methods = {row["method"] for row in stored["rows"]}
-    assert {"svd", "eora", "glowq-published", "glowq", "glowq+int8", "glowq+distilled", "finer", "wider"} <= methods
+    assert {"svd", "eora", "glowq-published", "glowq", *ROUNDED, "glowq+distilled", "finer", "wider"} <= methods
     assert list(stored["making"]) == ["svd", "glowq"]
     assert all(made["seconds"] > 0 for made in stored["making"].values())
     assert not [*(tmp_path / "real").iterdir()]
@@ -178,7 +179,7 @@ def test_eora_as_gptqmodel_makes_it_beside_ours(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     rows = {row["method"]: row for row in found["rows"]}
-    assert {"eora of GPTQModel", "eora", "glowq", "glowq-published", "glowq+int8"} == set(rows)
+    assert {"eora of GPTQModel", "eora", "glowq", "glowq-published", *ROUNDED} == set(rows)
     theirs, ours = rows["eora of GPTQModel"], rows["eora"]
     assert (theirs["rank"], theirs["factor_bytes"]) == (ours["rank"], ours["factor_bytes"])
     quantized = found["models"][1]["kl"]
