@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors, cut_group
 from ..factors.form import bits_of, dtype_name
-from ..factors.rounding import rounded
+from ..factors.rounding import round_group
 from ..models.loading import load_generation_config, load_tokenizer
 from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest
@@ -185,7 +185,7 @@ class Correction:
         least = min((entry.bits for entry in self.factors if entry.bits is not None), default=None)
         if least is not None and least <= bits:
             raise ConfigError(f"the factors are in {dtype_name(least)} already; rounding to {factor_dtype} saves none.")
-        found = self._with([rounded(entry, bits) for entry in self.factors])
+        found = self._with([round_group(entry, bits) for entry in self.factors])
         found.config.record(factor_dtype=factor_dtype, improvement=None, change=None, instead=None)
         check_rounding(self.group_gains, found.group_gains, factor_dtype)
         return found

@@ -24,6 +24,7 @@ from ..errors import CalibrationError, ConfigError, NonFiniteError, SensitivityE
 from ..evaluation.divergence import answer, divergences
 from ..factors.factors import GroupFactors
 from ..factors.integers import round_factors
+from ..factors.rounding import round_group
 from ..models.checkpointing import is_large, recomputing
 from ..models.forward import evaluating, to_model
 from ..runtime.attach import attach, attached, detach
@@ -52,19 +53,20 @@ def distill(
 ) -> list[GroupFactors]:
     """Train factors so that the outputs of the corrected model come closer to those of the reference.
 
-    An eighth of the sequences is held out. If the trained factors are not better on it, the given factors are returned.
+    An eighth of the sequences is held out. If the trained factors are not better on it, the given factors are returned,
+    rounded to `bits`.
 
     Args:
         model: quantized model without a correction. It has no correction afterwards.
         reference: full-precision model.
-        factors: factors at the chosen ranks. Their gains and totals are not changed.
+        factors: factors at the chosen ranks. Training does not change their gains and totals.
         sequences: token ids, shape (n, length), int64, n >= 2.
         steps: number of steps, at least 1; each uses about `_STEP_TOKENS` tokens.
         bits: what the factors are rounded to, see `GroupFactors`; None for floats.
         seed: seed of the choice of held-out sequences and of the order of the others.
 
     Returns:
-        Factors with the shapes, order and dtypes of the given ones. Trained ones are rounded to `bits`.
+        Factors with the shapes, order and dtypes of the given ones, on the grid of `bits`.
 
     Raises:
         ConfigError: steps is below 1.
@@ -86,8 +88,9 @@ def distill(
         before = _held_out(model, reference, held)
         _descend(model, reference, containers, values, train, steps, seed)
         after = _held_out(model, reference, held)
-        learned = [replace(_read(entry, containers[entry.group.name]), bits=bits) for entry in factors]
-    return learned if after < before else list(factors)
+        given = list(factors) if bits is None else [round_group(entry, bits) for entry in factors]
+        learned = [_read(entry, containers[entry.group.name]) for entry in given]
+    return learned if after < before else given
 
 
 def _descend(
@@ -228,7 +231,6 @@ def _read(entry: GroupFactors, container: SharedCorrection) -> GroupFactors:
         entry,
         right=stored(container.right, entry.right),
         lefts={member: stored(factor, left) for (member, left), factor in lefts},
-        bits=None,
     )
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "METHOD_NAMES",
     "BudgetOption",
     "ClozeOption",
+    "FactorDtype",
     "FactorDtypeOption",
     "JsonOption",
     "MaxRankOption",
@@ -100,8 +101,11 @@ MaxRankOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Largest rank that a budget gives a group.")
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
+FactorDtype = Literal["auto", "int8", "int4", "int3"]
+"""Names in `glowq.factors.form.FACTOR_DTYPES`."""
+
 FactorDtypeOption = Annotated[
-    Literal["auto", "int8", "int4", "int3"],
+    FactorDtype,
     typer.Option(help="auto: the model's own dtype. int8, int4, int3: a budget gives about 2, 4 or 5 times the ranks."),
 ]
 ClozeOption = Annotated[

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors
 from ..factors.form import bits_of
-from ..factors.rounding import rounded
+from ..factors.rounding import round_group
 from ..runtime.attach import attach, attached_factors, detach
 from ..utils.logging import progress
 
@@ -77,7 +77,7 @@ def variants(model: nn.Module, *, factor_dtype: str = "auto") -> dict[str, nn.Mo
     found = {"base": _copy_with(model, ()), "shared": model, "per module": _copy_with(model, single)}
     if bits is not None:
         for name, several in (("shared", factors), ("per module", single)):
-            found[f"{name}, {factor_dtype}"] = _copy_with(model, [rounded(entry, bits) for entry in several])
+            found[f"{name}, {factor_dtype}"] = _copy_with(model, [round_group(entry, bits) for entry in several])
     return found
 
 

@@ -49,6 +49,6 @@ class GroupFactors:
     def factor_bytes(self) -> int:
         """Bytes of all factors, without the zeros that fill int8 factors to multiples of 16 ranks on the CPU."""
         if self.bits is not None:
-            return self.rank * FactorForm(self.bits, 0).rank_bytes((self.group.in_features, *self.group.out_features))
+            return self.rank * FactorForm(self.bits, 0).rank_bytes(self.group.widths)
         factors = (self.right, *self.lefts.values())
         return sum(factor.numel() * factor.element_size() for factor in factors)

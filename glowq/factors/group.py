@@ -33,6 +33,11 @@ class Group:
         return {name: (width, self.in_features) for name, width in zip(self.members, self.out_features, strict=True)}
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of the shared input, and of the output of each member."""
+        return (self.in_features, *self.out_features)
+
+    @property
     def parent(self) -> str:
         """Name of the innermost module that holds every member ("" for the model itself)."""
         return _common_parent(self.members)

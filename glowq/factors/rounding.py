@@ -11,10 +11,10 @@ from torch import Tensor
 from .factors import GroupFactors
 from .integers import round_factors
 
-__all__ = ["rounded"]
+__all__ = ["round_group"]
 
 
-def rounded(entry: GroupFactors, bits: int) -> GroupFactors:
+def round_group(entry: GroupFactors, bits: int) -> GroupFactors:
     """Round one group's factors to `bits` bits per value, and reduce its gains by the predicted loss.
 
     If the squared error of a rank's product A B is a share e of its square, the rank is predicted to lose the share e

@@ -1,4 +1,4 @@
-"""From solved factors to a correction: measure each group, choose ranks, distill, and round."""
+"""From solved factors to a correction: measure each group, choose ranks, round, and distill."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ def finished(
         _check_gains(factors, problem.train)
         correction = whole.kept(whole.choose(request.ranks, request.factor_dtype))
     unrounded = correction.factors
+    if request.factor_dtype != "auto":
+        correction = correction.rounded(request.factor_dtype)
     if request.distill:
         bits, steps = bits_of(request.factor_dtype), request.distill
         correction.factors = distill(
@@ -74,7 +76,6 @@ def finished(
         correction.config.record(distilled_steps=request.distill)
     if request.factor_dtype != "auto":
         assert held is not None
-        correction = _rounded(correction, request.factor_dtype)
         cost = rounding_cost(model, reference, correction.factors, unrounded, _within(whole, correction), held)
         correction.config.record(rounding=cost)
     if request.budget is not None and correction.config.provenance.gains != GainUnit.SQUARED_OUTPUT:
@@ -107,14 +108,6 @@ def _measured(
         "not_restored": {name: asdict(measured[name].interval) for name in sorted(harmful)},
     }
     return [replace(entry, gains=0 * entry.gains) if entry.group.name in harmful else entry for entry in found], facts
-
-
-def _rounded(correction: Correction, factor_dtype: str) -> Correction:
-    """The correction with rounded factors. Distillation has rounded them already, if it made them better."""
-    if all(entry.bits == bits_of(factor_dtype) for entry in correction.factors):
-        correction.config.record(factor_dtype=factor_dtype)
-        return correction
-    return correction.rounded(factor_dtype)
 
 
 def _within(whole: Correction, correction: Correction) -> list[GroupFactors]:

@@ -147,4 +147,4 @@ def _check_large_enough(smallest: int, available: int, request: RankRequest, bas
 
 def _rank_bytes(group: Group, form: FactorForm, shared: bool) -> int:
     parts = [group] if shared else group.apart()
-    return sum(form.rank_bytes((part.in_features, *part.out_features)) for part in parts)
+    return sum(form.rank_bytes(part.widths) for part in parts)

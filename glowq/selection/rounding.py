@@ -30,10 +30,7 @@ def stored_as(group_gains: Sequence[GroupGains], factor_dtype: str) -> Sequence[
     if bits is None:
         return group_gains
     form = FactorForm(bits, 0)
-    return [
-        replace(item, rank_bytes=form.rank_bytes((item.group.in_features, *item.group.out_features)))
-        for item in group_gains
-    ]
+    return [replace(item, rank_bytes=form.rank_bytes(item.group.widths)) for item in group_gains]
 
 
 def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains], factor_dtype: str) -> None:

@@ -76,6 +76,12 @@ def test_the_newest_format_is_among_them() -> None:
     assert f"format-{FORMAT_VERSION}.{FORMAT_MINOR}" in VERSIONS
 
 
+@pytest.mark.parametrize("name", VERSIONS)
+def test_every_version_is_there_in_all_its_forms(name: str) -> None:
+    dtypes = ["float", "int8", "int4"] if name == f"format-{FORMAT_VERSION}.{FORMAT_MINOR}" else ["float", "int8"]
+    assert set(forms(name)) == {f"{dtype}/{form}" for dtype in dtypes for form in ("correction", "full")}
+
+
 @all_forms
 def test_it_answers_as_it_did(form: str, version: Path) -> None:
     with warnings.catch_warnings():

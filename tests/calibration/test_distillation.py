@@ -19,7 +19,7 @@ from glowq.data.tokens import token_sequences
 from glowq.errors import CalibrationError, ConfigError, NonFiniteError, SensitivityError
 from glowq.evaluation.scores import score_models
 from glowq.factors.integers import pack, unpack
-from glowq.factors.rounding import rounded
+from glowq.factors.rounding import round_group
 from glowq.models.tracing import find_groups
 from glowq.runtime.attach import applied
 from support.bases import small_model
@@ -64,10 +64,14 @@ def test_rounded_factors_are_trained_as_they_are_used(source: Path) -> None:
     options: dict[str, Any] = {"reference": source, "calibration": train, "rank": 6}
     solved = glowq.correct(model, **options).factors
     glowq.detach(model)
-    after = [rounded(entry, 3) for entry in distill(model, reference, solved, train, steps=6)]
+    after = [round_group(entry, 3) for entry in distill(model, reference, solved, train, steps=6)]
     during = distill(model, reference, solved, train, steps=6, bits=3)
     found = {}
-    for name, factors in (("solved", [rounded(entry, 3) for entry in solved]), ("after", after), ("during", during)):
+    for name, factors in (
+        ("solved", [round_group(entry, 3) for entry in solved]),
+        ("after", after),
+        ("during", during),
+    ):
         with applied(model, factors):
             found[name] = score_models({"reference": reference, name: model}, held)[name].kl
     assert {entry.bits for entry in during} == {3}

@@ -17,7 +17,7 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 
 import glowq
 from glowq.evaluation.timing import Shape, measure, variants
-from glowq.factors.rounding import rounded
+from glowq.factors.rounding import round_group
 from glowq.quantizers.model import prepare_model
 from glowq.runtime.attach import attach, attached, attached_factors, detach
 from glowq.utils.manifest import MANIFEST
@@ -182,7 +182,7 @@ class TestThreeModels:
         again = quantized(source, "nf4")
         prepare_model(again)
         for entry in attached_factors(model):
-            attach(again, rounded(entry, 8))
+            attach(again, round_group(entry, 8))
         assert torch.equal(logits(made["shared, int8"]), logits(again))
 
     def test_they_share_every_tensor_of_the_base(self, model: Any) -> None:

@@ -114,13 +114,17 @@ class TestRounding:
 
 
 class TestInAModel:
-    @pytest.fixture(params=[(8, False), (4, False), (3, False), (4, True), (3, True)], ids=str)
-    def bits(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-        """Bits per value. Factors of 4 and 3 bits are held in int8 on a CPU, and also in blocks here, as on a GPU."""
-        count, in_blocks = request.param
-        if in_blocks:
+    @pytest.fixture(params=[(8, torch.int8), (4, torch.int8), (3, torch.int8), (4, torch.uint8), (3, torch.uint8)])
+    def held(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, torch.dtype]:
+        """Bits per value, and the dtype in memory. A CPU holds 4 and 3 bits in int8; in blocks here, too, as a GPU."""
+        bits, dtype = request.param
+        if dtype == torch.uint8:
             monkeypatch.setattr("glowq.runtime.attach.in_bytes", lambda packed, shapes, multiple: packed)
-        return int(count)
+        return bits, dtype
+
+    @pytest.fixture
+    def bits(self, held: tuple[int, torch.dtype]) -> int:
+        return held[0]
 
     @pytest.fixture
     def rounded(self, random_factors: Factory, bits: int) -> GroupFactors:
@@ -143,10 +147,10 @@ class TestInAModel:
     @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
     @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 0])
     def test_the_model_computes_what_the_same_floats_compute(
-        self, pair: tuple[Any, Any], dtype: torch.dtype, mode: Any, tokens: int
+        self, pair: tuple[Any, Any], held: tuple[int, torch.dtype], dtype: torch.dtype, mode: Any, tokens: int
     ) -> None:
         model, plain = (each.to(dtype) for each in pair)
-        assert model.get_submodule("glowq_q").right.factor.dtype in (torch.int8, torch.uint8)
+        assert model.get_submodule("glowq_q").right.factor.dtype == held[1]
         with mode():
             x = torch.randn(tokens, 8, dtype=dtype)
             found, expected = model(x), plain(x)
@@ -203,7 +207,8 @@ class TestInAModel:
         (entry,) = attached_factors(model)
         assert entry.bits == bits
         assert torch.equal(entry.right, rounded.right)
-        assert entry.factor_bytes == rounded.factor_bytes
+        of_a_rank = 8 + 15 if bits == 8 else 4 * (4 * bits + 1)  # four blocks: of the input and of three members
+        assert entry.factor_bytes == rounded.factor_bytes == 3 * (of_a_rank + 4)
         with disabled(model):
             hold_as_floats(model)
             assert not any(container.bits or container.enabled for container in attached(model).values())

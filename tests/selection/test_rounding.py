@@ -59,7 +59,7 @@ class TestCorrecting:
         self, source: Path, corrected: tuple[Any, glowq.Correction], dtype: str, bits: int
     ) -> None:
         correction = corrected[1]
-        assert 0.08 < correction.overhead <= 0.12
+        assert 0.09 < correction.overhead <= 0.12
         assert {entry.bits for entry in correction.factors} == {bits}
         assert f"{correction.factor_bytes} bytes of {dtype}" in repr(correction)
         for entry in correction.factors:
@@ -178,7 +178,7 @@ class TestFiles:
             (lambda t, g: t.pop(f"{g}.right_scale"), "right_scale' is missing"),
             (
                 lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].float()}),
-                "expected BF16 or F16 or F32 or F64|shape",
+                "expected BF16 or F16 or F32 or F64 of shape",
             ),
             (lambda t, g: t.update({f"{g}.right": t[f"{g}.right"].short()}), "expected BF16 or F16 or F32 or F64"),
         ],
@@ -231,7 +231,7 @@ class TestCommands:
         status, found = run("select", whole, "--budget", "4%", "--factor-dtype", name, "--output", tmp_path / "small")
         assert status == 0
         assert found["factor_dtype"] == name
-        assert found["factor_bytes"] <= 0.04 * found["base_bytes"]
+        assert plain["factor_bytes"] < found["factor_bytes"] + 400 <= 400 + 0.04 * found["base_bytes"]
         assert found["predicted"] > plain["predicted"]
         factors = glowq.Correction.from_pretrained(tmp_path / "small").factors
         assert {entry.bits for entry in factors} == {int(name.removeprefix("int"))}

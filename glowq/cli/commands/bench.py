@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json as json_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from ..options import JsonOption, SeedOption
+from ..options import FactorDtype, JsonOption, SeedOption
 from ..output import command_line, markdown_table, session, table
 
 __all__ = ["bench"]
@@ -32,7 +32,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per batch size and length.")] = 5,
     compile_: Annotated[bool, typer.Option("--compile", help="Time the models with torch.compile.")] = False,
     factor_dtype: Annotated[
-        Literal["auto", "int8", "int4", "int3"], typer.Option(help="Also time both corrections with rounded factors.")
+        FactorDtype, typer.Option(help="Also time both corrections with rounded factors.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch chooses.")] = None,
     output: Annotated[

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -14,7 +14,16 @@ from ...errors import ConfigError, EvaluationError
 from ...integrations.lm_eval import check_tasks, run_tasks
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
 from ...utils.timeline import timeline
-from ..options import BASE_NAMES, METHOD_NAMES, ClozeOption, JsonOption, ModelArgument, SeedOption, check_budget
+from ..options import (
+    BASE_NAMES,
+    METHOD_NAMES,
+    ClozeOption,
+    FactorDtype,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    check_budget,
+)
 from ..output import command_line, peak_rss_bytes, session
 from ..reports.cloze import cloze_figures
 from ..reports.comparison_files import tables, write_comparison
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-_DTYPES = ("int8", "int4", "int3")
+_DTYPES = get_args(FactorDtype)[1:]  # without "auto"
 _METHODS = "svd,zeroquant,lqer,qera,eora,aser,glowq-published,glowq"
 
 

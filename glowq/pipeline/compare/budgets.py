@@ -260,7 +260,7 @@ def refused(method: Method, context: BudgetContext, reason: str) -> list[Entry]:
 def _parts(groups: Sequence[Group], shared: bool) -> list[tuple[int, ...]]:
     """(inputs, outputs of each member) of each right factor: of each group if `shared`, else of each module."""
     parts = groups if shared else [part for group in groups for part in group.apart()]
-    return [(part.in_features, *part.out_features) for part in parts]
+    return [part.widths for part in parts]
 
 
 def _largest_rank(widths: tuple[int, ...]) -> int:

@@ -29,7 +29,7 @@ import glowq
 from glowq.artifact.build import correction_of, stored_config
 from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
-from glowq.factors.rounding import rounded
+from glowq.factors.rounding import round_group
 from glowq.integrations.transformers.merge import merge_into_dense
 from glowq.models.tracing import find_groups
 from glowq.quantizers.libraries.dense import adopt_dense
@@ -178,7 +178,7 @@ def write(name: str, target: Path) -> None:
     size = packed_bytes(model)
     factors = random_factors(model, some_groups(model, prompts[:1]))
     if name in IN_INT8:
-        factors = [rounded(entry) for entry in factors]
+        factors = [round_group(entry, 8) for entry in factors]
     config = stored_config(model, base, size, "glowq", prompts, 0)
     correction_of(model, factors, config, size, tokenizer).save_pretrained(target / "correction")
     glowq.load_correction(model, target / "correction")
