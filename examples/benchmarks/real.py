@@ -38,7 +38,11 @@ MORE_BASES = ["torchao-int4", "torchao-int2", "gptq-3", "hqq-3", "hqq-2"]
 NAMES = ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
 METHODS = "svd,lqer,qera,eora,glowq-published,glowq"
 BUDGETS = "1%,3%,6%"
-LARGE = {"qwen2.5-coder-1.5b": ["--methods", "qera,glowq", "--budgets", "3%"]}  # one run at scale, on the first base
+FEWER = ["--budgets", "3%", "--factor-dtypes", "int8,int4"]
+LARGE = {  # fewer methods, and on the first base only
+    "qwen2.5-coder-0.5b": ["--methods", "svd,lqer,qera,glowq-published,glowq", *FEWER, "--alternatives"],
+    "qwen2.5-coder-1.5b": ["--methods", "qera,glowq", *FEWER],
+}
 MADE_AT = "3%"
 RANKED = ["svd", "lqer", "qera", "glowq-published"]  # made at the rank that they have within MADE_AT
 MAKING = {
@@ -58,9 +62,9 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help=f"all models, and also {' '.join(MORE_BASES)}")
     parser.add_argument(
         "--making",
-        nargs="+",
+        nargs="*",
         choices=[*RANKED, *MAKING],
-        help="time and memory of which methods alone; default: glowq, and with --all all of them",
+        help="time and memory of which methods alone: by default of glowq, with --all of all; `--making` alone: of none",
     )
     parser.add_argument("--table", action="store_true", help="print the tables of earlier measurements")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
@@ -75,7 +79,8 @@ def main() -> None:
     parser.add_argument("--cloze", type=int, default=0, help="number of multiple-choice items; 100 take half an hour")
     arguments = parser.parse_args()
     names = arguments.models or (NAMES if arguments.all else NAMES[:1])
-    arguments.making = arguments.making or ([*RANKED, *MAKING] if arguments.all else ["glowq"])
+    if arguments.making is None:
+        arguments.making = [*RANKED, *MAKING] if arguments.all else ["glowq"]
     bases = arguments.bases or (BASES + MORE_BASES if arguments.all else BASES)
     for name in () if arguments.table else names:
         if not (arguments.folder / name / "config.json").is_file():
@@ -123,7 +128,7 @@ def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace
     size = {**{name: ["--rank", str(ranks[name])] for name in RANKED if name in ranks}, **MAKING}
     size["glowq+distilled"] = [*size["glowq+distilled"], str(arguments.distill)]
     stored["making"] = {}
-    for method in ["glowq"] if folder.name in LARGE else arguments.making:
+    for method in (one for one in arguments.making if one == "glowq" or folder.name not in LARGE):
         file = unfinished / f"{method}.json"
         if not file.is_file():
             options = ["--method", method.partition("+")[0], *size[method], "--force"]
@@ -177,11 +182,12 @@ def table(result: Mapping[str, Any]) -> str:
     for row in (row for row in rows if not row["budget"]):
         empty = "| " * (len(budgets) - 1)
         lines.append(f"| {row['method']}: {row['settings']} | {empty}+{row['overhead']:.1%} bytes: {_cell(row)} |")
-    made = (
+    made = [
         f"{method} {one['seconds']:.0f} s, {one['peak_rss_bytes'] / 1e9:.1f} GB"
         for method, one in result["making"].items()
-    )
-    lines += ["", f"`glowq correct` at +{MADE_AT} ({result['machine']}): {'; '.join(made)}."]
+    ]
+    if result["making"]:
+        lines += ["", f"`glowq correct` at +{MADE_AT} ({result['machine']}): {'; '.join(made)}."]
     return "\n".join(lines)
 
 
