@@ -64,7 +64,7 @@ def main() -> None:
         "--making",
         nargs="*",
         choices=[*RANKED, *MAKING],
-        help="time and memory of which methods alone: by default of glowq, with --all of all; `--making` alone: of none",
+        help="time and memory of which methods alone: by default of glowq, with --all of all; `--making` alone: none",
     )
     parser.add_argument("--table", action="store_true", help="print the tables of earlier measurements")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
