@@ -46,10 +46,10 @@ LARGE = {  # fewer methods, and on the first base only
 MADE_AT = "3%"
 RANKED = ["svd", "lqer", "qera", "glowq-published"]  # made at the rank that they have within MADE_AT
 MAKING = {
-    "glowq": ["--budget", MADE_AT],
+    "glowq": ["--budget", MADE_AT, "--factor-dtype", "float"],
     "glowq+int8": ["--budget", MADE_AT, "--factor-dtype", "int8"],
     "glowq+int4": ["--budget", MADE_AT, "--factor-dtype", "int4"],
-    "glowq+distilled": ["--budget", MADE_AT, "--distill"],
+    "glowq+distilled": ["--budget", MADE_AT, "--factor-dtype", "float", "--distill"],
 }
 PACKAGES = ["torch", "transformers", "torchao", "bitsandbytes"]
 

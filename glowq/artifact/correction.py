@@ -83,7 +83,7 @@ class Correction:
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "empty"
-        forms = {dtype_name(entry.bits) for entry in self.factors} - {"auto"}
+        forms = {dtype_name(entry.bits) for entry in self.factors} - {"float"}
         kind = f" of {forms.pop()}" if len(forms) == 1 else ""
         return f"Correction({len(self.factors)} groups, {shown}, {self.factor_bytes} bytes{kind}, +{self.overhead:.2%})"
 
@@ -181,7 +181,7 @@ class Correction:
         """
         bits = bits_of(factor_dtype)
         if bits is None:
-            raise ConfigError("factors are rounded to int8, int4 or int3: name one of them, not auto.")
+            raise ConfigError(f"factors are rounded to int8, int4 or int3: name one of them, not {factor_dtype}.")
         least = min((entry.bits for entry in self.factors if entry.bits is not None), default=None)
         if least is not None and least <= bits:
             raise ConfigError(f"the factors are in {dtype_name(least)} already; rounding to {factor_dtype} saves none.")

@@ -32,12 +32,13 @@ class CorrectionRequest:
             token ids (integers of shape (n, length), or a tokenizer's result, see `glowq.data.ids.id_sequences`).
         calibration_tokens: number of tokens to use, taken from all parts of the text; of token ids all are used.
         sequence_length: tokens per sequence of text; lowered to the model's limit.
-        distill: number of distillation steps. After the ranks are chosen, gradient descent on the factors brings the
-            corrected model's answers nearer to the reference's; 60 is a good value. The ranks do not change, but the
-            factors are no longer the optimum of each single group.
-        factor_dtype: "auto" for the model's own dtype; or "int8", "int4" or "int3" for fewer bytes, so that a budget
+        distill: number of distillation steps, or "auto" to take up to 30, as long as they pay on held-out text. After
+            the ranks are chosen, gradient descent on the factors brings the corrected model's answers nearer to the
+            reference's. The ranks do not change, but the factors are no longer the optimum of each single group.
+        factor_dtype: "float" for the model's own dtype; or "int8", "int4" or "int3" for fewer bytes, so that a budget
             gives about 2, 4 or 5 times the ranks. The loss of accuracy by rounding is measured on text that the factors
-            were not calibrated on.
+            were not calibrated on. "auto" takes "int4" for ranks that a budget buys by their gains, or "float" if
+            rounding loses more than the saved bytes give; and "float" for a rank.
         seed: seed for the choice of sequences and for the solver.
         force: keep a correction that is measured to be no better than none, on text that it was not calibrated on.
         mixed: spend the budget on bits, too: quantize the groups with the next larger width that gain more by it than
@@ -55,7 +56,7 @@ class CorrectionRequest:
     calibration: Any = None
     calibration_tokens: int = 32768
     sequence_length: int = 512
-    distill: int = 0
+    distill: int | str = 0
     factor_dtype: str = "auto"
     seed: int = 0
     force: bool = False
@@ -70,7 +71,8 @@ class CorrectionRequest:
         RankRequest(self.rank, self.budget, self.rank_step, self.max_rank)  # checks these four fields
         check_int("calibration_tokens", self.calibration_tokens, 1)
         check_int("sequence_length", self.sequence_length, 2)
-        check_int("distill", self.distill, 0)
+        if self.distill != "auto":
+            check_int("distill", self.distill, 0)
         check_int("seed", self.seed, 0)
         for name in ("force", "mixed"):
             if not isinstance(getattr(self, name), bool):
@@ -125,6 +127,16 @@ class CorrectionRequest:
     def names(cls) -> list[str]:
         """The names of all fields, in their order."""
         return [field.name for field in fields(cls)]
+
+    @property
+    def factor_dtypes(self) -> tuple[str, ...]:
+        """How to store the factors: names of `FACTOR_DTYPES`, of which the first that loses too little is taken."""
+        from ..solving.methods.base import get_method
+
+        if self.factor_dtype != "auto":
+            return (self.factor_dtype,)
+        by_gain = self.budget is not None and get_method(self.method).allocation == "gain"
+        return ("int4", "float") if by_gain else ("float",)
 
     @property
     def ranks(self) -> RankRequest:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelNotFoundError
+from ..factors.form import bits_of
 from ..models.model_config import read_model_config
 from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest, parse_budget, parse_target
@@ -64,7 +65,7 @@ class SavedCorrection:
         """
         group_gains = stored_as(self.factors.group_gains, factor_dtype)
         if request.budget is not None:
-            self._check_budget(request.budget, group_gains, "" if factor_dtype == "auto" else f" in {factor_dtype}")
+            self._check_budget(request.budget, group_gains, f" in {factor_dtype}" if bits_of(factor_dtype) else "")
         return choose_ranks(group_gains, request, self.base_bytes, self.config.total)
 
     def _check_budget(self, budget: str | int, group_gains: Sequence[GroupGains], kind: str) -> None:

@@ -38,6 +38,9 @@ _STEP_TOKENS = 2048
 _BATCH_TOKENS = 512  # a backward pass keeps the activations of this many tokens
 _RATE = 0.03  # learning rate of the first step, as a share of a factor's root mean square; it falls linearly to zero
 _HELD_OUT = 1 / 8  # share of the sequences
+_ROUND = 10  # steps between two looks at the held-out sequences, if these decide how many steps are taken
+_MOST_ROUNDS = 3  # 30 steps take about twice as long as the correction before them
+_LEAST = 0.02  # share of the held-out divergence that a round must take away, or it is the last
 
 
 @stage("distilling")
@@ -47,10 +50,10 @@ def distill(
     factors: Sequence[GroupFactors],
     sequences: Tensor,
     *,
-    steps: int,
+    steps: int | None,
     bits: int | None = None,
     seed: int = 0,
-) -> list[GroupFactors]:
+) -> tuple[list[GroupFactors], int]:
     """Train factors so that the outputs of the corrected model come closer to those of the reference.
 
     An eighth of the sequences is held out. If the trained factors are not better on it, the given factors are returned,
@@ -61,12 +64,14 @@ def distill(
         reference: full-precision model.
         factors: factors at the chosen ranks. Training does not change their gains and totals.
         sequences: token ids, shape (n, length), int64, n >= 2.
-        steps: number of steps, at least 1; each uses about `_STEP_TOKENS` tokens.
+        steps: number of steps, at least 1; each uses about `_STEP_TOKENS` tokens. None takes up to `_MOST_ROUNDS`
+            times `_ROUND` steps, and stops as soon as `_ROUND` of them gain little on the held-out sequences.
         bits: what the factors are rounded to, see `GroupFactors`; None for floats.
         seed: seed of the choice of held-out sequences and of the order of the others.
 
     Returns:
-        Factors with the shapes, order and dtypes of the given ones, on the grid of `bits`.
+        Factors with the shapes, order and dtypes of the given ones, on the grid of `bits`; and the number of steps that
+        they were trained for, 0 if they are the given ones.
 
     Raises:
         ConfigError: steps is below 1.
@@ -75,22 +80,28 @@ def distill(
             states.
         NonFiniteError: the divergence is NaN or Inf.
     """
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise ConfigError(f"distillation takes at least 1 step, found {steps}.")
     if not factors:
-        return []
+        return [], 0
     if len(sequences) < 2:
         raise CalibrationError(f"distillation needs 2 calibration sequences or more, found {len(sequences)}.")
     train, held = split(sequences, _HELD_OUT, seed)
     with _learning(model, reference, factors) as containers:
-        values = _Values(list(containers.values()), bits)
+        values, order = _Values(list(containers.values()), bits), _order(len(train), seed)
         values.use()
-        before = _held_out(model, reference, held)
-        _descend(model, reference, containers, values, train, steps, seed)
-        after = _held_out(model, reference, held)
         given = list(factors) if bits is None else [round_group(entry, bits) for entry in factors]
-        learned = [_read(entry, containers[entry.group.name]) for entry in given]
-    return learned if after < before else given
+        best, taken = given, 0
+        divergence = _held_out(model, reference, held)
+        for round_steps in [_ROUND] * _MOST_ROUNDS if steps is None else [steps]:
+            _descend(model, reference, containers, values, train, round_steps, order)
+            before, divergence = divergence, _held_out(model, reference, held)
+            if divergence >= before:
+                break
+            best, taken = [_read(entry, containers[entry.group.name]) for entry in given], taken + round_steps
+            if divergence > (1 - _LEAST) * before:
+                break
+    return best, taken
 
 
 def _descend(
@@ -100,7 +111,7 @@ def _descend(
     values: _Values,
     sequences: Tensor,
     steps: int,
-    seed: int,
+    order: Iterator[int],
 ) -> None:
     learned = values.learned
     # Adam changes every value by about the learning rate. A rate in proportion to the values of a factor changes large
@@ -110,7 +121,6 @@ def _descend(
         [{"params": [parameter], "lr": rate} for parameter, rate in zip(learned, rates, strict=True)], betas=(0.9, 0.95)
     )
     schedule = LambdaLR(descent, lambda step: 1 - step / steps)
-    order = _order(len(sequences), seed)
     count = max(1, _STEP_TOKENS // sequences.shape[1])
     called: set[str] = set()
     with ExitStack() as stack:

@@ -17,14 +17,17 @@ __all__ = [
     "METHOD_NAMES",
     "BudgetOption",
     "ClozeOption",
-    "FactorDtype",
+    "DistillOption",
     "FactorDtypeOption",
     "JsonOption",
     "MaxRankOption",
     "ModelArgument",
     "RankStepOption",
+    "RoundedDtype",
+    "RoundedDtypeOption",
     "SeedOption",
     "check_budget",
+    "distill_steps",
     "rank_request",
 ]
 
@@ -91,6 +94,20 @@ def rank_request(rank: int | None, budget: str | None, rank_step: int, max_rank:
         raise typer.BadParameter(str(error)) from error
 
 
+def distill_steps(value: str) -> int | str:
+    """What --distill says: a number of steps, or "auto". Anything else is wrong usage (status 2)."""
+    if value == "auto":
+        return value
+    if not value.isdecimal():
+        raise typer.BadParameter(f"expected a number of steps or auto, found {value!r}.")
+    return int(value)
+
+
+def _check_distill(value: str) -> str:
+    distill_steps(value)
+    return value
+
+
 BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or as many as recover a predicted share of the lost "
 BUDGET += "accuracy ('recover 80%')"
 BudgetOption = Annotated[str | None, typer.Option(help=f"Bytes for the factors: {BUDGET}.")]
@@ -101,12 +118,27 @@ MaxRankOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Largest rank that a budget gives a group.")
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a model.")]
-FactorDtype = Literal["auto", "int8", "int4", "int3"]
-"""Names in `glowq.factors.form.FACTOR_DTYPES`."""
+RoundedDtype = Literal["auto", "int8", "int4", "int3"]
+"""Forms to round the factors of a saved correction to; "auto" leaves them as they are."""
 
 FactorDtypeOption = Annotated[
-    FactorDtype,
-    typer.Option(help="auto: the model's own dtype. int8, int4, int3: a budget gives about 2, 4 or 5 times the ranks."),
+    Literal["auto", "float", "int8", "int4", "int3"],
+    typer.Option(
+        help="Form of the factors. float: the model's own dtype; int8, int4, int3: a budget gives about 2, 4 or 5 "
+        "times the ranks; auto: int4 for a budget if it measures no worse than float, float for a rank."
+    ),
+]
+RoundedDtypeOption = Annotated[
+    RoundedDtype,
+    typer.Option(help="Round the kept factors: a budget gives about 2, 4 or 5 times the ranks. auto: as they are."),
+]
+DistillOption = Annotated[
+    str,
+    typer.Option(
+        callback=_check_distill,
+        metavar="STEPS",
+        help="Steps of gradient descent on the chosen factors; auto: up to 30, as long as they pay.",
+    ),
 ]
 ClozeOption = Annotated[
     int, typer.Option(min=0, metavar="N", help="Also ask N times which of 4 continuations the text has; 0: not.")

@@ -10,8 +10,8 @@ from .blocks import block_bytes
 
 __all__ = ["FACTOR_DTYPES", "FactorForm", "bits_of", "dtype_name"]
 
-FACTOR_DTYPES: Mapping[str, int | None] = {"auto": None, "int8": 8, "int4": 4, "int3": 3}
-"""Names of the forms, and their bits per value; None for "auto", the model's own dtype."""
+FACTOR_DTYPES: Mapping[str, int | None] = {"float": None, "int8": 8, "int4": 4, "int3": 3}
+"""Names of the forms, and their bits per value; None for "float", the model's own dtype."""
 
 _SCALE_BYTES = 4  # of a rank of whole numbers
 
@@ -44,12 +44,16 @@ class FactorForm:
 def bits_of(factor_dtype: str) -> int | None:
     """The bits per value of a form; None for floats of the model's own dtype.
 
+    Args:
+        factor_dtype: one of `FACTOR_DTYPES`; or "auto", which leaves factors as they are.
+
     Raises:
-        ConfigError: the name is none of `FACTOR_DTYPES`; the message lists them.
+        ConfigError: the name is neither; the message lists the names.
     """
-    if not isinstance(factor_dtype, str) or factor_dtype not in FACTOR_DTYPES:
-        raise ConfigError(f"factor_dtype must be one of {', '.join(FACTOR_DTYPES)}, found {factor_dtype!r}.")
-    return FACTOR_DTYPES[factor_dtype]
+    known = ("auto", *FACTOR_DTYPES)
+    if not isinstance(factor_dtype, str) or factor_dtype not in known:
+        raise ConfigError(f"factor_dtype must be one of {', '.join(known)}, found {factor_dtype!r}.")
+    return FACTOR_DTYPES.get(factor_dtype)
 
 
 def dtype_name(bits: int | None) -> str:

@@ -21,6 +21,7 @@ from ..evaluation.change import answer_change
 from ..evaluation.improvement import improvement, is_worse, not_better
 from ..factors.factors import GroupFactors
 from ..factors.form import FactorForm, bits_of
+from ..factors.group import Group
 from ..models.wrappers import correctable
 from ..quantizers.model import packed_bytes
 from ..runtime.attach import applied, attach, attached, detach
@@ -32,7 +33,7 @@ from .block_store import Resume, open_blocks, run_key
 from .finish import finished
 from .prepared import opened, readable_modules, traced
 from .problem import Problem
-from .sequences import calibration_sequences, check_token_count, split_sequences
+from .sequences import TOKENS_PER_RANK, calibration_sequences, check_token_count, split_sequences
 
 __all__ = ["correct"]
 
@@ -100,13 +101,8 @@ def correct(
     sequences = calibration_sequences(model, request, tokenizer)
     trace = traced(model, sequences)
     base_bytes = packed_bytes(model)
-    if request.budget is None:
-        ranks = uniform_ranks(trace.groups, request.rank)
-    else:
-        form = FactorForm(bits_of(request.factor_dtype), dtype_of_factors(model).itemsize)
-        ranks = candidate_ranks(trace.groups, ranks_asked, base_bytes, form, shared=solver.shared)
-    train, held = split_sequences(sequences, solver, ranks_asked, request.factor_dtype, seed)
-    check_token_count(train, ranks)
+    train, held = split_sequences(sequences, solver, ranks_asked, request.factor_dtypes[-1], seed)
+    ranks = _solved_ranks(trace.groups, request, base_bytes, dtype_of_factors(model).itemsize, train)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision, subfolder, variant)
     try:
         with (
@@ -129,6 +125,28 @@ def correct(
     for entry in correction.factors:
         attach(model, entry)
     return correction
+
+
+def _solved_ranks(
+    groups: Sequence[Group], request: CorrectionRequest, base_bytes: int, itemsize: int, train: Tensor
+) -> dict[str, int]:
+    """Group name -> rank to solve for.
+
+    If the form of the factors is chosen later, this is the rank of the form with the most ranks, or fewer where the
+    text has too few tokens for them.
+    """
+    if request.budget is None:
+        ranks = uniform_ranks(groups, request.rank)
+        check_token_count(train, ranks)
+        return ranks
+    shared = get_method(request.method).shared
+    forms = [FactorForm(bits_of(name), itemsize) for name in request.factor_dtypes]
+    *wide, ranks = [candidate_ranks(groups, request.ranks, base_bytes, form, shared=shared) for form in forms]
+    check_token_count(train, ranks)
+    most = train.numel() // TOKENS_PER_RANK // request.rank_step * request.rank_step
+    for several in wide:
+        ranks |= {name: max(ranks.get(name, 0), min(rank, most)) for name, rank in several.items()}
+    return {name: rank for name, rank in ranks.items() if rank}
 
 
 def _improvement(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,18 +16,21 @@ from ..artifact.correction import Correction
 from ..artifact.request import CorrectionRequest
 from ..calibration.distillation import distill
 from ..calibration.group_gains import calibrated, measure_groups
-from ..errors import NoGainError
+from ..errors import NoGainError, RoundingError
 from ..evaluation.rounding_cost import rounding_cost
 from ..factors.factors import GroupFactors
 from ..factors.form import bits_of
+from ..factors.rounding import round_group
 from ..factors.units import GainUnit
 from ..selection.allocation import allocate, by_benefit
-from ..selection.budget import RankRequest
+from ..selection.budget import RankRequest, parse_target
 from ..solving.methods.base import Method
 from .more_bits import predict_more_bits
 from .problem import Problem
 
 __all__ = ["finished"]
+
+_logger = logging.getLogger(__name__)
 
 
 def finished(
@@ -61,28 +65,54 @@ def finished(
         # The total also covers groups that are not restored, so record it before they are removed.
         config.record(total=math.fsum(entry.total for entry in factors))
     lacking = problem.source.missing
-    whole = correction = correction_of(model, factors, config, problem.base_bytes, tokenizer, lacking=lacking)
+    whole = correction_of(model, factors, config, problem.base_bytes, tokenizer, lacking=lacking)
     if request.budget is not None:
         _check_gains(factors, problem.train)
-        correction = whole.kept(whole.choose(request.ranks, request.factor_dtype))
-    unrounded = correction.factors
-    if request.factor_dtype != "auto":
-        correction = correction.rounded(request.factor_dtype)
-    if request.distill:
-        bits, steps = bits_of(request.factor_dtype), request.distill
-        correction.factors = distill(
-            model, reference, unrounded, problem.train, steps=steps, bits=bits, seed=problem.seed
-        )
-        correction.config.record(distilled_steps=request.distill)
-    if request.factor_dtype != "auto":
-        assert held is not None
-        cost = rounding_cost(model, reference, correction.factors, unrounded, _within(whole, correction), held)
-        correction.config.record(rounding=cost)
+    correction = _chosen(problem, whole, request)
     if request.budget is not None and correction.config.provenance.gains != GainUnit.SQUARED_OUTPUT:
         correction.config.record(
             instead=predict_more_bits(model, factors, correction.factor_bytes, correction.config.total)
         )
     return correction
+
+
+def _chosen(problem: Problem, whole: Correction, request: CorrectionRequest) -> Correction:
+    """The ranks that a request chooses of all that were solved, in the first form that loses too little by rounding."""
+    *first, last = request.factor_dtypes
+    for factor_dtype in first:
+        try:
+            return _stored_as(problem, whole, request, factor_dtype)
+        except RoundingError as error:
+            _logger.warning("the factors are stored in the model's own dtype: %s", error)
+    return _stored_as(problem, whole, request, last)
+
+
+def _stored_as(problem: Problem, whole: Correction, request: CorrectionRequest, factor_dtype: str) -> Correction:
+    """The ranks that a request chooses of all that were solved: rounded, and distilled if the request says so."""
+    model, reference, bits = problem.model, problem.source.model, bits_of(factor_dtype)
+    correction = whole if request.budget is None else whole.kept(_ranks(whole, request, factor_dtype))
+    unrounded = correction.factors
+    if bits is not None:
+        correction = correction.rounded(factor_dtype)
+    if request.distill:
+        steps = None if request.distill == "auto" else int(request.distill)
+        correction.factors, taken = distill(
+            model, reference, unrounded, problem.train, steps=steps, bits=bits, seed=problem.seed
+        )
+        correction.config.record(distilled_steps=taken or None)
+    if bits is not None:
+        assert problem.held is not None
+        cost = rounding_cost(model, reference, correction.factors, unrounded, _within(whole, correction), problem.held)
+        correction.config.record(rounding=cost)
+    return correction
+
+
+def _ranks(whole: Correction, request: CorrectionRequest, factor_dtype: str) -> dict[str, int]:
+    """The ranks within a budget of bytes; or for a target, those whose factors reach it as they will be stored."""
+    bits = bits_of(factor_dtype)
+    if bits is None or parse_target(request.budget or "") is None:
+        return whole.choose(request.ranks, factor_dtype)
+    return replace(whole, factors=[round_group(entry, bits) for entry in whole.factors]).choose(request.ranks)
 
 
 def _measured(

@@ -130,7 +130,7 @@ def plan_mixture(
         measured = measure_wider(model, wider, source, groups, held)
     steps = {entry.group.name: Step(entry.group.name, 1, entry.bytes, entry.gain) for entry in measured}
     # The correction that follows needs one step of ranks, or it would be refused.
-    form = FactorForm(bits_of(request.factor_dtype), factor_dtype(model).itemsize)
+    form = FactorForm(bits_of(request.factor_dtypes[-1]), factor_dtype(model).itemsize)
     least = request.rank_step * min(form.rank_bytes(group.widths) for group in groups)
     found = divide(ranks, steps, available - least, rank_step=request.rank_step, max_rank=request.max_rank)
     wide = tuple(group for group in groups if group.name in found.wider)

@@ -12,11 +12,15 @@ from ..data.ids import holds_ids, id_sequences
 from ..data.text import read_texts
 from ..data.tokens import split, token_sequences
 from ..errors import CalibrationError
+from ..factors.form import bits_of
 from ..models.positions import position_limit
 from ..selection.budget import RankRequest
 from ..solving.methods.base import Method
 
-__all__ = ["calibration_sequences", "check_token_count", "checked_ids", "split_sequences"]
+__all__ = ["TOKENS_PER_RANK", "calibration_sequences", "check_token_count", "checked_ids", "split_sequences"]
+
+TOKENS_PER_RANK = 2
+"""Fewest calibration tokens for each rank of a group."""
 
 _SELECTION_TOKENS = 2048  # tokens on which all groups are measured
 _SELECTED = 1 / 8  # largest share of the sequences that may be used for this measurement
@@ -70,13 +74,13 @@ def split_sequences(
 
     The second part is None if there is only one sequence and nothing has to be measured.
     """
-    needed = factor_dtype != "auto" or (request.budget is not None and method.allocation == "gain")
+    needed = bits_of(factor_dtype) is not None or (request.budget is not None and method.allocation == "gain")
     if len(sequences) < 2 and not needed:
         return sequences, None
     try:
         return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
     except CalibrationError as error:
-        if factor_dtype == "auto":
+        if bits_of(factor_dtype) is None:
             raise
         raise CalibrationError(
             f"{factor_dtype} factors are measured on text that the factors are not calibrated on: {error}"
@@ -84,7 +88,7 @@ def split_sequences(
 
 
 def check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
-    """Refuse fewer than two calibration tokens per rank.
+    """Refuse fewer than `TOKENS_PER_RANK` calibration tokens per rank.
 
     Args:
         sequences: token ids to calibrate on, shape (n, length).
@@ -93,7 +97,7 @@ def check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
     Raises:
         CalibrationError: the message says how many tokens are needed.
     """
-    needed = 2 * max(ranks.values())
+    needed = TOKENS_PER_RANK * max(ranks.values())
     if sequences.numel() < needed:
         raise CalibrationError(
             f"{sequences.numel()} calibration tokens are too few for rank {max(ranks.values())}: at least {needed} are "

@@ -64,8 +64,8 @@ def test_rounded_factors_are_trained_as_they_are_used(source: Path) -> None:
     options: dict[str, Any] = {"reference": source, "calibration": train, "rank": 6}
     solved = glowq.correct(model, **options).factors
     glowq.detach(model)
-    after = [round_group(entry, 3) for entry in distill(model, reference, solved, train, steps=6)]
-    during = distill(model, reference, solved, train, steps=6, bits=3)
+    after = [round_group(entry, 3) for entry in distill(model, reference, solved, train, steps=6)[0]]
+    during, _ = distill(model, reference, solved, train, steps=6, bits=3)
     found = {}
     for name, factors in (
         ("solved", [round_group(entry, 3) for entry in solved]),
@@ -105,7 +105,7 @@ def test_the_model_is_left_as_it_was(tiny_llama: Factory, tiny_ids: Tensor, rand
     frozen = next(model.parameters()).requires_grad_(False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     factors = [random_factors(group, scale=0.1) for group in find_groups(model, {"input_ids": tiny_ids})]
-    found = distill(model, reference, factors, tiny_ids.repeat(8, 1), steps=3)
+    found, _ = distill(model, reference, factors, tiny_ids.repeat(8, 1), steps=3)
     assert model.training
     assert not frozen.requires_grad
     assert all(p.requires_grad for name, p in model.named_parameters() if p is not frozen)
@@ -126,14 +126,44 @@ def test_what_does_no_better_on_held_out_sequences_is_not_taken(
     none = [
         replace(entry, lefts={name: torch.zeros_like(left) for name, left in entry.lefts.items()}) for entry in factors
     ]
-    found = distill(model, model, none, tiny_ids.repeat(8, 1), steps=2)  # nothing can be closer than the model itself
+    ids = tiny_ids.repeat(8, 1)
+    found, taken = distill(model, model, none, ids, steps=2)  # nothing can be closer than the model itself
+    assert taken == 0
     assert all(torch.equal(new.right, old.right) for new, old in zip(found, none, strict=True))
+
+
+def test_it_stops_when_a_round_of_steps_gains_little(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Factory, tiny_ids: Tensor, random_factors: Factory
+) -> None:
+    reference, train = load(source), sequences(source, "python-stdlib", 2048)
+    model = quantized(source, "torchao-int3")
+    solved = glowq.correct(model, reference=source, calibration=train, rank=2).factors
+    glowq.detach(model)
+    monkeypatch.setattr("glowq.calibration.distillation._ROUND", 2)
+    assert distill(model, reference, solved, train, steps=None)[1] in (2, 4, 6)
+    monkeypatch.setattr("glowq.calibration.distillation._LEAST", 0.9)
+    first, least = distill(model, reference, solved, train, steps=None)
+    assert least == 2
+    again, _ = distill(model, reference, solved, train, steps=2)
+    for entry, other in zip(first, again, strict=True):
+        assert torch.equal(entry.right, other.right)
+    ids = tiny_ids.repeat(8, 1)
+    same = tiny_llama()
+    none = [random_factors(group, scale=0.0) for group in find_groups(same, {"input_ids": tiny_ids})]
+    assert distill(same, same, none, ids, steps=None)[1] == 0
+
+
+def test_auto_is_a_number_of_steps_that_the_correction_tells(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glowq.calibration.distillation._ROUND", 1)
+    options: dict[str, Any] = {"calibration": sequences(source, "python-stdlib", 1024), "rank": 2, "distill": "auto"}
+    correction = glowq.correct(quantized(source, "torchao-int3"), reference=source, **options)
+    assert correction.config.provenance.distilled_steps in (1, 2, 3)
 
 
 def test_bad_input_is_named(tiny_llama: Factory, tiny_ids: Tensor, random_factors: Factory) -> None:
     model = tiny_llama()
     factors = [random_factors(group) for group in find_groups(model, {"input_ids": tiny_ids})]
-    assert distill(model, model, [], tiny_ids, steps=1) == []
+    assert distill(model, model, [], tiny_ids, steps=1) == ([], 0)
     with pytest.raises(ConfigError, match="at least 1 step, found 0"):
         distill(model, model, factors, tiny_ids, steps=0)
     with pytest.raises(CalibrationError, match="2 calibration sequences or more, found 1"):

@@ -116,7 +116,9 @@ def test_a_part_of_the_correction_does_not_keep_it() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (16, 64), generator=generator)
     reference = load(small_model()).eval()
-    correction = glowq.correct(model, reference=reference, calibration=ids, budget="9%", force=True)
+    correction = glowq.correct(
+        model, reference=reference, calibration=ids, budget="9%", factor_dtype="float", force=True
+    )
     found = correction.config.provenance.instead
     assert found is not None
     assert 0 < correction.factor_bytes <= 0.09 * packed_bytes(model)

@@ -22,7 +22,9 @@ class TestCorrect:
     @pytest.mark.parametrize("method", ["glowq", "qera"])
     def test_rank_steps_and_a_cap(self, source: Path, method: str) -> None:
         limits: dict[str, Any] = {"rank_step": 8, "max_rank": 16}
-        model, correction = corrected(source, "torchao-int2", rank=None, budget="60%", method=method, **limits)
+        model, correction = corrected(
+            source, "torchao-int2", rank=None, budget="60%", factor_dtype="float", method=method, **limits
+        )
         assert set(correction.ranks.values()) == {8, 16}
         assert correction.factor_bytes <= 0.6 * correction.base_bytes
         assert {name: entry.rank for name, entry in attached(model).items()} == correction.ranks

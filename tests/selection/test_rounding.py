@@ -66,7 +66,7 @@ class TestCorrecting:
             widths = entry.group.in_features, *entry.group.out_features
             values = sum(widths) if bits == 8 else sum(-(-width // 32) * (4 * bits + 1) for width in widths)
             assert entry.factor_bytes == entry.rank * (values + 4)
-        unrounded = tiny.corrected(source, "nf4", rank=None, budget="12%")[1]
+        unrounded = tiny.corrected(source, "nf4", rank=None, budget="12%", factor_dtype="float")[1]
         assert sum(correction.ranks.values()) > 1.7 * sum(unrounded.ranks.values())
 
     def test_what_rounding_costs_was_measured(self, corrected: tuple[Any, glowq.Correction], bits: int) -> None:
@@ -297,7 +297,7 @@ class TestExports:
         (
             lambda: glowq.GlowQConfig(base="nf4", factor_dtype="int2"),
             ConfigError,
-            "must be one of auto, int8, int4, int3, found 'int2'",
+            "must be one of auto, float, int8, int4, int3, found 'int2'",
         ),
         (
             lambda: glowq.GlowQConfig(base="nf4", correction="folder", factor_dtype="int8"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import FactorDtype, JsonOption, SeedOption
+from ..options import JsonOption, RoundedDtype, SeedOption
 from ..output import command_line, markdown_table, session, table
 
 __all__ = ["bench"]
@@ -32,7 +32,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per batch size and length.")] = 5,
     compile_: Annotated[bool, typer.Option("--compile", help="Time the models with torch.compile.")] = False,
     factor_dtype: Annotated[
-        FactorDtype, typer.Option(help="Also time both corrections with rounded factors.")
+        RoundedDtype, typer.Option(help="Also time both corrections with rounded factors.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch chooses.")] = None,
     output: Annotated[

@@ -18,9 +18,10 @@ from ..options import (
     BASE_NAMES,
     METHOD_NAMES,
     ClozeOption,
-    FactorDtype,
+    DistillOption,
     JsonOption,
     ModelArgument,
+    RoundedDtype,
     SeedOption,
     check_budget,
 )
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-_DTYPES = get_args(FactorDtype)[1:]  # without "auto"
+_DTYPES = get_args(RoundedDtype)[1:]  # without "auto"
 _METHODS = "svd,zeroquant,lqer,qera,eora,aser,glowq-published,glowq"
 
 
@@ -82,9 +83,7 @@ def compare(
         typer.Option(callback=_check_list, metavar="NAMES", help="Also run these tasks of lm-evaluation-harness."),
     ] = None,
     cloze: ClozeOption = 0,
-    distill: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Also distill the first method that allocates by gain.")
-    ] = 0,
+    distill: DistillOption = "0",
     factor_dtypes: Annotated[
         str | None,
         typer.Option(
@@ -130,7 +129,7 @@ def compare(
         if resume and output is None:
             raise ConfigError("--resume keeps finished cells in DIR.resume: name DIR with --output.")
         names, sizes, wanted, dtypes = map(_list, (methods, budgets, tasks, factor_dtypes))
-        _check_early(names, wanted, output, {"--distill": bool(distill), "--factor-dtypes": bool(dtypes)})
+        _check_early(names, wanted, output, {"--distill": distill != "0", "--factor-dtypes": bool(dtypes)})
         kept = f"{output_path(output)}.resume" if resume and output is not None else None
         blocks = None if kept is None else opened.enter_context(open_blocks(kept))
         quantization = None if base in ("none", "dense") else base_config(base)
@@ -160,8 +159,9 @@ def compare(
             cells=cells,
         )
         full = load_model(source, load_config(source))
-        if distill:
-            learned = distill_entries(quantized, full, comparison.entries, train, steps=distill, seed=seed, cells=cells)
+        if distill != "0":
+            steps = None if distill == "auto" else int(distill)
+            learned = distill_entries(quantized, full, comparison.entries, train, steps=steps, seed=seed, cells=cells)
             comparison = replace(comparison, entries=[*comparison.entries, *learned])
         scores = score_entries(full, quantized, comparison.entries, report, cells)
         others = {}

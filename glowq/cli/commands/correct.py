@@ -14,12 +14,14 @@ from ..options import (
     BASE_NAMES,
     METHOD_NAMES,
     BudgetOption,
+    DistillOption,
     FactorDtypeOption,
     JsonOption,
     MaxRankOption,
     ModelArgument,
     RankStepOption,
     SeedOption,
+    distill_steps,
     rank_request,
 )
 from ..output import command_line, grid, peak_rss_bytes, session
@@ -63,9 +65,7 @@ def correct(
     gguf_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL, with --base dense.")
     ] = None,
-    distill: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Steps of gradient descent on the chosen factors, e.g. 60.")
-    ] = 0,
+    distill: DistillOption = "0",
     factor_dtype: FactorDtypeOption = "auto",
     force: Annotated[
         bool, typer.Option("--force", help="Keep a correction that held-out text shows to be no better than none.")
@@ -102,7 +102,7 @@ def correct(
                 calibration=calibration,
                 calibration_tokens=calibration_tokens,
                 sequence_length=sequence_length,
-                distill=distill,
+                distill=distill_steps(distill),
                 factor_dtype=factor_dtype,
                 seed=seed,
                 force=force,
@@ -145,7 +145,8 @@ def _table(result: dict[str, Any]) -> Any:
     rows = {
         "output": result["output"],
         "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
-        "factors": f"{result['factor_bytes']:,} bytes, {result['overhead']:.2%} of {result['base_bytes']:,}",
+        "factors": f"{result['factor_bytes']:,} bytes in {result['factor_dtype']}, {result['overhead']:.2%} of "
+        f"{result['base_bytes']:,}",
         **_predicted(result),
         **_measured(result),
         **_rounding(result["rounding"], result["factor_dtype"], result["distilled_steps"]),

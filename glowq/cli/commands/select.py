@@ -9,7 +9,7 @@ import typer
 
 from ...errors import OutputError
 from ...factors.units import GainUnit
-from ..options import BUDGET, FactorDtypeOption, JsonOption, MaxRankOption, RankStepOption, rank_request
+from ..options import BUDGET, JsonOption, MaxRankOption, RankStepOption, RoundedDtypeOption, rank_request
 from ..output import command_line, grid, session
 from ..output import note as print_note
 
@@ -25,7 +25,7 @@ def select(
     output: Annotated[str, typer.Option(metavar="OUT2", help="Folder to write; must be new, empty, or an old result.")],
     rank_step: RankStepOption = 1,
     max_rank: MaxRankOption = None,
-    factor_dtype: FactorDtypeOption = "auto",
+    factor_dtype: RoundedDtypeOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Cut a correction to a budget: keep the ranks that gain most for their bytes. Nothing is solved again.
@@ -43,6 +43,7 @@ def select(
     with session(json) as show:
         from ...artifact.correction import Correction
         from ...artifact.saved import open_saved
+        from ...factors.form import bits_of
         from ...utils.output import check_output, output_path, write_directory
 
         target = output_path(output)
@@ -51,7 +52,7 @@ def select(
         check_output(target)
         with open_saved(correction) as whole:
             cut = Correction.from_saved(whole, whole.choose(request, factor_dtype))
-        if factor_dtype != "auto":
+        if factor_dtype != "auto" and any(entry.bits != bits_of(factor_dtype) for entry in cut.factors):
             cut = cut.rounded(factor_dtype)
         note = _note(whole.config, correction)
         had = sum(sum(item.gains) for item in whole.factors.group_gains)

@@ -9,6 +9,7 @@ import typer
 
 from ..commands.correct import report
 from ..entry import interrupted
+from ..options import distill_steps
 
 __all__ = ["export"]
 
@@ -19,6 +20,8 @@ def export(model: str, output: str, json: bool, task: str = "auto", **options: A
     def run(command: str) -> dict[str, Any]:
         from ...integrations.optimum import main_export
 
+        if "distill" in options:
+            options["distill"] = distill_steps(options["distill"])
         return main_export(model, output, task=task, command=command, **options)
 
     try:

@@ -120,7 +120,7 @@ def correct_checkpoint(
         "instead": correction.config.provenance.instead,
         "gains": correction.config.provenance.gains,
         "calibration_tokens": train.numel(),
-        "factor_dtype": request.factor_dtype,
+        "factor_dtype": correction.config.provenance.factor_dtype or "float",
         "distilled_steps": correction.config.provenance.distilled_steps,
         "rounding": correction.config.provenance.rounding,
         "improvement": correction.config.provenance.improvement,

@@ -107,7 +107,7 @@ def alternatives_of(
     if isinstance(partner, Unavailable):
         found.append(makes.whole("wider", backend.wider(config)))
         return [*found, *(_none("mixed", partner.reason, *budget) for budget in budgets.items())]
-    _, held = split_sequences(calibration, get_method("glowq"), RankRequest(budget="1%"), "auto", seed)
+    _, held = split_sequences(calibration, get_method("glowq"), RankRequest(budget="1%"), "float", seed)
     assert held is not None  # groups are measured on it
     groups = {group.name: group for group in traced(model, calibration).groups}
 

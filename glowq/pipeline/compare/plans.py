@@ -34,7 +34,7 @@ class Plan:
         context: bytes of the budgets, and of one factor value.
         size: what to solve; None if not even the largest budget holds a rank.
         job: the same as ranks.
-        factor_dtype: what the factors are rounded to; "auto" if they are not.
+        factor_dtype: what the factors are rounded to; "float" if they are not.
     """
 
     method: Method
@@ -46,7 +46,7 @@ class Plan:
     @property
     def name(self) -> str:
         """Name of the entries, for example "glowq+int8"."""
-        return self.method.name if self.factor_dtype == "auto" else f"{self.method.name}+{self.factor_dtype}"
+        return self.method.name if self.factor_dtype == "float" else f"{self.method.name}+{self.factor_dtype}"
 
     @property
     def labels(self) -> list[str]:
@@ -105,8 +105,8 @@ def plans_of(
         if twin_key(method) in seen:
             continue
         seen.add(twin_key(method))
-        plans.append(_plan(method, context, "auto", base_bytes))
-        if method.allocation == "gain" and all(plan.factor_dtype == "auto" for plan in plans):
+        plans.append(_plan(method, context, "float", base_bytes))
+        if method.allocation == "gain" and all(plan.factor_dtype == "float" for plan in plans):
             for name in factor_dtypes:
                 smaller = replace(context, form=replace(context.form, bits=bits_of(name)))
                 plans.append(_plan(method, smaller, name, base_bytes))
