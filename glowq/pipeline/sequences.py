@@ -17,7 +17,14 @@ from ..models.positions import position_limit
 from ..selection.budget import RankRequest
 from ..solving.methods.base import Method
 
-__all__ = ["TOKENS_PER_RANK", "calibration_sequences", "check_token_count", "checked_ids", "split_sequences"]
+__all__ = [
+    "TOKENS_PER_RANK",
+    "calibration_sequences",
+    "check_token_count",
+    "checked_ids",
+    "split_sequences",
+    "unmeasured",
+]
 
 TOKENS_PER_RANK = 2
 """Fewest calibration tokens for each rank of a group."""
@@ -78,13 +85,25 @@ def split_sequences(
     if len(sequences) < 2 and not needed:
         return sequences, None
     try:
-        return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
+        return _split(sequences, seed)
     except CalibrationError as error:
         if bits_of(factor_dtype) is None:
             raise
         raise CalibrationError(
             f"{factor_dtype} factors are measured on text that the factors are not calibrated on: {error}"
         ) from error
+
+
+def unmeasured(sequences: Tensor, seed: int) -> Tensor:
+    """The sequences that `split_sequences` does not measure on.
+
+    A base that is quantized with calibration text takes only these: its error is smaller on text that it has seen.
+    """
+    return sequences if len(sequences) < 2 else _split(sequences, seed)[0]
+
+
+def _split(sequences: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
 
 
 def check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:

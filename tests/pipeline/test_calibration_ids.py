@@ -21,12 +21,13 @@ from transformers import (
 )
 
 import glowq
+from glowq.artifact.request import CorrectionRequest
 from glowq.errors import CalibrationError, GlowQError, TokenizerMismatchError
 from glowq.models.loading import load_config, token_limits
 from glowq.models.positions import position_limit
 from glowq.pipeline.compare.comparison import compare_methods
 from support.cli import result_of
-from support.tiny import CHEAP, EXAMPLE, SHAPE, TEXTS, load, quantized, seeded
+from support.tiny import CALIBRATION, CHEAP, EXAMPLE, SHAPE, TEXTS, load, quantized, seeded
 
 IDS = torch.randint(5, 4096, (16, 24), generator=torch.Generator().manual_seed(0))
 POSITIONS = 34  # of RoBERTa, which reserves two of them
@@ -226,3 +227,36 @@ def test_the_limits_of_other_models_build_none(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr("glowq.models.positions.limit_of_config", build)
     assert token_limits(load_config(str(source)), 128) == (128, SHAPE["vocab_size"])
+
+
+@pytest.mark.parametrize("door", ["command", "loading"])
+def test_a_calibrated_base_does_not_see_the_text_that_is_measured_on(
+    door: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: None
+) -> None:
+    pytest.importorskip("gptqmodel")
+    from glowq.integrations.transformers import checkpoint, quantizer
+    from glowq.pipeline import finish
+
+    seen: dict[str, Tensor] = {}
+    module = checkpoint if door == "command" else quantizer
+    quantize, measure = module.with_calibration, finish.measure_groups
+
+    def with_calibration(config: Any, sequences: Tensor) -> Any:
+        seen["base"] = sequences
+        return quantize(config, sequences)
+
+    def measure_groups(model: Any, reference: Any, factors: Any, sequences: Tensor) -> Any:
+        seen["measured"] = sequences
+        return measure(model, reference, factors, sequences)
+
+    monkeypatch.setattr(module, "with_calibration", with_calibration)
+    monkeypatch.setattr(finish, "measure_groups", measure_groups)
+    options: dict[str, Any] = {"budget": "20%", "calibration": TEXTS, **CALIBRATION, "force": True}
+    if door == "command":
+        request = CorrectionRequest(**options)
+        checkpoint.correct_checkpoint(str(source), tmp_path / "out", request=request, base="gptq-4", format="full")
+    else:
+        load(source, quantization_config=glowq.GlowQConfig(base="gptq-4", **options))
+    rows = {tuple(row) for row in seen["base"].tolist()}
+    assert rows
+    assert not rows & {tuple(row) for row in seen["measured"].tolist()}

@@ -22,7 +22,8 @@ from glowq.quantizers.model import prepare_model, quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
 from support import writers
 from support.bases import BASES, Base, small_model
-from support.tiny import CALIBRATION, CHEAP, TEXTS, gap, load, logits
+from support.cli import result_of
+from support.tiny import CALIBRATION, CHEAP, TEXTS, gap, load, logits, tiny_llama
 
 pytest.importorskip("gptqmodel")
 
@@ -73,6 +74,19 @@ def test_zero_points_less_one_are_the_same_weight(tmp_path: Path) -> None:
     for name, backend in prepare_model(old).items():
         weights = [read_weight(backend, name, model.get_submodule(name)) for model in (new, old)]
         assert torch.equal(*weights), name
+
+
+def test_a_width_that_is_no_multiple_of_the_group(tmp_path: Path) -> None:
+    """The last group is smaller. It was taken for another group size, in another order of the columns."""
+    wide = tiny_llama(tmp_path / "wide", hidden_size=192, num_hidden_layers=1)
+    writers.optimum(wide, tmp_path / "gptq", bits=4, group_size=128)
+    model = load(tmp_path / "gptq")
+    backend = prepare_model(model)[NAME]
+    scheme = backend.scheme(model.get_submodule(NAME))
+    assert (scheme.group_size, scheme.details) == (128, ("symmetric",))
+    found = result_of("inspect", tmp_path / "gptq")
+    assert str(scheme) in json.dumps(found)
+    assert "groups of 96" not in json.dumps(found)
 
 
 def test_the_weight_read_is_the_nearest_code_of_the_weight_quantized() -> None:

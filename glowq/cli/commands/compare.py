@@ -120,6 +120,7 @@ def compare(
         from ...pipeline.compare.alternatives import alternatives_of
         from ...pipeline.compare.cells import cells_of
         from ...pipeline.compare.comparison import cloze_entries, compare_methods, distill_entries, score_entries
+        from ...pipeline.sequences import unmeasured
         from ...quantizers.registry import base_config, with_calibration
         from ...selection.budget import parse_budget
         from ...utils.output import output_path
@@ -143,7 +144,7 @@ def compare(
         overlap = check_disjoint(train, report, force=force)
         items = cloze_items(report, cloze, seed=seed) if cloze else None
         if quantization is not None:
-            quantization = with_calibration(quantization, train)
+            quantization = with_calibration(quantization, unmeasured(train, seed))
         quantized = load_model(model, config, quantization, gguf_file)
         settings = [names, sizes, dtypes, distill, alternatives, cloze, base, seed]
         cells = cells_of(blocks, quantized, source, [train, report], seed, settings)

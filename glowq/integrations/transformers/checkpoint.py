@@ -17,6 +17,7 @@ from ...models.fast_products import slow_here
 from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
 from ...pipeline.block_store import check_blocks, remove_blocks
 from ...pipeline.mixed import check_mixable, plan_mixture
+from ...pipeline.sequences import unmeasured
 from ...quantizers.registry import base_config, with_calibration
 from ...utils.names import split_revision
 from ...utils.output import check_output, output_path, write_directory
@@ -91,7 +92,7 @@ def correct_checkpoint(
     )
     score = reference_score(source, held) if scores_text(config, auto_class) else None
     if quantization is not None:
-        quantization = with_calibration(quantization, train)
+        quantization = with_calibration(quantization, unmeasured(train, request.seed))
     load = partial(load_model, model, config, gguf_file=gguf_file, auto_class=auto_class)
     corrected, asked = load(quantization), replace(request, calibration=train)
     common = {"reference": source, "tokenizer": tokenizer, "revision": split_revision(model)[1]}

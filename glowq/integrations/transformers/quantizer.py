@@ -29,7 +29,7 @@ from ...factors.factors import GroupFactors
 from ...models.candidates import renaming
 from ...models.model_config import read_model_config
 from ...pipeline.mixed import Mixture, check_mixable, plan_mixture
-from ...pipeline.sequences import calibration_sequences
+from ...pipeline.sequences import calibration_sequences, unmeasured
 from ...quantizers.model import prepare_model
 from ...quantizers.registry import backend_of, check_installed, is_calibrated, method_of, with_calibration
 from ...quantizers.settings import base_settings
@@ -152,12 +152,13 @@ class GlowQHfQuantizer(CorrectedHfQuantizer):
         return model
 
     def _quantize_with_calibration(self, model: nn.Module) -> None:
-        """Let the base calibrate its quantization on the same sequences as the correction."""
+        """Let the base calibrate its quantization on the same sequences as the factors."""
         source = str(model.config.name_or_path)  # type: ignore[union-attr]
         with torch.device("cpu"):  # transformers creates tensors on the meta device at this point
             tokenizer = _tokenizer(source, _place_of(source, Path(self._shards[0])))
             self._calibration = calibration_sequences(model, self._request(), tokenizer)
-        self._use(with_calibration(self.quantization_config, self._calibration))
+            sequences = unmeasured(self._calibration, self._request().seed)
+        self._use(with_calibration(self.quantization_config, sequences))
 
     def _correct_now(self, model: nn.Module) -> None:
         source, folder = str(model.config.name_or_path), Path(self._shards[0]).parent  # type: ignore[union-attr]

@@ -85,10 +85,10 @@ class GPTQ(Backend):
         self._check(module)
         # Computed from the tensors: optimum passes the module's flags in another order than gptqmodel expects.
         rows, groups = module.g_idx.numel(), module.scales.shape[0]
-        size = -(-rows // groups)
-        natural = torch.arange(rows, device=module.g_idx.device) // size
+        size = _consecutive(module.g_idx.long(), groups)
         details = ["symmetric" if _is_symmetric(module) else "asymmetric"]
-        if not torch.equal(module.g_idx.long(), natural):
+        if size is None:
+            size = -(-rows // groups)
             details.append("act-order")
         return Scheme(f"gptq int{module.bits}", module.bits, None if groups == 1 else size, tuple(details))
 
@@ -103,7 +103,10 @@ class GPTQ(Backend):
         details = ["symmetric" if config.get("sym", True) else "asymmetric"]
         if config.get("desc_act", False) and groups > 1:
             details.append("act-order")
-        return Scheme(f"gptq int{bits}", bits, None if groups == 1 else -(-inputs // groups), tuple(details))
+        size = config.get("group_size")
+        if not isinstance(size, int) or size < 1 or -(-inputs // size) != groups:
+            size = -(-inputs // groups)
+        return Scheme(f"gptq int{bits}", bits, None if groups == 1 else size, tuple(details))
 
     def packed_bytes(self, module: Any) -> int:
         zeros = 0 if _is_symmetric(module) else module.scales.numel() * module.bits // 8
@@ -201,11 +204,20 @@ def _groups(g_idx: Tensor, count: int, device: torch.device) -> tuple[int, Tenso
         return None
     if count == 1:
         return -1, None
+    size = _consecutive(index, count)
+    return (-(-len(index) // count), g_idx.to(device, torch.int32)) if size is None else (size, None)
+
+
+def _consecutive(index: Tensor, count: int) -> int | None:
+    """Size of the groups if they are consecutive rows, all of one size but the last; None if they are not.
+
+    Args:
+        index: number of the group of each row, shape (d,), int64.
+        count: number of groups.
+    """
     size = max(1, int((index == 0).sum()))
-    consecutive = torch.equal(index, torch.arange(len(index), device=index.device) // size)
-    if consecutive and -(-len(index) // size) == count:
-        return size, None
-    return -(-len(index) // count), g_idx.to(device, torch.int32)
+    natural = torch.arange(len(index), device=index.device) // size
+    return size if torch.equal(index, natural) and -(-len(index) // size) == count else None
 
 
 def _is_embedding(module: nn.Module) -> bool:
