@@ -36,7 +36,7 @@ def main() -> None:
     """Correct the bundled model on each base and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bases", nargs="+", default=BASES, help="base quantizers, see `glowq correct --help`")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--budget", default="6%", help="bytes for the factors (%(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--tokens", type=int, default=24576, help="number of held-out tokens to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,7 +54,7 @@ def main() -> None:
     full = score_models({"full precision": reference}, held_out)["full precision"]
     completions = {"full precision": complete(reference, tokenizer)}
 
-    table = Table(title=f"stdlib-llama, perplexity on {held_out.numel()} held-out tokens, rank {arguments.rank}")
+    table = Table(title=f"stdlib-llama, perplexity on {held_out.numel()} held-out tokens, budget {arguments.budget}")
     for column in ("base", "full", "quantized", "corrected", "gap recovered", "bytes", "time"):
         table.add_column(column, no_wrap=True, justify="left" if column == "base" else "right")
     identical = {}
@@ -66,7 +66,7 @@ def main() -> None:
                 reference=MODEL,
                 calibration=texts,
                 tokenizer=tokenizer,
-                rank=arguments.rank,
+                budget=arguments.budget,
                 calibration_tokens=arguments.calibration_tokens,
                 sequence_length=256,
                 seed=arguments.seed,
