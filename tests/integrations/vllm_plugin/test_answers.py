@@ -17,7 +17,18 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 
-BOTH_FORMS = ["gptq", "awq", "awq-symmetric", "w4a16", "w4a16-int8", "w4a16-asym", "w8a8", "torchao", "llama"]
+BOTH_FORMS = [
+    "gptq",
+    "awq",
+    "awq-symmetric",
+    "w4a16",
+    "w4a16-int8",
+    "w4a16-int4",
+    "w4a16-asym",
+    "w8a8",
+    "torchao",
+    "llama",
+]
 BASES = [*BOTH_FORMS, "cohere", "phi3", "mixtral"]
 SERVED = [(name, form) for name in BASES for form in ("correction", "full") if form == "full" or name in BOTH_FORMS]
 

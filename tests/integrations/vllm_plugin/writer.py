@@ -71,6 +71,7 @@ BASES: dict[str, Callable[[Path, Path], None]] = {
     "awq-symmetric": writers.awq,
     "w4a16": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
     "w4a16-int8": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
+    "w4a16-int4": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64),
     "w4a16-asym": partial(writers.compressed_tensors, num_bits=4, strategy="group", group_size=64, symmetric=False),
     "w8a8": partial(
         writers.compressed_tensors,
@@ -88,7 +89,7 @@ BASES: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-IN_INT8 = ("w4a16-int8",)  # bases whose factors are stored in int8
+FACTOR_BITS = {"w4a16-int8": 8, "w4a16-int4": 4}  # bases whose factors are stored in few bits
 
 
 def random_factors(model: Any, groups: list[Group]) -> list[GroupFactors]:
@@ -177,8 +178,8 @@ def write(name: str, target: Path) -> None:
     prepare_model(model)
     size = packed_bytes(model)
     factors = random_factors(model, some_groups(model, prompts[:1]))
-    if name in IN_INT8:
-        factors = [round_group(entry, 8) for entry in factors]
+    if name in FACTOR_BITS:
+        factors = [round_group(entry, FACTOR_BITS[name]) for entry in factors]
     config = stored_config(model, base, size, "glowq", prompts, 0)
     correction_of(model, factors, config, size, tokenizer).save_pretrained(target / "correction")
     glowq.load_correction(model, target / "correction")
