@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from glowq.cli.options import BASE_NAMES, METHOD_NAMES, FactorDtype
+from glowq.cli.options import BASE_NAMES, METHOD_NAMES, FactorDtypeOption, RoundedDtype
 from glowq.factors.form import FACTOR_DTYPES
 from glowq.quantizers.registry import base_names
 from glowq.solving.methods.base import method_names
@@ -73,7 +73,8 @@ def test_importing_glowq_needs_no_torch() -> None:
 def test_help_names_every_base_and_method() -> None:
     assert list(BASE_NAMES) == base_names()
     assert list(METHOD_NAMES) == method_names()
-    assert get_args(FactorDtype) == tuple(FACTOR_DTYPES)
+    assert get_args(get_args(FactorDtypeOption)[0]) == ("auto", *FACTOR_DTYPES)
+    assert get_args(RoundedDtype) == ("auto", *(name for name, bits in FACTOR_DTYPES.items() if bits))
 
 
 # Each order of the imports needs a new interpreter, which takes seconds. Both are asked all questions at once.

@@ -23,7 +23,7 @@ from support.cli import call, result_of
 from support.tiny import TEXTS, gap, library_texts, load, logits
 
 SIZES: dict[str, Any] = {"calibration_tokens": 2048, "sequence_length": 64}
-BUDGETS = {"torchao-int3": "20%", "hqq-3": "20%", "nf4": "60%"}
+BUDGETS = {"torchao-int3": "20%", "hqq-3": "45%", "nf4": "60%"}
 SPECS = ["torchao-int3", "nf4", "hqq-3"]
 
 

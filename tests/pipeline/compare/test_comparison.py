@@ -86,7 +86,8 @@ class TestMeasuring:
         self, measured: tuple[Any, Comparison, torch.Tensor], folder: Path, calibration: torch.Tensor
     ) -> None:
         model, found, _ = measured
-        correction = glowq.correct(model, reference=folder / "model", calibration=calibration, budget="24%")
+        options: dict[str, Any] = {"calibration": calibration, "budget": "24%", "factor_dtype": "float"}
+        correction = glowq.correct(model, reference=folder / "model", **options)
         glowq.detach(model)
         predicted = {entry.label: entry.predicted for entry in found.entries}
         assert predicted["glowq at 24%"] == correction.predicted
