@@ -89,7 +89,7 @@ def compare(
         typer.Option(
             callback=_check_dtypes,
             metavar="NAMES",
-            help="Also round the first method that allocates by gain: int8, int4, int3.",
+            help="Also round the first method that allocates by gain: int8, int4 (as `glowq correct` does), int3.",
         ),
     ] = None,
     alternatives: Annotated[
