@@ -17,7 +17,6 @@ from ...artifact.factor_files import StoredFactors, open_factors
 from ...artifact.factor_layout import FACTOR_KEYS
 from ...artifact.saved import FACTORS_FILE
 from ...errors import UnsupportedModuleError
-from ...quantizers.settings import base_settings
 from ...utils.files import checkpoint_files
 from ...utils.hub import local_snapshot
 from .config import GlowQQuantizationConfig
@@ -66,7 +65,7 @@ class GlowQModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 "the model with transformers."
             )
         if config is not None:
-            if getattr(base_settings(config.base), "is_checkpoint_torchao_serialized", False):
+            if getattr(config.base, "is_checkpoint_torchao_serialized", False):
                 self.load_config.safetensors_load_strategy = "torchao"  # vLLM sets this only for "torchao" itself
             with open_factors(self._factor_files(model_config, config), config.stored.groups or {}) as factors:
                 super().load_weights(model, model_config)
