@@ -184,7 +184,7 @@ class RankError(GlowQError, ValueError):
 class RoundingError(GlowQError, ValueError):
     """Rounded factors would be less accurate than unrounded factors in the same bytes; the message holds the figures.
 
-    Remedy: leave out --factor-dtype, name one with more bits, or cut the correction to a budget.
+    Remedy: --factor-dtype float, one with more bits, or cut the correction to a budget.
     """
 
 

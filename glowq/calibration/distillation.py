@@ -50,7 +50,7 @@ def distill(
     factors: Sequence[GroupFactors],
     sequences: Tensor,
     *,
-    steps: int | None,
+    steps: int | str,
     bits: int | None = None,
     seed: int = 0,
 ) -> tuple[list[GroupFactors], int]:
@@ -64,7 +64,7 @@ def distill(
         reference: full-precision model.
         factors: factors at the chosen ranks. Training does not change their gains and totals.
         sequences: token ids, shape (n, length), int64, n >= 2.
-        steps: number of steps, at least 1; each uses about `_STEP_TOKENS` tokens. None takes up to `_MOST_ROUNDS`
+        steps: number of steps, at least 1; each uses about `_STEP_TOKENS` tokens. "auto" takes up to `_MOST_ROUNDS`
             times `_ROUND` steps, and stops as soon as `_ROUND` of them gain little on the held-out sequences.
         bits: what the factors are rounded to, see `GroupFactors`; None for floats.
         seed: seed of the choice of held-out sequences and of the order of the others.
@@ -74,13 +74,14 @@ def distill(
         they were trained for, 0 if they are the given ones.
 
     Raises:
-        ConfigError: steps is below 1.
+        ConfigError: steps is below 1, or a word other than "auto".
         CalibrationError: there are fewer than two sequences.
         SensitivityError: the kernels of the base compute no gradient, or the models return neither logits nor final
             states.
         NonFiniteError: the divergence is NaN or Inf.
     """
-    if steps is not None and steps < 1:
+    rounds = [_ROUND] * _MOST_ROUNDS if steps == "auto" else [steps]
+    if not all(isinstance(count, int) and count >= 1 for count in rounds):
         raise ConfigError(f"distillation takes at least 1 step, found {steps}.")
     if not factors:
         return [], 0
@@ -93,12 +94,12 @@ def distill(
         given = list(factors) if bits is None else [round_group(entry, bits) for entry in factors]
         best, taken = given, 0
         divergence = _held_out(model, reference, held)
-        for round_steps in [_ROUND] * _MOST_ROUNDS if steps is None else [steps]:
-            _descend(model, reference, containers, values, train, round_steps, order)
+        for count in map(int, rounds):
+            _descend(model, reference, containers, values, train, count, order)
             before, divergence = divergence, _held_out(model, reference, held)
             if divergence >= before:
                 break
-            best, taken = [_read(entry, containers[entry.group.name]) for entry in given], taken + round_steps
+            best, taken = [_read(entry, containers[entry.group.name]) for entry in given], taken + count
             if divergence > (1 - _LEAST) * before:
                 break
     return best, taken

@@ -95,16 +95,22 @@ def rank_request(rank: int | None, budget: str | None, rank_step: int, max_rank:
 
 
 def distill_steps(value: str) -> int | str:
-    """What --distill says: a number of steps, or "auto". Anything else is wrong usage (status 2)."""
-    if value == "auto":
-        return value
-    if not value.isdecimal():
-        raise typer.BadParameter(f"expected a number of steps or auto, found {value!r}.")
-    return int(value)
+    """What --distill says: a number of steps, or "auto".
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    if value != "auto" and not value.isdecimal():
+        raise ConfigError(f"--distill takes a number of steps or auto, found {value!r}.")
+    return value if value == "auto" else int(value)
 
 
 def _check_distill(value: str) -> str:
-    distill_steps(value)
+    """Callback of --distill. What cannot be read is wrong usage (status 2)."""
+    try:
+        distill_steps(value)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
     return value
 
 

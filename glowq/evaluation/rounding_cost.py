@@ -53,6 +53,6 @@ def rounding_cost(
             f"{dtype} factors leave {figures['rounded']:.4g} of the quantized model's divergence "
             f"{figures['quantized']:.4g} (on {sequences.numel()} tokens that the factors were not calibrated on), and "
             f"unrounded ones in the same bytes {figures['same_bytes']:.4g}: rounding loses more than the saved bytes "
-            f"gain. Correct without {dtype} factors."
+            f"gain. Factors in float lose less."
         )
     return {"tokens": sequences.numel(), **figures}

@@ -132,20 +132,21 @@ def _solved_ranks(
 ) -> dict[str, int]:
     """Group name -> rank to solve for.
 
-    If the form of the factors is chosen later, this is the rank of the form with the most ranks, or fewer where the
-    text has too few tokens for them.
+    If the form of the factors is chosen later, this is the rank of the first form, whose ranks take the fewest bytes,
+    or fewer where the text has too few tokens for them. The text must be enough for the last form.
     """
     if request.budget is None:
         ranks = uniform_ranks(groups, request.rank)
         check_token_count(train, ranks)
         return ranks
     shared = get_method(request.method).shared
-    forms = [FactorForm(bits_of(name), itemsize) for name in request.factor_dtypes]
-    *wide, ranks = [candidate_ranks(groups, request.ranks, base_bytes, form, shared=shared) for form in forms]
-    check_token_count(train, ranks)
+    first, last = (
+        candidate_ranks(groups, request.ranks, base_bytes, FactorForm(bits_of(name), itemsize), shared=shared)
+        for name in (request.factor_dtypes[0], request.factor_dtypes[-1])
+    )
+    check_token_count(train, last)
     most = train.numel() // TOKENS_PER_RANK // request.rank_step * request.rank_step
-    for several in wide:
-        ranks |= {name: max(ranks.get(name, 0), min(rank, most)) for name, rank in several.items()}
+    ranks = {name: max(last.get(name, 0), min(rank, most)) for name, rank in first.items()}
     return {name: rank for name, rank in ranks.items() if rank}
 
 

@@ -95,9 +95,8 @@ def _stored_as(problem: Problem, whole: Correction, request: CorrectionRequest, 
     if bits is not None:
         correction = correction.rounded(factor_dtype)
     if request.distill:
-        steps = None if request.distill == "auto" else int(request.distill)
         correction.factors, taken = distill(
-            model, reference, unrounded, problem.train, steps=steps, bits=bits, seed=problem.seed
+            model, reference, unrounded, problem.train, steps=request.distill, bits=bits, seed=problem.seed
         )
         correction.config.record(distilled_steps=taken or None)
     if bits is not None:

@@ -51,5 +51,5 @@ def check_rounding(group_gains: Sequence[GroupGains], found: Sequence[GroupGains
         raise RoundingError(
             f"{factor_dtype} factors are predicted to keep {gain / whole:.1%} of what these factors gain, and "
             f"unrounded ones cut to the same {available:,} bytes {unrounded / whole:.1%}: rounding loses more than "
-            f"the saved bytes gain. Leave out {factor_dtype}, and cut to a budget instead."
+            f"the saved bytes gain. Factors in float, cut to a budget, lose less."
         )

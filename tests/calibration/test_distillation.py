@@ -140,9 +140,9 @@ def test_it_stops_when_a_round_of_steps_gains_little(
     solved = glowq.correct(model, reference=source, calibration=train, rank=2).factors
     glowq.detach(model)
     monkeypatch.setattr("glowq.calibration.distillation._ROUND", 2)
-    assert distill(model, reference, solved, train, steps=None)[1] in (2, 4, 6)
+    assert distill(model, reference, solved, train, steps="auto")[1] in (2, 4, 6)
     monkeypatch.setattr("glowq.calibration.distillation._LEAST", 0.9)
-    first, least = distill(model, reference, solved, train, steps=None)
+    first, least = distill(model, reference, solved, train, steps="auto")
     assert least == 2
     again, _ = distill(model, reference, solved, train, steps=2)
     for entry, other in zip(first, again, strict=True):
@@ -150,7 +150,7 @@ def test_it_stops_when_a_round_of_steps_gains_little(
     ids = tiny_ids.repeat(8, 1)
     same = tiny_llama()
     none = [random_factors(group, scale=0.0) for group in find_groups(same, {"input_ids": tiny_ids})]
-    assert distill(same, same, none, ids, steps=None)[1] == 0
+    assert distill(same, same, none, ids, steps="auto")[1] == 0
 
 
 def test_auto_is_a_number_of_steps_that_the_correction_tells(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from support.cli import call, result_of
 from support.tiny import TEXTS, gap, library_texts, load, logits
 
 SIZES: dict[str, Any] = {"calibration_tokens": 2048, "sequence_length": 64}
-BUDGETS = {"torchao-int3": "20%", "hqq-3": "45%", "nf4": "60%"}
+BUDGETS = {"torchao-int3": "20%", "hqq-3": "20%", "nf4": "60%"}
+FORMS = {"hqq-3": ["--factor-dtype", "float"]}  # in 4 bits, ranks gain more than bits at this budget
 SPECS = ["torchao-int3", "nf4", "hqq-3"]
 
 
@@ -31,7 +32,19 @@ def command(folder: Path, base: str, *more: Any, budget: str | None = None) -> l
     library_texts(folder)
     sizes = ["--calibration", folder / "train.txt", "--calibration-tokens", 2048, "--sequence-length", 64]
     budget = BUDGETS[base] if budget is None else budget
-    return ["correct", small_model(), "--base", base, "--mixed", "--budget", budget, *sizes, "--force", *more]
+    return [
+        "correct",
+        small_model(),
+        "--base",
+        base,
+        "--mixed",
+        "--budget",
+        budget,
+        *sizes,
+        "--force",
+        *FORMS.get(base, []),
+        *more,
+    ]
 
 
 def plain(base: str) -> Any:

@@ -77,6 +77,9 @@ def test_failure_is_one_line_and_status_1(optimum: Any, source: Path, notes: Pat
     assert status == 1
     assert "carries no glowq correction" in err
     assert optimum("export", "glowq", "-m", source, tmp_path / "out")[0] == 2  # --calibration is missing
+    asked = ["-m", source, "--base", "nf4", "--calibration", notes, "--distill", "much"]
+    status, _, err = optimum("export", "glowq", *asked, tmp_path / "out")
+    assert (status, err.strip()) == (1, "glowq: error: --distill takes a number of steps or auto, found 'much'.")
 
 
 def test_a_task_names_the_class(source: Path, notes: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ..options import (
     RoundedDtype,
     SeedOption,
     check_budget,
+    distill_steps,
 )
 from ..output import command_line, peak_rss_bytes, session
 from ..reports.cloze import cloze_figures
@@ -130,7 +131,8 @@ def compare(
         if resume and output is None:
             raise ConfigError("--resume keeps finished cells in DIR.resume: name DIR with --output.")
         names, sizes, wanted, dtypes = map(_list, (methods, budgets, tasks, factor_dtypes))
-        _check_early(names, wanted, output, {"--distill": distill != "0", "--factor-dtypes": bool(dtypes)})
+        steps = distill_steps(distill)
+        _check_early(names, wanted, output, {"--distill": bool(steps), "--factor-dtypes": bool(dtypes)})
         kept = f"{output_path(output)}.resume" if resume and output is not None else None
         blocks = None if kept is None else opened.enter_context(open_blocks(kept))
         quantization = None if base in ("none", "dense") else base_config(base)
@@ -146,7 +148,7 @@ def compare(
         if quantization is not None:
             quantization = with_calibration(quantization, unmeasured(train, seed))
         quantized = load_model(model, config, quantization, gguf_file)
-        settings = [names, sizes, dtypes, distill, alternatives, cloze, base, seed]
+        settings = [names, sizes, dtypes, steps, alternatives, cloze, base, seed]
         cells = cells_of(blocks, quantized, source, [train, report], seed, settings)
         comparison = compare_methods(
             quantized,
@@ -160,8 +162,7 @@ def compare(
             cells=cells,
         )
         full = load_model(source, load_config(source))
-        if distill != "0":
-            steps = None if distill == "auto" else int(distill)
+        if steps:
             learned = distill_entries(quantized, full, comparison.entries, train, steps=steps, seed=seed, cells=cells)
             comparison = replace(comparison, entries=[*comparison.entries, *learned])
         scores = score_entries(full, quantized, comparison.entries, report, cells)

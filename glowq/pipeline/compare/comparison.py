@@ -149,7 +149,7 @@ def distill_entries(
     entries: Sequence[Entry],
     sequences: Tensor,
     *,
-    steps: int | None,
+    steps: int | str,
     seed: int = 0,
     cells: Cells | None = None,
 ) -> list[Entry]:
@@ -160,7 +160,7 @@ def distill_entries(
         reference: full-precision model that can be run.
         entries: entries of `compare_methods`; at least one must allocate by gain.
         sequences: token ids of the calibration text, shape (n, length), int64.
-        steps: number of distillation steps, at least 1; None for as many as pay.
+        steps: number of distillation steps, at least 1; "auto" for as many as pay.
         seed: seed of the order of the sequences.
         cells: store what is finished.
 
