@@ -20,6 +20,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,6 +34,7 @@ from glowq.integrations.peft.importer import import_adapter
 from glowq.pipeline.compare.budgets import Entry
 from glowq.pipeline.compare.comparison import Comparison, compare_methods, score_entries
 from glowq.quantizers.model import prepare_model
+from glowq.utils.processor import float32_is_faster
 
 MODEL = Path(__file__).resolve().parents[2] / "build" / "models" / "smollm2-135m"
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -108,20 +110,38 @@ def quantize(arguments: argparse.Namespace, calibration: Tensor, tokenizer: Any,
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=arguments.bits, group_size=arguments.group_size, device="cpu", offload_to_disk=False)
-    model = GPTQModel.load(str(arguments.model), config)
+    model = GPTQModel.load(str(arguments.model), config, dtype=fast_dtype())
     model.quantize(tokenizer.batch_decode(calibration), batch_size=1)
     model.save(str(target))
 
 
 def make_adapter(arguments: argparse.Namespace, calibration: Tensor, tokenizer: Any, base: Path, rank: int) -> Path:
-    """Let GPTQModel make an EoRA adapter of the quantized model, and return its folder."""
-    from gptqmodel import GPTQModel
+    """Let GPTQModel make an EoRA adapter of the quantized model, and return its folder.
+
+    The steps are those of `GPTQModel.adapter.generate`, which loads both models in one dtype; but its quantized modules
+    have no float32.
+    """
+    from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.adapter.adapter import Lora
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
     target = base.with_name(f"eora-{rank}")
-    texts = tokenizer.batch_decode(calibration)
-    GPTQModel.adapter.generate(Lora(path=str(target), rank=rank), str(arguments.model), str(base), texts, device="cpu")
+    options: dict[str, Any] = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu"}
+    quantized = GPTQModel.load(str(base), dtype=torch.bfloat16, **options)
+    modules = {name: one for name, one in quantized.model.named_modules() if isinstance(one, TorchLinear)}
+    model = GPTQModel.load(str(arguments.model), quantized.quantize_config, dtype=fast_dtype(), **options)
+    model._eora_generate(
+        adapter=Lora(path=str(target), rank=rank),
+        quantized_modules=modules,
+        calibration_dataset=tokenizer.batch_decode(calibration),
+        batch_size=1,
+    )
     return target
+
+
+def fast_dtype() -> torch.dtype:
+    """The dtype in which GPTQModel runs the model: float32 where this processor has no products of bfloat16."""
+    return torch.float32 if float32_is_faster(torch.bfloat16) else torch.bfloat16
 
 
 def show(result: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ python examples/benchmarks/real.py --calibration valid.txt --data test.txt   # W
 `make real` and `make real-all` run this. For each model and base it runs `glowq compare`, and then `glowq correct` with
 every method of --making, for the time and the memory that each takes. It writes the figures, with the commands, the
 machine and the versions, to build/results/MODEL-BASE.json, and the plot beside it. What is there already is not run
-again, and an interrupted run goes on with what it had finished, which build/real keeps; --again measures anew. The
+again, an interrupted run goes on with what it had finished, which build/real keeps, and a method of --making that a
+result lacks is added to it; --again measures anew. The
 figures of README were written with --results examples/benchmarks/results. A model that `make models` has not fetched
 is left out with one line.
 """
@@ -25,6 +26,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from glowq.evaluation.timing import processor
 
@@ -87,9 +90,7 @@ def main() -> None:
             print(f"{arguments.folder / name} is not there: left out; `make models-all` fetches it", file=sys.stderr)
             continue
         for base in bases[:1] if name in LARGE and arguments.bases is None else bases:
-            result = arguments.results / f"{name}-{base}.json"
-            if arguments.again or not result.is_file():
-                measure(arguments.folder / name, base, result, arguments)
+            measure(arguments.folder / name, base, arguments.results / f"{name}-{base}.json", arguments)
     for name in names:
         for file in (arguments.results / f"{name}-{base}.json" for base in bases):
             if file.is_file():
@@ -97,53 +98,57 @@ def main() -> None:
 
 
 def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace) -> None:
-    """Run `glowq compare` and `glowq correct` on one model and base, and write the figures and the plot."""
+    """Run what the result lacks of `glowq compare` and `glowq correct`, and write the figures and the plot."""
     text = ["--calibration", arguments.calibration, "--calibration-tokens", str(arguments.calibration_tokens)]
-    report = ["--data", arguments.data, "--tokens", str(arguments.tokens), "--cloze", str(arguments.cloze)]
-    whole = [
-        "--methods",
-        METHODS,
-        "--budgets",
-        BUDGETS,
-        "--factor-dtypes",
-        "int8,int4,int3",
-        "--distill",
-        str(arguments.distill),
-        "--alternatives",
-    ]
-    chosen = LARGE.get(folder.name, whole)
     model = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
     unfinished = arguments.unfinished / result.stem
     unfinished.mkdir(parents=True, exist_ok=True)
-    files, about = unfinished / "compared", unfinished / "compared.json"
-    if not about.is_file():
-        output = ["--output", str(files), "--resume"]
-        compared = run("compare", model, "--base", base, *text, *report, *chosen, *output)
-        _write(about, {key: compared[key] for key in ("timeline", "peak_rss_bytes")})
-    stored = json.loads((files / "compare.json").read_text())
-    stored.pop("benefit")
-    for part in (stored["calibration"], stored["data"]):
-        part["source"] = _last(part["source"])
+    started = [model, "--base", base, *text]
+    if arguments.again or not result.is_file():
+        stored = compared(started, unfinished, arguments)
+    else:
+        stored = json.loads(result.read_text())
     ranks = {row["method"]: row["rank"] or 1 for row in stored["rows"] if row["budget"] == MADE_AT}
     size = {**{name: ["--rank", str(ranks[name])] for name in RANKED if name in ranks}, **MAKING}
     size["glowq+distilled"] = [*size["glowq+distilled"], str(arguments.distill)]
-    stored["making"] = {}
-    for method in (one for one in arguments.making if one == "glowq" or folder.name not in LARGE):
+    for method in missing(folder.name, stored, arguments.making):
         file = unfinished / f"{method}.json"
         if not file.is_file():
             options = ["--method", method.partition("+")[0], *size[method], "--force"]
-            output = ["--output", str(unfinished / "made")]
-            made = run("correct", model, "--base", base, *text, *options, *output)
-            kept = ("seconds", "peak_rss_bytes", "timeline", "predicted", "improvement")
-            _write(file, {"command": _public(made["command"]), **{key: made[key] for key in kept}})
+            made = run("correct", *started, *options, "--output", str(unfinished / "made"))
+            kept = {key: made[key] for key in ("seconds", "peak_rss_bytes", "timeline", "predicted", "improvement")}
+            kept |= {"machine": processor(), "threads": torch.get_num_threads()}
+            _write(file, {"command": _public(made["command"]), **kept})
         stored["making"][method] = json.loads(file.read_text())
-    stored["comparing"] = json.loads(about.read_text())
-    stored["machine"] = processor()
-    stored["versions"] = {package: version(package) for package in PACKAGES}
     result.parent.mkdir(exist_ok=True)
-    shutil.copyfile(files / "bytes.png", result.with_suffix(".png"))
+    if (unfinished / "compared").is_dir():
+        shutil.copyfile(unfinished / "compared" / "bytes.png", result.with_suffix(".png"))
     _write(result, stored)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def compared(started: list[str], unfinished: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `glowq compare` finds, with the machine and the versions; `started` are its model, base and text."""
+    report = ["--data", arguments.data, "--tokens", str(arguments.tokens), "--cloze", str(arguments.cloze)]
+    whole = ["--methods", METHODS, "--budgets", BUDGETS, "--factor-dtypes", "int8,int4,int3"]
+    whole += ["--distill", str(arguments.distill), "--alternatives"]
+    chosen = LARGE.get(Path(started[0]).name, whole)
+    files, about = unfinished / "compared", unfinished / "compared.json"
+    if not about.is_file():
+        found = run("compare", *started, *report, *chosen, "--output", str(files), "--resume")
+        _write(about, {key: found[key] for key in ("timeline", "peak_rss_bytes")})
+    stored: dict[str, Any] = json.loads((files / "compare.json").read_text())
+    stored.pop("benefit")
+    for part in (stored["calibration"], stored["data"]):
+        part["source"] = _last(part["source"])
+    versions = {package: version(package) for package in PACKAGES}
+    about_it = {"comparing": json.loads(about.read_text()), "machine": processor(), "versions": versions}
+    return {**stored, "making": {}, **about_it}
+
+
+def missing(name: str, stored: Mapping[str, Any], making: list[str]) -> list[str]:
+    """The methods of `making` whose time and memory the result of this model lacks; of a large model, glowq's alone."""
+    return [one for one in making if one not in stored["making"] and (one == "glowq" or name not in LARGE)]
 
 
 def _write(file: Path, content: Any) -> None:
@@ -169,6 +174,7 @@ def table(result: Mapping[str, Any]) -> str:
     reference, quantized = result["models"]
     budgets = list(dict.fromkeys(row["budget"] for row in result["rows"] if row["budget"]))
     rows = [row for row in result["rows"] if row["perplexity"] is not None]
+    making = result["making"]
     lines = [
         f"**{Path(result['model']).name}, {result['base']}**: perplexity {reference['perplexity']:.2f}, quantized "
         f"{quantized['perplexity']:.2f}, at a KL divergence of {quantized['kl']:.3f} nats",
@@ -182,12 +188,10 @@ def table(result: Mapping[str, Any]) -> str:
     for row in (row for row in rows if not row["budget"]):
         empty = "| " * (len(budgets) - 1)
         lines.append(f"| {row['method']}: {row['settings']} | {empty}+{row['overhead']:.1%} bytes: {_cell(row)} |")
-    made = [
-        f"{method} {one['seconds']:.0f} s, {one['peak_rss_bytes'] / 1e9:.1f} GB"
-        for method, one in result["making"].items()
-    ]
-    if result["making"]:
-        lines += ["", f"`glowq correct` at +{MADE_AT} ({result['machine']}): {'; '.join(made)}."]
+    made = [f"{method} {one['seconds']:.0f} s, {one['peak_rss_bytes'] / 1e9:.1f} GB" for method, one in making.items()]
+    if made:
+        machines = {one.get("machine", result["machine"]) for one in making.values()}
+        lines += ["", f"`glowq correct` at +{MADE_AT} ({', '.join(sorted(machines))}): {'; '.join(made)}."]
     return "\n".join(lines)
 
 

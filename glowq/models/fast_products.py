@@ -50,7 +50,7 @@ _state = threading.local()
 
 
 @contextmanager
-def fast_products(*models: nn.Module) -> Iterator[None]:
+def fast_products(*models: nn.Module, half: bool = False) -> Iterator[None]:
     """Inside this context, the products of models whose dtype is slow on their device are computed in float32.
 
     The result of each product is rounded to the models' dtype, so that all else stays as it is. If no model needs it,
@@ -58,10 +58,10 @@ def fast_products(*models: nn.Module) -> Iterator[None]:
 
     Args:
         models: the models that will run, on any devices.
+        half: whether a model of half precision will run that is not loaded yet.
     """
-    slow = frozenset(
-        dtype for dtype in _HALF if any(_computes_in(model, dtype) for model in models) and float32_is_faster(dtype)
-    )
+    used = [dtype for dtype in _HALF if half or any(_computes_in(model, dtype) for model in models)]
+    slow = frozenset(dtype for dtype in used if float32_is_faster(dtype))
     with ExitStack() as stack:
         if slow - getattr(_state, "active", frozenset()):
             stack.callback(setattr, _state, "active", getattr(_state, "active", frozenset()))

@@ -175,7 +175,8 @@ def load_model(
     import torch
 
     from ..quantizers.model import prepare_model
-    from ..quantizers.registry import backend_of, check_installed
+    from ..quantizers.registry import backend_of, check_installed, method_of
+    from .fast_products import fast_products
 
     backend = backend_of(getattr(config, "quantization_config", None))
     if backend is not None:
@@ -187,7 +188,9 @@ def load_model(
         options["quantization_config"] = quantization_config
     if torch.cuda.is_available():
         options["device_map"] = "auto"
-    with loading(name), _parsing(name, "the configuration or a weight"):
+    # Some bases are quantized with calibration text, which runs the model while it is loaded.
+    runs = quantization_config is not None and method_of(quantization_config) != "glowq"
+    with loading(name), _parsing(name, "the configuration or a weight"), fast_products(half=runs):
         options |= {"dtype": "auto", "output_loading_info": True}
         model, info = (auto_class or model_class(config)).from_pretrained(**_named(name), **options)
     _refuse_incomplete(name, config, info["missing_keys"])

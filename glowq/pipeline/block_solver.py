@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration.block_walk import BlockWalk
 from ..calibration.input_moments import MomentCollector
+from ..calibration.text_gap import TextGap, text_gap
 from ..data.tokens import batches
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
@@ -60,6 +61,10 @@ class BlockSolver:
         jobs: the corrections.
         seed: seed of the solver.
         outputs: group name -> second moment of the loss gradient at the group's outputs, if a method uses it.
+
+    Attributes:
+        gaps: group name -> what its ranks gain on other text, of some groups of the middle block, if one correction is
+            solved by a method that allocates by gain, and this block was not finished by an earlier run.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class BlockSolver:
         self.jobs = jobs
         self.seed = seed
         self.outputs = outputs
+        self.gaps: dict[str, TextGap] = {}
 
     @stage("blocks")
     def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[list[GroupFactors]]:
@@ -94,12 +100,14 @@ class BlockSolver:
         solved: list[list[GroupFactors]] = [[] for _ in self.jobs]
         reference = self.weight_errors.reference.model
         inputs = [to_model(batch, reference) for batch in batches(sequences, _batch_size(sequences))]
+        middle = list(stops)[len(stops) // 2]
+        halved = middle if middle and len(self.jobs) == 1 and self.jobs[0].method.allocation == "gain" else None
         bar = progress(total=len(inputs) * len(stops), desc="Correcting", unit="block")
         with bar, BlockWalk(reference, inputs, list(stops)) as walk:
             for stop, groups in stops.items():
                 found = [job.resume.load(stop, job.groups(groups)) for job in self.jobs]
                 left = [job for job, kept in zip(self.jobs, found, strict=True) if kept is None]
-                new = iter(self._solve_block(walk, stop, groups, left, bar) if left else ())
+                new = iter(self._solve_block(walk, stop, groups, left, bar, halved=stop == halved) if left else ())
                 if not left:
                     bar.update(len(inputs))
                 for entries, kept in zip(solved, found, strict=True):
@@ -107,7 +115,7 @@ class BlockSolver:
         return solved
 
     def _solve_block(
-        self, walk: BlockWalk, stop: str, groups: Sequence[Group], jobs: Sequence[Job], bar: Any
+        self, walk: BlockWalk, stop: str, groups: Sequence[Group], jobs: Sequence[Job], bar: Any, *, halved: bool
     ) -> list[list[GroupFactors]]:
         errors = self.weight_errors.errors(groups)
         moments: dict[Statistic, dict[str, Moments]] = {"none": dict.fromkeys(errors, Moments(tokens=0))}
@@ -117,11 +125,16 @@ class BlockSolver:
             if statistic != "none"
         }
         every = [one for several in collectors.values() for one in several]
-        for _ in walk.collect(stop, every) if every else walk.batches:
+        first: dict[str, Moments] = {}
+        for done, _ in enumerate(walk.collect(stop, every) if every else walk.batches, start=1):
             bar.update()
+            if halved and done == len(walk.batches) // 2:
+                first = {one.group.name: one.moments() for one in every if one.error is None and one.tokens}
         for statistic, several in collectors.items():
             moments[statistic] = {one.group.name: one.moments() for one in several}
         solved = [self._factors_of(job, job.groups(groups), errors, moments[job.method.statistic]) for job in jobs]
+        for group in (group for group in groups if group.name in first):
+            self._compare_halves(jobs[0], group, errors[group.name], first[group.name], moments["second"][group.name])
         for job, factors in zip(jobs, solved, strict=True):
             job.resume.save(stop, factors)
         return solved
@@ -131,6 +144,12 @@ class BlockSolver:
         scale = self.weight_errors.scales.get(group.members[0])
         divisor = None if scale is None else scale.columns
         return MomentCollector(group, statistic, error if narrow else None, divisor)
+
+    @stage("solving")
+    def _compare_halves(self, job: Job, group: Group, error: Tensor, first: Moments, whole: Moments) -> None:
+        if whole.tokens > first.tokens:
+            whole = replace(whole, output=self.outputs.get(group.name))
+            self.gaps[group.name] = text_gap(job.method, error, first, whole, job.ranks[group.name], self.seed)
 
     @stage("solving")
     def _factors_of(
@@ -191,4 +210,5 @@ def stops_of(trace: Trace, names: Container[str]) -> dict[str, list[Group]]:
 
 
 def _batch_size(sequences: Tensor) -> int:
-    return max(1, _BATCH_TOKENS // sequences.shape[1])
+    """Sequences in a batch: few enough for two batches, whose moments can be compared."""
+    return max(1, min(_BATCH_TOKENS // sequences.shape[1], len(sequences) // 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,16 +13,14 @@ from torch import Tensor, nn
 from ..artifact.build import stored_config
 from ..artifact.correction import Correction
 from ..artifact.request import CorrectionRequest
-from ..errors import (
-    ConfigError,
-    NoImprovementError,
-    SensitivityError,
-)
+from ..calibration.text_gap import lost_to_sampling
+from ..errors import ConfigError, NoImprovementError, SensitivityError
 from ..evaluation.change import answer_change
 from ..evaluation.improvement import improvement, is_worse, not_better
 from ..factors.factors import GroupFactors
 from ..factors.form import FactorForm, bits_of
 from ..factors.group import Group
+from ..factors.units import GainUnit
 from ..models.wrappers import correctable
 from ..quantizers.model import packed_bytes
 from ..runtime.attach import applied, attach, attached, detach
@@ -36,6 +35,10 @@ from .problem import Problem
 from .sequences import TOKENS_PER_RANK, calibration_sequences, check_token_count, split_sequences
 
 __all__ = ["correct"]
+
+_MUCH = 0.02  # share of the quantized model's loss
+
+_logger = logging.getLogger(__name__)
 
 
 def correct(
@@ -113,6 +116,7 @@ def correct(
             problem = Problem(model, source, backends, trace, train, held, base_bytes, seed)
             (factors,) = problem.solve([Job(solver, ranks, Resume(blocks, key))])
             correction = finished(problem, solver, factors, request, config, tokenizer)
+            _report_text_gap(problem, correction)
             if held is not None:
                 found = _improvement(model, source.model, correction.factors, held)
                 correction.config.record(improvement=found)
@@ -148,6 +152,21 @@ def _solved_ranks(
     most = train.numel() // TOKENS_PER_RANK // request.rank_step * request.rank_step
     ranks = {name: max(last.get(name, 0), min(rank, most)) for name, rank in first.items()}
     return {name: rank for name, rank in ranks.items() if rank}
+
+
+def _report_text_gap(problem: Problem, correction: Correction) -> None:
+    """Say how much longer text would help, if it would help much."""
+    found, predicted = lost_to_sampling(problem.gaps, correction.ranks), correction.predicted
+    counts_loss = correction.config.provenance.gains != GainUnit.SQUARED_OUTPUT
+    if found is None or predicted is None or not counts_loss or predicted * found[0] < _MUCH:
+        return
+    _logger.warning(
+        "longer calibration text is expected to undo about %.0f%% more of what quantization changed: factors that are "
+        "solved with one half of these %s tokens keep %.0f%% of their gain on the other half.",
+        100 * predicted * found[0],
+        f"{problem.train.numel():,}",
+        100 * found[1],
+    )
 
 
 def _improvement(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from ..calibration.output_gradients import output_moments
+from ..calibration.text_gap import TextGap
 from ..data.tokens import batches
 from ..errors import NoGradientWarning, SensitivityError
 from ..factors.factors import GroupFactors
@@ -41,6 +42,7 @@ class Problem:
         base_bytes: bytes of the quantized weights.
         seed: seed of the gradients and of the solver.
         unit: unit of the gains of the factors that `solve` returned last for a method that reads gradients.
+        gaps: what some of these factors gain on other text, see `BlockSolver`.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Problem:
     base_bytes: int
     seed: int
     unit: GainUnit = GainUnit.SQUARED_OUTPUT
+    gaps: Mapping[str, TextGap] = field(default_factory=dict)
 
     def solve(self, jobs: Sequence[Job]) -> list[list[GroupFactors]]:
         """Solve corrections in one pass; returns the factors of each, in the order of the model's calls.
@@ -63,7 +66,9 @@ class Problem:
         self.unit = GainUnit.SECOND_ORDER if outputs else GainUnit.SQUARED_OUTPUT
         names = {name for job in jobs for name in job.ranks}
         run = BlockSolver(self.model, self.source, self.backends, jobs, self.seed, outputs)
-        return run.solve(stops_of(self.trace, names), self.train)
+        solved = run.solve(stops_of(self.trace, names), self.train)
+        self.gaps = run.gaps
+        return solved
 
     def _output_moments(self) -> dict[str, OutputMoment]:
         """Second moment of the loss gradient at each group's outputs: of the model, or of the reference if that fails.

@@ -13,17 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
 from transformers import AutoTokenizer, GPTQConfig
 
 import glowq
 from glowq.errors import BackendError, ConfigError, FingerprintError, NonFiniteError, RepackedWeightError
+from glowq.models.loading import load_config, load_model
 from glowq.quantizers.base import Scheme
 from glowq.quantizers.model import prepare_model, quantized_modules, read_weight
-from glowq.quantizers.registry import find_backend
+from glowq.quantizers.registry import base_config, find_backend, with_calibration
+from glowq.utils.processor import forced
 from support import writers
 from support.bases import BASES, Base, small_model
 from support.cli import result_of
-from support.tiny import CALIBRATION, CHEAP, TEXTS, gap, load, logits, tiny_llama
+from support.tiny import CALIBRATION, CHEAP, IDS, TEXTS, gap, load, logits, tiny_llama
 
 pytest.importorskip("gptqmodel")
 
@@ -87,6 +90,31 @@ def test_a_width_that_is_no_multiple_of_the_group(tmp_path: Path) -> None:
     found = result_of("inspect", tmp_path / "gptq")
     assert str(scheme) in json.dumps(found)
     assert "groups of 96" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("door", ["correct", "compare"])
+def test_the_base_is_calibrated_in_the_dtype_that_is_fast_here(
+    door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor without products of bfloat16, GPTQ took four times as long as in float32."""
+    from optimum.gptq import GPTQQuantizer
+
+    folder = tiny_llama(tmp_path, num_hidden_layers=1)
+    config = base_config("gptq-4")
+    quantize, found = GPTQQuantizer.quantize_model, []
+
+    def spied(self: Any, model: Any, *args: Any) -> Any:
+        found.append([type(mode).__name__ for mode in modes()])
+        return quantize(self, model, *args)
+
+    monkeypatch.setattr(GPTQQuantizer, "quantize_model", spied)
+    with forced(True):
+        if door == "correct":
+            request = glowq.GlowQConfig(base=config, calibration=TEXTS, rank=1, **CALIBRATION, **CHEAP)
+            load(folder, quantization_config=request, dtype=torch.bfloat16)
+        else:
+            load_model(str(folder), load_config(str(folder)), with_calibration(config, IDS))
+    assert found == [["_Float32Products"]]
 
 
 def test_the_weight_read_is_the_nearest_code_of_the_weight_quantized() -> None:

@@ -27,6 +27,7 @@ from ...data.text import check_source
 from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
 from ...models.candidates import renaming
+from ...models.fast_products import fast_products
 from ...models.model_config import read_model_config
 from ...pipeline.mixed import Mixture, check_mixable, plan_mixture
 from ...pipeline.sequences import calibration_sequences, unmeasured
@@ -136,7 +137,8 @@ class GlowQHfQuantizer(CorrectedHfQuantizer):
 
         The correction comes from the loaded files, from the folder or Hub name in `GlowQConfig`, or is computed now.
         """
-        self.base.postprocess_model(model, **kwargs)
+        with fast_products(model):  # a base that is calibrated runs the model
+            self.base.postprocess_model(model, **kwargs)
         self.quantization_config = base_of(model, self.quantization_config)
         prepare_model(model)
         drop_irreversible_conversions(model)
