@@ -1,8 +1,8 @@
 """The exceptions and warnings of glowq.
 
 Each message says what was expected, what was found, where, and what to do. All exceptions derive from `GlowQError`, so
-that a caller such as the CLI can distinguish them from bugs. README.md holds the table of their meanings and remedies,
-and `tests/test_errors.py` compares it with the docstrings here, and raises each.
+that a caller such as the CLI can distinguish them from bugs. examples/guides/errors.md holds the table of their
+meanings and remedies, and `tests/test_errors.py` compares it with the docstrings here, and raises each.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from support.fresh_process import run_python
 from support.gradients import cut_gradient
 from support.tiny import CHEAP, load, quantized, tiny_llama
 
-README = Path(__file__).parents[1] / "README.md"
+GUIDE = Path(__file__).parents[1] / "examples" / "guides" / "errors.md"
 GOLDEN = Path(__file__).parent / "artifact" / "golden" / "format-1.0-bfloat16"
 MORE = {"calibration": torch.arange(640).mul(37).remainder(64).view(40, 16), "calibration_tokens": 640}
 KINDS = {name: getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)}
@@ -305,7 +305,7 @@ def test_it_is_raised(name: str, saved: Path, tmp_path: Path) -> None:
 
 
 def documented() -> list[str]:
-    """The rows of README's table, as the docstrings of the classes ask for."""
+    """The rows of the guide's table, as the docstrings of the classes ask for."""
     rows = []
     for name, kind in sorted(KINDS.items(), key=lambda item: issubclass(item[1], Warning)):
         if kind is errors.GlowQError:
@@ -316,6 +316,6 @@ def documented() -> list[str]:
     return rows
 
 
-def test_the_table_in_the_readme_is_that_of_the_docstrings() -> None:
-    found = re.findall(r"^\| `\w+(?:Error|Warning)` \|.*\|$", README.read_text(), re.MULTILINE)
-    assert found == documented(), "write the rows of documented() into README.md"
+def test_the_table_of_the_guide_is_that_of_the_docstrings() -> None:
+    found = re.findall(r"^\| `\w+(?:Error|Warning)` \|.*\|$", GUIDE.read_text(), re.MULTILINE)
+    assert found == documented(), "write the rows of documented() into examples/guides/errors.md"

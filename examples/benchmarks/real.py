@@ -3,16 +3,15 @@
 python examples/benchmarks/real.py                      # SmolLM2-135M on nf4 and torchao-int3, under an hour on 2 cores
 python examples/benchmarks/real.py --all                # every base and every model of `make models-all`: hours
 python examples/benchmarks/real.py --table              # the tables of what was measured before; runs nothing
-python examples/benchmarks/real.py --table --results examples/benchmarks/results   # those of README
+python examples/benchmarks/real.py --table --results examples/benchmarks/results   # those that are published
 python examples/benchmarks/real.py --calibration valid.txt --data test.txt   # WikiText-2 from files
 
 `make real` and `make real-all` run this. For each model and base it runs `glowq compare`, and then `glowq correct` with
 every method of --making, for the time and the memory that each takes. It writes the figures, with the commands, the
-machine and the versions, to build/results/MODEL-BASE.json, and the plot beside it. What is there already is not run
-again, an interrupted run goes on with what it had finished, which build/real keeps, and a method of --making that a
-result lacks is added to it; --again measures anew. The
-figures of README were written with --results examples/benchmarks/results. A model that `make models` has not fetched
-is left out with one line.
+machine and the versions, to build/results/MODEL-BASE.json, and a plot of the main rows beside it. What is there already
+is not run again, an interrupted run goes on with what it had finished, which build/real keeps, and a method of --making
+that a result lacks is added to it; --again measures anew. The figures that are published were written with --results
+examples/benchmarks/results. A model that `make models` has not fetched is left out with one line.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 
+from glowq.evaluation.plots import draw_recovered
 from glowq.evaluation.timing import processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +54,17 @@ MAKING = {
     "glowq+int4": ["--budget", MADE_AT, "--factor-dtype", "int4"],
     "glowq+distilled": ["--budget", MADE_AT, "--factor-dtype", "float", "--distill"],
 }
+DRAWN = {  # method -> its name in the plot
+    "glowq+int4": "glowq (int4)",
+    "glowq": "glowq in 16 bits",
+    "glowq-published": "GlowQ as published",
+    "qera": "QERA, EoRA",
+    "lqer": "LQER",
+    "svd": "plain SVD",
+    "mixed": "instead: more bits for some groups",
+    "finer": "instead: half the group size",
+}
+MOST_DRAWN = 0.16  # added bytes, as a share of the quantized weights'
 PACKAGES = ["torch", "transformers", "torchao", "bitsandbytes"]
 
 
@@ -94,7 +105,9 @@ def main() -> None:
     for name in names:
         for file in (arguments.results / f"{name}-{base}.json" for base in bases):
             if file.is_file():
-                print(table(json.loads(file.read_text())), end="\n\n")
+                stored = json.loads(file.read_text())
+                draw(stored, file.with_suffix(".png"))
+                print(table(stored), end="\n\n")
 
 
 def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace) -> None:
@@ -121,8 +134,6 @@ def measure(folder: Path, base: str, result: Path, arguments: argparse.Namespace
             _write(file, {"command": _public(made["command"]), **kept})
         stored["making"][method] = json.loads(file.read_text())
     result.parent.mkdir(exist_ok=True)
-    if (unfinished / "compared").is_dir():
-        shutil.copyfile(unfinished / "compared" / "bytes.png", result.with_suffix(".png"))
     _write(result, stored)
     shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -193,6 +204,17 @@ def table(result: Mapping[str, Any]) -> str:
         machines = {one.get("machine", result["machine"]) for one in making.values()}
         lines += ["", f"`glowq correct` at +{MADE_AT} ({', '.join(sorted(machines))}): {'; '.join(made)}."]
     return "\n".join(lines)
+
+
+def draw(result: Mapping[str, Any], file: Path) -> None:
+    """Draw bytes against the share of the KL divergence undone, one line a method of `DRAWN`."""
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in DRAWN.values()}
+    for row in result["rows"]:
+        if row["method"] in DRAWN and row["perplexity"] is not None and row["overhead"] < MOST_DRAWN:
+            shares = {"recovered": row["undone"], "recovered_ci95": row["undone_ci95"]}
+            lines[DRAWN[row["method"]]].append({"overhead": row["overhead"], **shares})
+    title = f"{Path(result['model']).name}, {result['base']}: what comes back of the quantization's KL divergence"
+    draw_recovered(file, {name: line for name, line in lines.items() if line}, title, "KL divergence undone")
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

@@ -37,17 +37,27 @@ def check_plots() -> None:
         )
 
 
-def draw_recovered(file: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
-    """Draw the recovered share of the perplexity gap against the added bytes, with intervals, one line per method.
+def draw_recovered(
+    file: Path,
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str,
+    share: str = "perplexity gap recovered",
+) -> None:
+    """Draw the recovered share of a loss against the added bytes, with intervals, one line per method.
 
     Args:
         file: PNG to write.
         lines: method -> points with "overhead", the added bytes as a share of the quantized weights; "recovered", or
             None for a point that is not drawn; and "recovered_ci95", (low, high) or None.
         title: title of the plot.
+        share: what the shares are.
     """
+    from matplotlib import colormaps
+
     figure = _figure(8.0, 5.0)
     axes = figure.add_subplot()
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    axes.set_prop_cycle(color=[*colours[::2], *colours[1::2]])  # ten strong ones, then the ten pale ones
     for (method, points), marker in zip(lines.items(), _MARKERS * len(lines), strict=False):
         drawn = sorted((point for point in points if point["recovered"] is not None), key=lambda p: p["overhead"])
         bytes_added = [100 * point["overhead"] for point in drawn]
@@ -55,7 +65,7 @@ def draw_recovered(file: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]],
         axes.errorbar(bytes_added, shares, yerr=_whiskers(drawn), marker=marker, capsize=3, label=method)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_xlabel("bytes added, % of the quantized weights")
-    axes.set_ylabel("perplexity gap recovered, %")
+    axes.set_ylabel(f"{share}, %")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
