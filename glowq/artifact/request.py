@@ -84,10 +84,10 @@ class CorrectionRequest:
                 "mixed (--mixed) divides a budget of bytes between ranks and bits by what each gains: give such a "
                 "budget (--budget 3%), and a method that allocates by gain (glowq)."
             )
-        if self.budget is not None and method.allocation == "groups":
+        if self.budget is not None and method.allocation in ("groups", "effective-rank"):
             raise ConfigError(
-                f"method {self.method!r} gives a budget to whole groups, which only `glowq compare` does; give a "
-                "rank, or method='glowq'."
+                f"method {self.method!r} divides a budget in the way of its paper, which only `glowq compare` does; "
+                "give a rank, or method='glowq'."
             )
 
     @classmethod

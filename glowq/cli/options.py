@@ -58,6 +58,7 @@ BASE_NAMES = (
 )
 METHOD_NAMES = (
     "aser",
+    "d-rank",
     "eora",
     "fwsvd",
     "glowq",

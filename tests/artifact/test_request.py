@@ -44,7 +44,7 @@ WRONG = [
     ({"rank_step": 8}, "give a budget with them"),
     ({"budget": "1%", "max_rank": 0}, "max_rank must be a whole number of at least 1"),
     ({"method": "best"}, "method must be one of"),
-    ({"method": "glowq-s", "budget": "1%"}, "gives a budget to whole groups"),
+    ({"method": "glowq-s", "budget": "1%"}, "divides a budget in the way of its paper"),
     ({"calibration_tokens": "many"}, "calibration_tokens must be a whole number"),
     ({"sequence_length": 1}, "sequence_length must be a whole number of at least 2"),
     ({"distill": -1}, "distill must be a whole number"),

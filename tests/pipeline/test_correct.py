@@ -172,7 +172,9 @@ def test_a_damaged_block_is_not_taken_for_a_whole_one(
     assert run(model, source, monkeypatch, None, resume=tmp_path / "resume")[1] == 4
 
 
-@pytest.mark.parametrize("method", [name for name in method_names() if get_method(name).allocation != "groups"])
+@pytest.mark.parametrize(
+    "method", [name for name in method_names() if get_method(name).allocation in ("uniform", "gain")]
+)
 @pytest.mark.parametrize("budget", ["25%", 40000])
 def test_a_budget_is_kept_by_every_method(method: str, budget: Any, source: Path) -> None:
     model, correction = corrected(source, "torchao-int2", rank=None, budget=budget, method=method)
@@ -182,9 +184,9 @@ def test_a_budget_is_kept_by_every_method(method: str, budget: Any, source: Path
     assert len(attached(model)) == len(correction.factors)
 
 
-@pytest.mark.parametrize("method", [name for name in method_names() if get_method(name).allocation == "groups"])
-def test_whole_groups_are_only_compared(method: str, source: Path) -> None:
-    with pytest.raises(ConfigError, match=f"'{method}' gives a budget to whole groups, which only `glowq compare`"):
+@pytest.mark.parametrize("method", ["glowq-s", "glowq-s-ratio", "d-rank"])
+def test_the_ways_of_papers_to_divide_a_budget_are_only_compared(method: str, source: Path) -> None:
+    with pytest.raises(ConfigError, match=f"'{method}' divides a budget in the way of its paper, which only `glowq c"):
         corrected(source, "torchao-int2", rank=None, budget="25%", method=method)
 
 

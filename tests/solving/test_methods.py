@@ -14,8 +14,8 @@ from glowq.solving.moments import LowRankMoment, Moments
 from support.moments import measured
 
 PUBLISHED = ["glowq-published", "glowq-s", "glowq-s-ratio"]
-NAMES = ["aser", "eora", "fwsvd", "glowq", *PUBLISHED, "lqer", "qera", "svd", "zeroquant"]
-SECOND = ["aser", "eora", "glowq", *PUBLISHED, "qera"]
+NAMES = ["aser", "d-rank", "eora", "fwsvd", "glowq", *PUBLISHED, "lqer", "qera", "svd", "zeroquant"]
+SECOND = ["aser", "d-rank", "eora", "glowq", *PUBLISHED, "qera"]
 RANK = 4
 
 
@@ -81,11 +81,12 @@ def test_solving_leaves_the_moments_as_they_were() -> None:
 def test_what_a_method_says_of_itself(name: str) -> None:
     method = get_method(name)
     assert method.name == name
-    assert method.shared == (name in {"glowq", *PUBLISHED, "svd"})
+    assert method.shared == (name in {"d-rank", "glowq", *PUBLISHED, "svd"})
     assert method.statistic == {"fwsvd": "none", "svd": "none", "zeroquant": "none", "lqer": "magnitude"}.get(
         name, "second"
     )
-    assert method.allocation == {"glowq": "gain", "glowq-s": "groups", "glowq-s-ratio": "groups"}.get(name, "uniform")
+    own = {"glowq": "gain", "glowq-s": "groups", "glowq-s-ratio": "groups", "d-rank": "effective-rank"}
+    assert method.allocation == own.get(name, "uniform")
     assert (method.score is not None) == (method.allocation == "groups")
     assert method.summary
     assert method.source
@@ -139,7 +140,9 @@ def test_without_a_second_moment_they_do_not_fall_back_to_plain_svd(name: str) -
 
 
 def test_unknown_and_repeated_names_are_refused() -> None:
-    message = r"^method must be one of aser, eora, fwsvd, glowq, .*zeroquant; found 'qlora'\. Did you mean 'qera'\?$"
+    message = (
+        r"^method must be one of aser, d-rank, eora, fwsvd, glowq, .*zeroquant; found 'qlora'\. Did you mean 'qera'\?$"
+    )
     with pytest.raises(ConfigError, match=message):
         get_method("qlora")
     svd = get_method("svd")

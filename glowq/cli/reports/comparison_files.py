@@ -157,7 +157,8 @@ def _ranks(row: dict[str, Any]) -> str:
     if row["allocation"] == "alternative":
         return str(row["settings"])
     whole = f"{row['rank']} in {row['groups']} groups"
-    return {"uniform": str(row["rank"]), "gain": "by gain", "groups": whole}[row["allocation"]]
+    chosen = {"gain": "by gain", "groups": whole, "effective-rank": "by effective rank"}
+    return chosen.get(row["allocation"], str(row["rank"]))
 
 
 def _has_gap(result: dict[str, Any]) -> bool:

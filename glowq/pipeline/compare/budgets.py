@@ -1,7 +1,8 @@
-"""How each method allocates a budget: one rank for all groups, the ranks that gain most, or whole groups."""
+"""How each method allocates a budget: one rank for all groups, ranks by gain or by effective rank, or whole groups."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,11 +13,13 @@ from ...factors.group import Group
 from ...factors.units import GainUnit
 from ...selection.allocation import largest_rank
 from ...selection.budget import RankRequest
+from ...selection.effective_rank import effective_rank
 from ...solving.methods.base import Allocation, Method
 
 __all__ = ["ALLOCATORS", "NO_GAIN", "BudgetContext", "Entry", "fixed_rank_within", "refused", "uniform_rank_within"]
 
 _PUBLISHED_RANK = 64  # rank of the groups in the paper's GlowQ-S
+_SPREAD = 4  # times the rank that every group could have: the most that any group gets by its effective rank
 NO_GAIN = "no rank of any group gains anything"
 
 
@@ -209,6 +212,38 @@ def _whole_groups(method: Method, context: BudgetContext, whole: Correction | No
     return entries
 
 
+def _effective_size(method: Method, context: BudgetContext) -> RankRequest | None:
+    costs, most = context.rank_bytes(method), context.available[context.largest]
+    if most < min(costs):
+        return None
+    largest = max(map(largest_rank, context.groups))
+    return RankRequest(rank=min(largest, _SPREAD * max(1, math.ceil(most / sum(costs)))))
+
+
+def _by_effective_rank(method: Method, context: BudgetContext, whole: Correction | None) -> list[Entry]:
+    """Ranks in proportion to sqrt(R / bytes of a rank), R being the effective rank of each group's weighted error."""
+    entries = []
+    for budget, available in context.available.items():
+        steps: list[tuple[float, str, int, int]] = []
+        for entry in () if whole is None else whole.factors:
+            cost = entry.factor_bytes // entry.rank
+            directions = largest_rank(entry.group)
+            weight = math.sqrt(effective_rank(entry.gains, entry.total, directions) / cost)
+            steps += [(rank / weight, entry.group.name, rank, cost) for rank in range(1, entry.rank + 1)]
+        ranks: dict[str, int] = {}
+        for _, name, rank, cost in sorted(steps):
+            available -= cost
+            if available < 0:
+                break
+            ranks[name] = rank
+        if whole is not None and ranks:
+            entries.append(_entry(method, context, budget, whole.kept(ranks).factors))
+        else:
+            reason = "the first rank takes more bytes than the budget"
+            entries.append(_entry(method, context, budget, reason=reason))
+    return entries
+
+
 @dataclass(frozen=True)
 class Allocator:
     """How a kind of methods uses budgets.
@@ -227,6 +262,7 @@ ALLOCATORS: Mapping[Allocation, Allocator] = {
     "uniform": Allocator(_uniform_size, _uniform),
     "gain": Allocator(_gain_size, _by_gain),
     "groups": Allocator(_groups_size, _whole_groups),
+    "effective-rank": Allocator(_effective_size, _by_effective_rank),
 }
 
 

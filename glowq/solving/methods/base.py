@@ -19,7 +19,7 @@ from ..moments import Moments
 __all__ = ["Allocation", "Method", "Statistic", "check_measured", "get_method", "method_names", "register"]
 
 Statistic = Literal["none", "magnitude", "second"]
-Allocation = Literal["uniform", "gain", "groups"]
+Allocation = Literal["uniform", "gain", "groups", "effective-rank"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Method:
         source: the paper.
         two_sided: whether `solve` also reads the output moment; gains are then in nats and comparable between groups.
         allocation: how the paper uses a budget: "uniform", one rank for all groups; "gain", the ranks with the largest
-            gain per byte; "groups", whole groups at one rank, in the order of `score`, as `glowq compare` does.
+            gain per byte; "groups", whole groups at one rank, in the order of `score`; "effective-rank", ranks in
+            proportion to the root of each group's effective rank over its bytes. `glowq compare` does the last two.
         score: for "groups": function (a group's gains at the rank (r,), its ||E||_F / ||W||_F) -> score of the group.
     """
 

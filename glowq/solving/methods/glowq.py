@@ -55,6 +55,18 @@ register(
 
 register(
     Method(
+        name="d-rank",
+        shared=True,
+        statistic="second",
+        solve=solve,
+        summary="glowq-one-sided, with more ranks for groups whose error has a higher effective rank",
+        source="D-Rank (arXiv 2509.25622) sec. 3, which compresses weights; here it allocates ranks to their errors",
+        allocation="effective-rank",
+    )
+)
+
+register(
+    Method(
         name="glowq-one-sided",
         shared=True,
         statistic="second",

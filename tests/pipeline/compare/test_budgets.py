@@ -1,4 +1,4 @@
-"""Groups that GlowQ-S restores within a budget, computed by hand: whole groups at one rank, in the order of scores."""
+"""What published methods restore within a budget, computed by hand: whole groups, or ranks by effective rank."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def allocate(
         return Correction(factors, config, {}, 10**6)
 
     context = BudgetContext(GROUPS, {f"{budget}B": budget for budget in budgets}, HALF, lambda: ratios)
-    chosen, allocator = get_method(method), ALLOCATORS["groups"]
+    chosen = get_method(method)
+    allocator = ALLOCATORS[chosen.allocation]
     size = allocator.size(chosen, context)
     whole = None if size is None or size.rank is None else solve(chosen, size.rank)
     return allocator.entries(chosen, context, whole), solved_ranks
@@ -121,3 +122,25 @@ def test_a_budget_too_small_for_any_rank_says_why(budget: int, reason: str, solv
     (entry,), solved_ranks = allocate("glowq-s", budget)
     assert (entry.factors, entry.rank, entry.reason) == ((), None, reason)
     assert solved_ranks == solves
+
+
+def even(*sizes: int) -> dict[str, list[float]]:
+    """Gains for each group: `sizes[i]` equal squared singular values, which are the whole error of 30."""
+    return {group.name: [30.0 / size] * size for group, size in zip(GROUPS, sizes, strict=True)}
+
+
+def test_ranks_are_in_proportion_to_the_root_of_the_effective_rank_over_the_bytes() -> None:
+    """Effective ranks 9, 1 and 4, bytes 320, 120 and 160: the weights are 0.168, 0.091 and 0.158."""
+    (entry,), solved_ranks = allocate("d-rank", 3000, gains=even(9, 1, 4))
+    assert solved_ranks == [20]  # 4 times the 5 ranks of all groups that 3,000 bytes hold
+    # At 32.9 times the weights, 5.5, 3.0 and 5.2; the next rank would be the sixth of "a", for 320 bytes.
+    assert {factors.group.name: factors.rank for factors in entry.factors} == {"a": 5, "b+c": 3, "d": 5}
+    assert (entry.factor_bytes, entry.rank, entry.reason) == (2760, None, None)
+
+
+def test_an_effective_rank_of_a_budget_too_small() -> None:
+    (first, second), _ = allocate("d-rank", 100, 300, gains=even(1, 1, 1))
+    assert (first.factors, first.reason) == ((), "the first rank takes more bytes than the budget")
+    assert names(second) == ["b+c", "d"]
+    (none,), solved_ranks = allocate("d-rank", 119)
+    assert (none.factors, none.reason, solved_ranks) == ((), "the first rank takes more bytes than the budget", [])
