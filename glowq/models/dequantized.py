@@ -30,15 +30,16 @@ def dequantized(model: nn.Module) -> Iterator[None]:
     """Inside this context, quantized layers on the CPU multiply by dequantized weights; their forwards come back after.
 
     The weights are those that the libraries' kernels multiply by, in the model's dtype. They must not change inside of
-    the context. Those used last are kept, up to a quarter of the free memory. Layers that also round their inputs, and
-    layers whose weights are offloaded, run as they are.
+    the context. Those used last are kept, up to a quarter of the free memory. Layers that also round their inputs, that
+    the model's own code computes, or whose weights are offloaded, run as they are.
     """
     weights = _Weights(int(psutil.virtual_memory().available * _SHARE))
     dtype = getattr(model, "dtype", torch.float32)
     with ExitStack() as stack:
         for name, backend in quantized_modules(model).items():
             module: Any = model.get_submodule(name)
-            if "forward" not in vars(module) and _on_cpu(module) and not backend.rounds_inputs(module):
+            has_own = "forward" in vars(module) or backend.runs_own_code(module) or backend.rounds_inputs(module)
+            if _on_cpu(module) and not has_own:
                 module.forward = partial(_forward, module, weights, name, backend, dtype)
                 stack.callback(vars(module).pop, "forward", None)
         yield

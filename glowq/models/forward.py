@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
+import torch
 from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,7 +16,18 @@ from ..errors import SensitivityError, UnsupportedModuleError
 from .dequantized import dequantized
 from .fast_products import fast_products
 
-__all__ = ["differentiable", "evaluating", "example_inputs", "refuse_encoder_decoder", "replaced_forward", "to_model"]
+__all__ = [
+    "differentiable",
+    "evaluating",
+    "example_inputs",
+    "input_embeddings",
+    "refuse_encoder_decoder",
+    "refuse_other_inputs",
+    "replaced_forward",
+    "to_model",
+]
+
+_NO_TEXT = ("pixel_values", "input_features", "input_values")
 
 
 def refuse_encoder_decoder(model: nn.Module) -> None:
@@ -35,9 +47,35 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
         )
 
 
+def refuse_other_inputs(model: nn.Module) -> None:
+    """Raise an error for a model that reads images or sound, which calibration text is not.
+
+    Raises:
+        UnsupportedModuleError: the message names the inputs.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    others = [name for name in _NO_TEXT if name in signature(type(model).forward).parameters]
+    if main not in ("input_ids", "inputs_embeds") or others:
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} reads {', '.join(others or [main])}, and calibration text gives only token ids: "
+            "such a model cannot be corrected yet. Correct its text part alone, if it has one."
+        )
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that turns token ids into vectors; None if the model has none, or does not say which it is."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        found: Any = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # several towers, or no token ids
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return the batch on the device where the model's embeddings compute, also if their weight is offloaded."""
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else model
+    embeddings = input_embeddings(model) or model
     device: Any = next(iter(embeddings.parameters())).device
     if has_offloaded_params(embeddings):
         hook: Any = embeddings._hf_hook
@@ -86,8 +124,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Inside this context, the outputs of the input embeddings take gradients, and no parameter does."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if not isinstance(embeddings, nn.Module):
+    embeddings = input_embeddings(model)
+    if embeddings is None:
         raise SensitivityError(f"{type(model).__name__} has no input embeddings that a gradient could flow from.")
     handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
     for parameter in trained:
@@ -101,8 +139,29 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def example_inputs(model: Any) -> dict[str, Any]:
-    """Return the example arguments of one forward that transformers has for every architecture, on `model`'s device."""
-    inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
-    if model.config.is_encoder_decoder and "input_ids" in inputs:
-        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
-    return inputs
+    """Return example arguments of one forward, on `model`'s device: those that transformers has for every architecture.
+
+    For a model that reads images or sound they are zeros of the shape that its config states.
+    """
+    config, main = model.config, model.main_input_name
+    inputs = model.dummy_inputs if main in ("input_ids", "inputs_embeds") else {main: _zeros(main, config)}
+    if config.is_encoder_decoder:
+        tokens = inputs.get("input_ids", torch.zeros(1, 4, dtype=torch.int64))
+        inputs.setdefault("decoder_input_ids", tokens)
+    kind = model.dtype if hasattr(model, "dtype") else torch.float32
+    return {
+        name: value.to(model.device, kind if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+
+
+def _zeros(name: str, config: Any) -> torch.Tensor:
+    """An input of zeros: an image, the spectrum of a sound, or a second of sound at 16 kHz."""
+    if name == "input_features":
+        return torch.zeros(1, config.num_mel_bins, 2 * getattr(config, "max_source_positions", 1500))
+    if name == "input_values":
+        return torch.zeros(1, 16_000)
+    part = getattr(config, "vision_config", config)
+    size = getattr(part, "image_size", 224)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.zeros(1, getattr(part, "num_channels", 3), height, width)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+from .forward import input_embeddings
 
 __all__ = ["limit_of_config", "position_limit", "stated_positions"]
 
@@ -31,7 +32,7 @@ def position_limit(model: nn.Module) -> int | None:
     most = None if config is None else stated_positions(config)
     if most is None:
         return None
-    words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    words = input_embeddings(model)
     reserved = [_reserved(module, most) for module in model.modules() if module is not words]
     return most - max(reserved)
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as hf_logging
 
 from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
 from ..utils.files import checkpoint_files, read_json, stored_variant
 from ..utils.hub import local_snapshot
-from ..utils.logging import quiet
 from ..utils.scratch import temporary_folder
+from .disk_mapping import add_weight, compute_on, quiet_loading
+from .forward import evaluating, input_embeddings, to_model
 
 __all__ = ["REVISION_TOLERANCE", "Reference"]
+
+_logger = logging.getLogger(__name__)
 
 REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes a difference of 1.1e-3
 _SAMPLED_ROWS = 1024
@@ -90,6 +91,33 @@ class Reference:
         if self._model is None:
             raise RuntimeError("a Reference is used inside its `with` block")
         return self._model
+
+    def check_runs(self, example: Mapping[str, Any]) -> None:
+        """Run the reference once, and load it into memory if it cannot run from its files.
+
+        accelerate brings the weights of a layer into memory for the layer's own forward. The code of some models reads
+        a weight of another layer.
+
+        Args:
+            example: keyword arguments of one short forward.
+        """
+        if self._folder is None:
+            return
+        try:
+            with torch.no_grad(), evaluating(self.model):
+                self.model(**to_model(example, self.model))
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error):
+                raise
+        else:
+            return
+        self._model = self._load(self._folder, in_memory=True)
+        size = sum(tensor.nbytes for tensor in self._model.parameters())
+        _logger.warning(
+            "%s cannot run with its weights on disk: the reference is loaded into memory (%s MB).",
+            self.model_class.__name__,
+            f"{size / 1e6:,.0f}",
+        )
 
     def identity(self) -> str:
         """What tells these weights from others: an interrupted run continues only with the same reference.
@@ -191,23 +219,22 @@ class Reference:
             )
         return module
 
-    def _load(self, folder: Path) -> nn.Module:
-        offload = self._exit.enter_context(temporary_folder("reference"))
-        with _quiet():
-            model, found = self.model_class.from_pretrained(  # type: ignore[attr-defined]
-                folder,
-                dtype="auto",
-                device_map={"": "disk"},
-                offload_folder=offload,
-                use_safetensors=True,
-                variant=self.variant,
-                output_loading_info=True,
-            )
+    def _load(self, folder: Path, in_memory: bool = False) -> nn.Module:
+        options: dict[str, Any] = {"use_safetensors": True, "variant": self.variant, "output_loading_info": True}
+        if not in_memory:
+            offload = self._exit.enter_context(temporary_folder("reference"))
+            options |= {"device_map": {"": "disk"}, "offload_folder": offload}
+        with quiet_loading():
+            model, found = self.model_class.from_pretrained(folder, dtype="auto", **options)  # type: ignore[attr-defined]
         self.missing = sorted(found["missing_keys"])
         for name in self.missing:
-            _offload(model, name, self._fresh_value(name))
-        if self.device is not None:
-            _compute_on(model, self.device)
+            value = self._fresh_value(name)
+            if in_memory:
+                _named_tensors(model)[name].data = value.clone()
+            else:
+                add_weight(model, name, value)
+        if self.device is not None and not in_memory:
+            compute_on(model, self.device)
         loaded: nn.Module = model
         return loaded
 
@@ -231,7 +258,7 @@ class Reference:
         Raises:
             CalibrationError: the text holds tokens that were added to the quantized model's vocabulary later.
         """
-        layer: Any = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
+        layer: Any = input_embeddings(self.model)
         rows = getattr(layer, "num_embeddings", None)
         largest = int(sequences.max())
         if rows is not None and largest >= rows:
@@ -250,15 +277,6 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _offload(model: nn.Module, name: str, value: Tensor) -> None:
-    """Add a weight to those that accelerate gives to the layers of a model whose weights are on disk."""
-    hook: Any = model.get_submodule(name.rpartition(".")[0])._hf_hook
-    for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
-        if isinstance(part, AlignDevicesHook):
-            stored: Any = part.weights_map
-            stored.dataset.state_dict[name] = value.cpu()
-
-
 def _readable(module: nn.Module) -> AbstractContextManager[None]:
     """Inside this context, the weights of a module can be read; offloaded ones are on the CPU."""
     context: AbstractContextManager[None] = align_module_device(
@@ -267,37 +285,12 @@ def _readable(module: nn.Module) -> AbstractContextManager[None]:
     return context
 
 
-def _compute_on(model: nn.Module, device: torch.device) -> None:
-    """Let a model whose weights are on disk compute on `device`: accelerate takes the CPU where nothing is on a GPU."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
-            if isinstance(part, AlignDevicesHook):
-                part.execution_device = device
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
-
-
 def _embedding_rows(model: nn.Module) -> Tensor | None:
     """Return the input embeddings, (vocabulary, width), on the CPU; None if the model has none as plain floats."""
-    layer: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    layer: Any = input_embeddings(model)
     weight = getattr(layer, "weight", None)
     if layer is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
         return None
     with _readable(layer):
         values: Tensor = layer.weight.detach()
         return values.cpu() if values.is_floating_point() else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bar of loading, and the warning that weights stay on disk: the model is only mapped."""
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        with quiet("accelerate.big_modeling"):
-            yield
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()

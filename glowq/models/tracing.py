@@ -15,7 +15,9 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import UnsupportedModuleError
 from ..factors.group import Group, group_name
@@ -27,6 +29,8 @@ from .forward import evaluating
 from .wrappers import uncompiled, underlying
 
 __all__ = ["Trace", "find_groups", "trace_groups"]
+
+_TOLERANCE = 0.05  # relative; rounding inputs to 8 bits makes a difference of 0.01
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,11 @@ def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
     model = underlying(model)
     candidates = _candidates(model)
     block_of = block_index(model, candidates)
-    calls, runs = _record_calls(model, candidates, set(block_of.values()), example_inputs)
+    calls, runs, wrong = _record_calls(model, candidates, set(block_of.values()), example_inputs)
     skipped: dict[str, str] = {}
     gathered: dict[tuple[Any, ...], list[str]] = {}
     for name in sorted(calls, key=lambda name: calls[name][0].order if calls[name] else -1):
-        reason = _refusal(name, candidates[name], calls[name])
+        reason = wrong.get(name) or _refusal(candidates[name], calls[name])
         if reason is not None:
             skipped[name] = reason
             continue
@@ -114,10 +118,19 @@ def _candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _record_calls(
-    model: nn.Module, candidates: Iterable[str], stops: Iterable[str], example_inputs: Mapping[str, Any]
-) -> tuple[dict[str, list[_Call]], Counter[str]]:
-    """Run the model, and return the calls of every candidate and how often each module of `stops` ran."""
+    model: nn.Module,
+    candidates: Mapping[str, tuple[int, int]],
+    stops: Iterable[str],
+    example_inputs: Mapping[str, Any],
+) -> tuple[dict[str, list[_Call]], Counter[str], dict[str, str]]:
+    """Run the model.
+
+    Returns:
+        The calls of every candidate; how often each module of `stops` ran; and of each candidate that computes
+        something else than W x + b, what is wrong.
+    """
     calls: dict[str, list[_Call]] = {name: [] for name in candidates}
+    wrong: dict[str, str] = {}
     runs: Counter[str] = Counter()
     clock = count()
 
@@ -136,17 +149,44 @@ def _record_calls(
 
         return hook
 
+    def checker(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if name not in wrong and args and isinstance(args[0], Tensor):
+                reason = _not_linear(module, candidates[name][0], args[0], output)
+                wrong.update({} if reason is None else {name: reason})
+
+        return hook
+
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad(), evaluating(model), uncompiled():
         for name in calls:
-            handle = model.get_submodule(name).register_forward_pre_hook(recorder(name))
-            stack.callback(handle.remove)
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(recorder(name)).remove)
+            stack.callback(module.register_forward_hook(checker(name)).remove)
         for name in stops:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(counter(name)).remove)
         model(**example_inputs)
-    return calls, runs
+    return calls, runs, wrong
 
 
-def _refusal(name: str, features: tuple[int, int], calls: list[_Call]) -> str | None:
+def _not_linear(module: nn.Module, width: int, x: Tensor, output: Any) -> str | None:
+    """What is wrong with an output that is not W x + b; None if nothing is.
+
+    The values are compared only where code of the model computes them, and where there are values.
+    """
+    if not isinstance(output, Tensor):
+        return f"its output is a {type(output).__name__}, not W x + b"
+    if output.shape[-1] != width:
+        return f"its output is {output.shape[-1]} wide, and its weight has {width} rows"
+    backend = find_backend(module)
+    if backend is None or not backend.runs_own_code(module) or isinstance(output, FakeTensor) or output.is_meta:
+        return None
+    weight, bias = backend.weight(module).to(x.device).float(), getattr(module, "bias", None)
+    expected = F.linear(x.float(), weight, None if bias is None else bias.float())
+    error = float((output.float() - expected).norm() / expected.norm().clamp_min(1e-30))
+    return None if error < _TOLERANCE else f"its output differs from W x + b by {error:.0%}"
+
+
+def _refusal(features: tuple[int, int], calls: list[_Call]) -> str | None:
     if not calls:
         return "never called in the traced forward (its weight may be read directly): a hook would do nothing"
     if any(call.tensor is None for call in calls):

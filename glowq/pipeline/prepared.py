@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
-from ..models.forward import refuse_encoder_decoder, to_model
+from ..models.forward import refuse_encoder_decoder, refuse_other_inputs, to_model
 from ..models.reference import REVISION_TOLERANCE, Reference
 from ..models.tracing import Trace, trace_groups
 from ..models.wrappers import uncompiled
@@ -49,14 +49,16 @@ def traced(model: nn.Module, sequences: Tensor) -> Trace:
     """Find the groups of a model, from a forward of the first tokens.
 
     Raises:
-        UnsupportedModuleError: no module can be corrected, or the model is an encoder with a decoder.
+        UnsupportedModuleError: no module can be corrected, or the model needs more than token ids.
     """
     example = to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
     try:
         trace = trace_groups(model, example)
-    except ValueError:
-        # BART and similar models create the decoder's input themselves. T5 does not, and fails in the forward.
+    except (ValueError, TypeError, AttributeError):
+        # BART and similar models create the decoder's input themselves. T5 does not, and fails in the forward. LLaVA
+        # needs no image for text, and ViT does.
         refuse_encoder_decoder(model)
+        refuse_other_inputs(model)
         raise
     if not trace.groups:
         name, reason = next(iter(trace.skipped.items()))
@@ -86,6 +88,7 @@ def opened(
         source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
         source.check_ids(sequences)
         source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
+        source.check_runs({"input_ids": sequences[:1, :_TRACE_TOKENS]})
         yield source
 
 

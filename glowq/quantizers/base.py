@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 __all__ = ["Backend", "FusedProduct", "Scheme", "StoredModule", "Unavailable", "changed"]
 
+_MODEL_CODE = ("transformers.models.", "transformers_modules.")  # the second is custom code from the Hub
+
 FusedProduct = Callable[[Any, Tensor], Callable[..., Tensor] | None]
 """See `Backend.fused_product`."""
 
@@ -150,6 +152,11 @@ class Backend(ABC):
     def rounds_inputs(self, module: Any) -> bool:
         """Whether the module's kernel also quantizes its inputs. Its output is then not W x, but W times rounded x."""
         return any(detail.startswith("inputs rounded") for detail in self.scheme(module).details)
+
+    def runs_own_code(self, module: Any) -> bool:
+        """Whether code of the model, and not of torch or of the library, computes the module's forward."""
+        owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+        return owner.__module__.startswith(_MODEL_CODE)
 
     def packed_bytes(self, module: Any) -> int:
         """Bytes of the weight at its nominal bit width plus its scales, independent of the library's storage format."""

@@ -16,6 +16,7 @@ from ...quantizers.registry import method_of
 from ...runtime.attach import attached_factors, set_aside
 from ...runtime.fast_kernels import refuse_rewritten
 from .delegation import DelegatingHfQuantizer, Refusal
+from .factor_names import keep_factor_names
 from .merge import merge_into_dense
 
 __all__ = ["CorrectedHfQuantizer"]
@@ -42,6 +43,7 @@ class CorrectedHfQuantizer(DelegatingHfQuantizer):
         config: Any = model.config
         config.quantization_config = self.glowq_config if factors else self.quantization_config
         if factors:
+            keep_factor_names(model, factors)
             self.glowq_config.groups = with_checksums(self.glowq_config.groups or {}, factors)
         with set_aside(model):
             state, metadata = self.base.get_state_dict_and_metadata(model)
