@@ -29,11 +29,10 @@ from .gradient_sums import SKETCH_RANK, GradientProduct, GradientSketch
 
 __all__ = ["FULL_WIDTH", "output_moments"]
 
-_BROKEN = "The quantized model itself is broken: check that it generates, or quantize it in another dtype."
+_BROKEN = "The model itself is broken: check that it generates, or load it in another dtype."
 FULL_WIDTH = 4096  # a group with more outputs gets a diagonal plus a low-rank part as its moment, not a matrix
 
 Batch = Mapping[str, Any]
-Teacher = Callable[[Batch], Tensor]
 
 
 @stage("gradients")
@@ -42,7 +41,6 @@ def output_moments(
     groups: Sequence[Group],
     batches: Sequence[Batch],
     *,
-    teacher: Teacher | None = None,
     seed: int = 0,
     full_width: int = FULL_WIDTH,
     checkpoint: bool | None = None,
@@ -54,8 +52,6 @@ def output_moments(
             and hooks are restored afterwards.
         groups: groups of the model.
         batches: keyword arguments of one forward each; every token counts.
-        teacher: function from a batch to the logits whose softmax the labels are drawn from; None uses the logits of
-            `model`.
         seed: seed of the labels and of the random directions of wide groups.
         full_width: largest number of outputs O for which a group's moment is a matrix.
         checkpoint: whether the backward pass runs each block again. This takes the time of one more forward, and keeps
@@ -87,12 +83,12 @@ def output_moments(
                 stack.callback(handle.remove)
         bar = stack.enter_context(progress(total=len(batches), desc="Gradients", unit="batch"))
         for batch in batches:
-            tokens += _backward(model, batch, teacher, generator)
+            tokens += _backward(model, batch, generator)
             bar.update()
     return {entry.group.name: entry.moment(tokens) for entry in sums}
 
 
-def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator: torch.Generator) -> int:
+def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> int:
     """Run one forward and one backward pass, and return the number of tokens."""
     with torch.enable_grad():
         output = model(**batch)
@@ -102,27 +98,24 @@ def _backward(model: nn.Module, batch: Batch, teacher: Teacher | None, generator
         raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
     gradient = None
     if logits is not None:
-        gradient = _label_gradient(logits.detach(), None if teacher is None else teacher(batch).detach(), generator)
+        gradient = _label_gradient(logits.detach(), generator)
     if not bool(torch.isfinite(start.detach() if gradient is None else gradient.sum())):
         raise NonFiniteError(f"{_first_broken(model, batch)} holds NaN or Inf during calibration. {_BROKEN}")
     start.backward(gradient)
     return tokens
 
 
-def _label_gradient(logits: Tensor, drawn_from: Tensor | None, generator: torch.Generator) -> Tensor:
+def _label_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw labels from a softmax, and return the gradient of their cross entropy, summed over tokens, at the logits.
 
     The gradient is the softmax minus one at the label, so that one softmax serves for the labels and the gradient.
 
     Args:
         logits: shape (batch, length, vocabulary).
-        drawn_from: logits that the labels are drawn from, of the same shape; None draws them from `logits`.
     """
     chances = logits.float().softmax(-1)
-    sums = (chances if drawn_from is None else drawn_from.float().softmax(-1)).cumsum(-1)
+    sums = chances.cumsum(-1)
     height = torch.rand(*sums.shape[:2], 1, generator=generator).to(sums.device) * sums[..., -1:]
-    if drawn_from is not None and not bool(torch.isfinite(sums[..., -1]).all()):
-        raise NonFiniteError("the teacher's logits hold NaN or Inf during calibration.")
     labels = torch.searchsorted(sums, height, right=True).clamp_max(sums.shape[-1] - 1)
     minus = chances.new_full((), -1.0).expand(labels.shape)
     return chances.scatter_add_(-1, labels.to(chances.device), minus).to(logits.dtype)

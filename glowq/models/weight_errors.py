@@ -107,6 +107,17 @@ class WeightErrors:
         _refuse_scaled(group, fit_columns(pairs))
         return True
 
+    def row_scales(self, group: Group) -> Tensor | None:
+        """What the outputs of a group were divided by, shape (O,), float64; None for ones.
+
+        Call it after `errors` has processed the group's block.
+        """
+        known = [self.scales.get(member, Scales()).rows for member in group.members]
+        if all(rows is None for rows in known):
+            return None
+        ones = [torch.ones(width, dtype=torch.float64) for width in group.out_features]
+        return torch.cat([one if rows is None else rows.cpu() for rows, one in zip(known, ones, strict=True)])
+
     def _rows_unscaled(self, name: str) -> bool:
         """Whether no scale was found for the module's rows yet, so that it can still be a producer."""
         return self.scales.get(name, Scales()).rows is None

@@ -22,7 +22,7 @@ from ..models.weight_errors import WeightErrors
 from ..quantizers.base import Backend
 from ..runtime.attach import factor_dtype
 from ..solving.methods.base import Method, Statistic
-from ..solving.moments import Moments, OutputMoment
+from ..solving.moments import Moments, OutputMoment, of_divided_outputs
 from ..utils.logging import progress
 from ..utils.timeline import stage
 from .block_store import Resume
@@ -60,7 +60,8 @@ class BlockSolver:
         backends: module name -> backend of every quantized module.
         jobs: the corrections.
         seed: seed of the solver.
-        outputs: group name -> second moment of the loss gradient at the group's outputs, if a method uses it.
+        outputs: group name -> second moment of the loss gradient at the outputs that the group has in the reference, if
+            a method uses it.
 
     Attributes:
         gaps: group name -> what its ranks gain on other text, of some groups of the middle block, if one correction is
@@ -139,6 +140,11 @@ class BlockSolver:
             job.resume.save(stop, factors)
         return solved
 
+    def _output_moment(self, group: Group) -> OutputMoment | None:
+        """The output moment of a group as the quantized model has its outputs, which a quantizer may have scaled."""
+        moment, rows = self.outputs.get(group.name), self.weight_errors.row_scales(group)
+        return moment if moment is None or rows is None else of_divided_outputs(moment, rows)
+
     def _collector(self, group: Group, error: Tensor, statistic: Statistic) -> MomentCollector:
         narrow = sum(group.out_features) < group.in_features  # E S E^T, shape (O, O), is then smaller than S, (d, d)
         scale = self.weight_errors.scales.get(group.members[0])
@@ -148,7 +154,7 @@ class BlockSolver:
     @stage("solving")
     def _compare_halves(self, job: Job, group: Group, error: Tensor, first: Moments, whole: Moments) -> None:
         if whole.tokens > first.tokens:
-            whole = replace(whole, output=self.outputs.get(group.name))
+            whole = replace(whole, output=self._output_moment(group))
             self.gaps[group.name] = text_gap(job.method, error, first, whole, job.ranks[group.name], self.seed)
 
     @stage("solving")
@@ -159,7 +165,7 @@ class BlockSolver:
         for group in groups:
             found = moments[group.name]
             if job.method.two_sided:
-                found = replace(found, output=self.outputs.get(group.name))
+                found = replace(found, output=self._output_moment(group))
             solved.extend(self._factors(job, group, errors[group.name], found, dtype))
         return solved
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-__all__ = ["LowRankMoment", "Moments", "OutputMoment"]
+__all__ = ["LowRankMoment", "Moments", "OutputMoment", "of_divided_outputs"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,20 @@ class LowRankMoment:
 OutputMoment = Tensor | LowRankMoment
 """Second moment G of the loss gradient at a group's stacked outputs: a matrix (O, O), its diagonal (O,), or a diagonal
 plus a low-rank part."""
+
+
+def of_divided_outputs(moment: OutputMoment, rows: Tensor) -> OutputMoment:
+    """The moment of the gradient at y / t, from that at the outputs y: each gradient is multiplied by t.
+
+    Args:
+        moment: see `OutputMoment`.
+        rows: t, shape (O,), positive.
+    """
+    if isinstance(moment, LowRankMoment):
+        scale = rows.to(moment.diagonal)
+        return LowRankMoment(moment.diagonal * scale.square(), moment.factor * scale[:, None])
+    scale = rows.to(moment)
+    return moment * (scale.square() if moment.ndim == 1 else scale[:, None] * scale)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_only_the_ranks_that_are_kept_count() -> None:
     assert lost_to_sampling({}, {"a": 1}) is None
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(1024, True), (6144, False)])
+@pytest.mark.parametrize(("tokens", "said"), [(1024, True), (16384, False)])
 def test_few_tokens_are_said_to_be_few(tokens: int, said: bool, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = quantized(EXAMPLE, "torchao-int3"), AutoTokenizer.from_pretrained(EXAMPLE)
     options = {"calibration_tokens": tokens, "sequence_length": 128, "rank": 16, "force": True}

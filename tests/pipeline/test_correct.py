@@ -57,7 +57,7 @@ def scores() -> dict[str, Score]:
     models = {"reference": load(EXAMPLE)}
     for base in ("nf4", "torchao-int3", "torchao-int2"):
         models[base] = quantized(EXAMPLE, base)
-        for method, count in (("glowq", 2048), ("svd", 256)):  # svd uses no statistics of the text
+        for method, count in (("glowq", 4096), ("svd", 256)):  # svd uses no statistics of the text
             options = {"calibration_tokens": count, "sequence_length": 256, "method": method}
             models[f"{base}-{method}"] = corrected(EXAMPLE, base, rank=16, calibration="python-stdlib", **options)[0]
     return score_models(models, held_out)

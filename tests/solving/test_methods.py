@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from glowq.errors import CalibrationError, ConfigError
+from glowq.solving.low_rank import factorize
 from glowq.solving.methods.base import Method, get_method, method_names, register
-from glowq.solving.moments import LowRankMoment, Moments
+from glowq.solving.moments import LowRankMoment, Moments, of_divided_outputs
 from support.moments import measured
 
 PUBLISHED = ["glowq-published", "glowq-s", "glowq-s-ratio"]
@@ -113,6 +114,25 @@ def test_rows_are_weighted_by_their_fisher_information() -> None:
     for moment in (dense, dense.diagonal(), low):
         found = get_method("fwsvd").solve(error, replace(moments, output=moment), RANK, 0)
         torch.testing.assert_close(found.left.double() @ found.right.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["matrix", "diagonal", "low-rank"])
+def test_outputs_that_were_divided_get_the_same_correction(form: str) -> None:
+    """Quantizers that scale the rows of a layer (AWQ) change the outputs, their errors and their gradients alike."""
+    error, moments = measured()
+    draw = torch.randn(len(error), len(error), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    dense = draw @ draw.T
+    low = LowRankMoment(dense.diagonal() - draw[:, :2].square().sum(1), draw[:, :2])
+    moment = {"matrix": dense, "diagonal": dense.diagonal(), "low-rank": low}[form]
+    rows = torch.rand(len(error), dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + 0.5
+    # Damping adds a share of the mean diagonal, which is another one for scaled outputs: without it, they are the same.
+    plain, divided = (
+        factorize(part, moments.second, RANK, output_moment=output, damping=1e-9)
+        for part, output in ((error, moment), (error / rows[:, None], of_divided_outputs(moment, rows)))
+    )
+    torch.testing.assert_close(divided.gains, plain.gains, rtol=1e-5, atol=0.0)
+    expected = plain.left.double() @ plain.right.double() / rows[:, None]
+    torch.testing.assert_close(divided.left.double() @ divided.right.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fwsvd", "svd", "zeroquant"])
