@@ -199,7 +199,11 @@ def table(result: Mapping[str, Any]) -> str:
     for row in (row for row in rows if not row["budget"]):
         empty = "| " * (len(budgets) - 1)
         lines.append(f"| {row['method']}: {row['settings']} | {empty}+{row['overhead']:.1%} bytes: {_cell(row)} |")
-    made = [f"{method} {one['seconds']:.0f} s, {one['peak_rss_bytes'] / 1e9:.1f} GB" for method, one in making.items()]
+    made = [
+        f"{method} {one['seconds']:.0f} s, {one['peak_rss_bytes'] / 1e9:.1f} GB"
+        + (f" ({one['threads']} threads)" if "threads" in one else "")
+        for method, one in making.items()
+    ]
     if made:
         machines = {one.get("machine", result["machine"]) for one in making.values()}
         lines += ["", f"`glowq correct` at +{MADE_AT} ({', '.join(sorted(machines))}): {'; '.join(made)}."]

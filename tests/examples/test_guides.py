@@ -63,19 +63,18 @@ def test_every_command_is_in_the_guide() -> None:
 
 
 @pytest.fixture
-def quantized_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A quantized model in memory. The working directory holds what README names: models, and text."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, which holds what README names: a model, the same quantized, and text."""
     source = tiny_llama(tmp_path / "org" / "model", num_hidden_layers=1)
-    model = quantized(source, "nf4")
-    for part in (model, AutoTokenizer.from_pretrained(source)):
+    for part in (quantized(source, "nf4"), AutoTokenizer.from_pretrained(source)):
         part.save_pretrained(tmp_path / "org" / "model-GPTQ")
     (tmp_path / "notes.txt").write_text("\n".join(TEXTS))
     monkeypatch.chdir(tmp_path)
-    return model
+    return tmp_path
 
 
 @pytest.mark.slow
-def test_the_commands_of_readme_run(quantized_model: Any) -> None:
+def test_the_commands_of_readme_run(place: Path) -> None:
     """All but the server and the upload. The corrections of so small a model are kept by force."""
     for words in commands(PAGES[0]):
         if words[0] != "push":
@@ -84,8 +83,9 @@ def test_the_commands_of_readme_run(quantized_model: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_of_readme_runs(quantized_model: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained("org/model")
-    names: dict[str, Any] = {"texts": TEXTS, "tokenizer": tokenizer}
-    for block in blocks(PAGES[0], "python"):
-        exec(block, names | {"model": quantized_model} if "correction = " in block else names)
+def test_the_python_of_readme_runs(place: Path) -> None:
+    first, second = blocks(PAGES[0], "python")
+    exec(first, {})
+    assert {"corr-gptq", "full"} <= {path.name for path in place.iterdir()}
+    (place / "corr-gptq").rename(place / "corr")
+    exec(second, {})
