@@ -254,7 +254,7 @@ class NewerFormatWarning(UserWarning):
 class NoGradientWarning(UserWarning):
     """No gradient of the loss could be computed, so that errors are measured in output units.
 
-    Remedy: none is needed; a base whose kernels compute gradients is corrected better.
+    Remedy: none is needed; what is measured of each group decides about a budget as always.
     """
 
 

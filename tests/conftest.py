@@ -23,6 +23,7 @@ from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
 from glowq.models.tracing import find_groups
 from glowq.runtime.attach import attach
+from glowq.utils.processor import forced
 from support import tiny, writers
 from support.store import open_store
 
@@ -79,6 +80,13 @@ def uncompiled() -> Iterator[None]:
     `quantizers/test_reading.py` does not use this fixture and runs compiled code.
     """
     with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def half_products() -> Iterator[None]:
+    """Compute in half precision on every processor, as one with AVX512-BF16 does, where a test expects its rounding."""
+    with forced(False):
         yield
 
 

@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         base = Path(scratch) / "base"
         quantize(arguments, calibration, tokenizer, base)
         model = AutoModelForCausalLM.from_pretrained(
-            base, quantization_config=GPTQConfig(arguments.bits, backend="torch"), dtype=torch.bfloat16
+            base, quantization_config=GPTQConfig(arguments.bits, backend="torch")
         )
         prepare_model(model)
         theirs, seconds = [], {}

@@ -7,14 +7,14 @@ solved with one half gain less on the other half than on their own, because they
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..solving.methods.base import Method
+from ..solving.low_rank import factorize
 from ..solving.moments import Moments
 
-__all__ = ["TextGap", "text_gap"]
+__all__ = ["TextGap", "lost_to_sampling", "text_gap"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,13 @@ class TextGap:
     other: Tensor
 
 
-def text_gap(method: Method, error: Tensor, first: Moments, whole: Moments, rank: int, seed: int) -> TextGap:
+def text_gap(error: Tensor, first: Moments, whole: Moments, rank: int, seed: int) -> TextGap:
     """Solve a group with each half of the text, and count its gains on the other half.
 
     Rank j has the row b_j of the right factor and the column a_j of the left one. Its gain under a moment S is
     |L^T a_j|^2 (b_j S b_j^T), so that for another S only b_j S b_j^T is computed again.
 
     Args:
-        method: method whose factors are optimal for `second`.
         error: stacked weight error E, shape (O, d).
         first: moments of the first half of the text, with `second`.
         whole: moments of the whole text, with `second`; `output` is used for both halves.
@@ -51,8 +50,7 @@ def text_gap(method: Method, error: Tensor, first: Moments, whole: Moments, rank
     halves = (first.second, second)
     own, other = second.new_zeros(rank), second.new_zeros(rank)
     for seen, unseen in (halves, halves[::-1]):
-        half = replace(first, second=seen, mean_square=seen.diagonal().mean(), output=whole.output)
-        factors = method.solve(error, half, rank, seed)
+        factors = factorize(error, seen, rank, output_moment=whole.output, seed=seed)
         right = factors.right.double()
         before, after = (((right @ moment) * right).sum(1) for moment in (seen, unseen))
         own += factors.gains / 2

@@ -68,14 +68,15 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
     try:
         found: Any = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # several towers, or no token ids
+    except NotImplementedError:  # several towers, or no token ids
         return None
     return found if isinstance(found, nn.Module) else None
 
 
 def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return the batch on the device where the model's embeddings compute, also if their weight is offloaded."""
-    embeddings = input_embeddings(model) or model
+    found = input_embeddings(model)
+    embeddings = model if found is None else found
     device: Any = next(iter(embeddings.parameters())).device
     if has_offloaded_params(embeddings):
         hook: Any = embeddings._hf_hook
@@ -148,9 +149,8 @@ def example_inputs(model: Any) -> dict[str, Any]:
     if config.is_encoder_decoder:
         tokens = inputs.get("input_ids", torch.zeros(1, 4, dtype=torch.int64))
         inputs.setdefault("decoder_input_ids", tokens)
-    kind = model.dtype if hasattr(model, "dtype") else torch.float32
     return {
-        name: value.to(model.device, kind if value.is_floating_point() else value.dtype)
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
 

@@ -153,7 +153,8 @@ def _record_calls(
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if name not in wrong and args and isinstance(args[0], Tensor):
                 reason = _not_linear(module, candidates[name][0], args[0], output)
-                wrong.update({} if reason is None else {name: reason})
+                if reason is not None:
+                    wrong[name] = reason
 
         return hook
 

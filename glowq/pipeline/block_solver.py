@@ -155,7 +155,7 @@ class BlockSolver:
     def _compare_halves(self, job: Job, group: Group, error: Tensor, first: Moments, whole: Moments) -> None:
         if whole.tokens > first.tokens:
             whole = replace(whole, output=self._output_moment(group))
-            self.gaps[group.name] = text_gap(job.method, error, first, whole, job.ranks[group.name], self.seed)
+            self.gaps[group.name] = text_gap(error, first, whole, job.ranks[group.name], self.seed)
 
     @stage("solving")
     def _factors_of(

@@ -14,7 +14,7 @@ from ..artifact.build import stored_config
 from ..artifact.correction import Correction
 from ..artifact.request import CorrectionRequest
 from ..calibration.text_gap import lost_to_sampling
-from ..errors import ConfigError, NoImprovementError, SensitivityError
+from ..errors import ConfigError, NoImprovementError, SensitivityError, UnsupportedModuleError
 from ..evaluation.change import answer_change
 from ..evaluation.improvement import improvement, is_worse, not_better
 from ..factors.factors import GroupFactors
@@ -80,8 +80,8 @@ def correct(
 
     Raises:
         BackendError: transformers could not read the weights of the model's checkpoint.
-        UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected; or it is not
-            a model, carries a PEFT adapter, or is inside of another module.
+        UnsupportedModuleError: the model holds no quantized linear module, or none that can be corrected, or their
+            weights are the reference's; or it is not a model, carries a PEFT adapter, or is inside of another module.
         ReferenceMismatchError: modules, shapes or embeddings of the reference differ from those of the model.
         FoldingError: a quantized weight was multiplied by channel scales, and no layer before it divides by them.
         CalibrationError: no text, or fewer tokens than needed. A budget needs 2 sequences, because the groups are
@@ -115,6 +115,8 @@ def correct(
             key = "" if blocks is None else run_key(config, source.identity(), ranks, dtype_of_factors(model), train)
             problem = Problem(model, source, backends, trace, train, held, base_bytes, seed)
             (factors,) = problem.solve([Job(solver, ranks, Resume(blocks, key))])
+            if request.budget is None:  # a budget is refused where nothing gains
+                _refuse_without_error(factors)
             correction = finished(problem, solver, factors, request, config, tokenizer)
             _report_text_gap(problem, correction)
             if held is not None:
@@ -152,6 +154,15 @@ def _solved_ranks(
     most = train.numel() // TOKENS_PER_RANK // request.rank_step * request.rank_step
     ranks = {name: max(last.get(name, 0), min(rank, most)) for name, rank in first.items()}
     return {name: rank for name, rank in ranks.items() if rank}
+
+
+def _refuse_without_error(factors: Sequence[GroupFactors]) -> None:
+    if not any(entry.total > 0 for entry in factors):
+        raise UnsupportedModuleError(
+            f"the weights of all {len(factors)} groups equal the reference's: there is no error to correct. If the "
+            "model was quantized, its quantized values are elsewhere: in the experts of a mixture, which are not "
+            "linear modules, or in the embeddings. Or the reference itself holds the quantized values."
+        )
 
 
 def _report_text_gap(problem: Problem, correction: Correction) -> None:

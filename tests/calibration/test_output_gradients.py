@@ -19,9 +19,10 @@ from glowq.data.tokens import token_sequences
 from glowq.errors import NoGradientWarning, NonFiniteError, SensitivityError
 from glowq.factors.group import Group
 from glowq.models.tracing import find_groups
+from glowq.quantizers.model import prepare_model
 from glowq.solving.low_rank import factorize
 from glowq.solving.moments import LowRankMoment
-from support.bases import small_model
+from support.bases import Base, rows, small_model
 from support.tiny import TEXTS, load, quantized
 from support.tiny import tiny_llama as saved_llama
 
@@ -147,6 +148,41 @@ def test_the_low_rank_part_closes_most_of_what_the_diagonal_loses() -> None:
     best, found, diagonal = left(exact), left(sketched), left(exact.diagonal())
     assert best <= found
     assert found - best < 0.1 * (diagonal - best)
+
+
+ONE_OF_EACH = (
+    "nf4",
+    "int8",
+    "torchao-int3",
+    "gptq-4",
+    "optimum-int3-act-order",
+    "awq-int4",
+    "quanto-int4",
+    "hqq-3",
+    "w4a16",
+)
+
+
+@pytest.mark.parametrize("base", rows(*ONE_OF_EACH))
+def test_gradients_pass_through_every_library(base: Base, token_ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments have the direction of those of the reference model; the tolerance depends on the bits."""
+    batch = {"input_ids": token_ids}
+    reference, model = load(small_model(), dtype=torch.float32), base.load()
+    prepare_model(model)
+    groups = find_groups(model, batch)
+    search = torch.searchsorted
+    labels: list[Tensor] = []
+    monkeypatch.setattr(torch, "searchsorted", lambda *args, **kw: labels.append(search(*args, **kw)) or labels[-1])
+    expected = output_moments(reference, groups, [batch])
+    monkeypatch.setattr(torch, "searchsorted", lambda *args, **kw: labels.pop(0))  # the reference's labels
+    found = output_moments(model, groups, [batch])
+    assert not labels
+    if base.name.startswith("awq"):  # AWQ scales the outputs of up_proj, so its rows differ
+        groups = [group for group in groups if len(group.members) == 3]
+    for group in groups:
+        pair = (found[group.name].flatten(), expected[group.name].flatten())
+        alike = float(torch.nn.functional.cosine_similarity(*pair, dim=0))
+        assert alike > {8: 0.99, 4: 0.9, 3: 0.85, 2: 0.5}[base.bits], group.name
 
 
 def test_a_model_without_output_states_is_refused(tiny_ids: Tensor) -> None:

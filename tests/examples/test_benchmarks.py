@@ -107,6 +107,7 @@ def test_what_a_correction_adds_to_a_forward(run: Any, options: list[str]) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("half_products")
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_a_real_model_beside_its_adapter(run: Any, tmp_path: Path, mode: str) -> None:
     pytest.importorskip("peft")

@@ -102,6 +102,6 @@ def test_the_harness_loads_a_saved_correction(rank_8: Path, task: Path, tmp_path
     (written,) = tmp_path.rglob("results*.json")
     found = json.loads(written.read_text())["results"]["own"]["byte_perplexity,none"]
     model = load(rank_8, dtype=torch.float32)
-    assert found == pytest.approx(byte_perplexity(rank_8, model), rel=1e-5)
+    assert found == pytest.approx(byte_perplexity(rank_8, model), rel=3e-6)
     with glowq.disabled(model):
-        assert abs(found / byte_perplexity(rank_8, model) - 1) > 1e-4  # ten times the tolerance above
+        assert abs(found / byte_perplexity(rank_8, model) - 1) > 3e-5  # ten times the tolerance above

@@ -32,7 +32,7 @@ from glowq.models.loading import load_config, load_model
 from support.tiny import biased_llama, correct, corrected, load, tiny_llama
 
 # Every test needs an export, which is slow.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("half_products")]
 
 TOLERANCE = 1e-4
 TOKENS = 16

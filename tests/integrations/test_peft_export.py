@@ -27,7 +27,7 @@ from support.cli import call, result_of
 from support.fresh_process import run_python
 from support.tiny import IDS, correct, corrected, gap, load, logits, quantized, tiny_llama
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = pytest.mark.usefixtures("uncompiled", "half_products")
 
 WHOLE: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
 
