@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
+from torch import nn
 
 from .._version import __version__
+from ..data.inputs import Samples
 from ..errors import ConfigError
 from ..factors.factors import GroupFactors
 from ..models.model_config import read_model_config
@@ -36,7 +37,7 @@ def stored_config(
     reference: Any,
     base_bytes: int,
     method: str,
-    sequences: Tensor,
+    sequences: Samples,
     seed: int,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -49,7 +50,7 @@ def stored_config(
         reference: the full-precision model; its name is used as the base's name if the model itself has no name.
         base_bytes: bytes of the quantized weights.
         method: name of the solver method.
-        sequences: token ids of the calibration text, shape (n, length).
+        sequences: token ids of the calibration text, shape (n, length), or samples of another kind.
         seed: seed of the calibration and the solver.
         revision: branch, tag or commit that the model was loaded from on the Hub; None for its main branch.
         subfolder, variant: what `from_pretrained` was told of them when it loaded the model, or None.

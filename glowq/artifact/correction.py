@@ -44,7 +44,7 @@ class Correction:
         config: what config.json stores about the correction: base quantizer, base model, groups, method, seed.
         model_config: the quantized model's own fields of config.json, without its quantization.
         base_bytes: bytes of the quantized weights at their nominal bit width; budgets in percent refer to them.
-        tokenizer: saved next to the factors, so that the folder works in a pipeline; or None.
+        tokenizer: tokenizer or processor, saved next to the factors, so that the folder works in a pipeline; or None.
         generation_config: saved next to the factors if the model has one; or None.
         unstored: why the base that `config.base_model` names cannot be loaded again as it is in memory; None if it can.
         code: file name -> content of custom code that defines the model's class; saved next to the factors.

@@ -29,8 +29,12 @@ class CorrectionRequest:
         max_rank: largest rank that a budget gives any group.
         method: name of the solver method, see `glowq.solving.methods`.
         calibration: text (list of str, file, folder, data set or datasets name, see `glowq.data.text.read_texts`), or
-            token ids (integers of shape (n, length), or a tokenizer's result, see `glowq.data.ids.id_sequences`).
-        calibration_tokens: number of tokens to use, taken from all parts of the text; of token ids all are used.
+            token ids (integers of shape (n, length), or a tokenizer's result, see `glowq.data.ids.id_sequences`), or
+            samples of any other kind (a list of what a processor returns, a DataLoader, or a function that gives them,
+            see `glowq.data.inputs.read_inputs`). An encoder with a decoder reads the first half of each sequence of
+            text, and its decoder the second.
+        calibration_tokens: number of tokens to use, taken from all parts of the text; of token ids and samples all are
+            used. Of a function or an iterator, as many samples are taken as give a linear layer that many rows.
         sequence_length: tokens per sequence of text; lowered to the model's limit.
         distill: number of distillation steps, or "auto" to take up to 30, as long as they pay on held-out text. After
             the ranks are chosen, gradient descent on the factors brings the corrected model's answers nearer to the

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..data.inputs import Inputs, Samples, size_of
 from ..data.tokens import batches
 from ..evaluation.divergence import answer, divergences
 from ..factors.units import GainUnit
@@ -35,7 +36,15 @@ class Replay:
         unit: NATS, or SQUARED_DISTANCE for an encoder.
     """
 
-    def __init__(self, model: nn.Module, reference: nn.Module, blocks: Sequence[str], batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        blocks: Sequence[str],
+        batch: Mapping[str, Any],
+        is_whole: bool = False,
+    ) -> None:
+        self._count, self._is_whole = size_of(batch), is_whole
         self._prefix = _Prefix(model, blocks)
         wanted = answer(reference(**to_model(batch, reference)))
         self._inputs = to_model(batch, model)
@@ -49,18 +58,26 @@ class Replay:
         return self._prefix.answer(self._inputs, block, change)
 
     def benefits(self, given: list[Tensor]) -> Tensor:
-        """Return how much nearer to the reference `given` is than `plain`, (batch, length) or (batch, 1), on CPU."""
-        return (self.before - divergences(self.wanted, given)).cpu().reshape(len(self.plain[0]), -1)
+        """Return how much nearer to the reference `given` is than `plain`, on the CPU.
+
+        The shape is (batch, length), or (batch, 1) for an encoder or for samples of no common length.
+        """
+        return self.shaped(self.before - divergences(self.wanted, given))
+
+    def shaped(self, values: Tensor) -> Tensor:
+        """Divergences of this batch in the shape of `benefits`."""
+        found = values.cpu().reshape(self._count, -1)
+        return found.mean(1, keepdim=True) if self._is_whole else found
 
 
-def steps_of(sequences: Tensor) -> int:
-    """The number of batches that `replaying` makes of sequences of shape (n, length)."""
-    return -(-len(sequences) // _batch_size(sequences))
+def steps_of(sequences: Samples) -> int:
+    """The number of batches that `replaying` makes of these sequences."""
+    return sum(1 for _ in batches(sequences, _batch_size(sequences)))
 
 
 @contextmanager
 def replaying(
-    model: nn.Module, reference: nn.Module, blocks: Sequence[str], sequences: Tensor
+    model: nn.Module, reference: nn.Module, blocks: Sequence[str], sequences: Samples
 ) -> Iterator[Iterator[Replay]]:
     """Inside this context, both models are in evaluation mode and compute no gradients.
 
@@ -81,10 +98,12 @@ def replaying(
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
         stack.enter_context(evaluating(reference))
-        yield (Replay(model, reference, blocks, batch) for batch in batches(sequences, _batch_size(sequences)))
+        whole = isinstance(sequences, Inputs)
+        several = batches(sequences, _batch_size(sequences))
+        yield (Replay(model, reference, blocks, batch, whole) for batch in several)
 
 
-def _batch_size(sequences: Tensor) -> int:
+def _batch_size(sequences: Samples) -> int:
     return max(1, _BATCH_TOKENS // sequences.shape[1])
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..data.inputs import Samples, size_of
 from ..data.tokens import batches, split
 from ..errors import CalibrationError, ConfigError, NonFiniteError, SensitivityError
 from ..evaluation.divergence import answer, divergences
@@ -48,7 +49,7 @@ def distill(
     model: nn.Module,
     reference: nn.Module,
     factors: Sequence[GroupFactors],
-    sequences: Tensor,
+    sequences: Samples,
     *,
     steps: int | str,
     bits: int | None = None,
@@ -110,7 +111,7 @@ def _descend(
     reference: nn.Module,
     containers: Mapping[str, SharedCorrection],
     values: _Values,
-    sequences: Tensor,
+    sequences: Samples,
     steps: int,
     order: Iterator[int],
 ) -> None:
@@ -134,7 +135,7 @@ def _descend(
             chosen = sequences[[next(order) for _ in range(count)]]
             values.forget()
             for batch in batches(chosen, _batch_size(sequences)):
-                loss = _loss(model, reference, batch) * (len(batch["input_ids"]) / count)
+                loss = _loss(model, reference, batch) * (size_of(batch) / count)
                 loss.backward()
             _check_reached({name: containers[name] for name in called})
             values.take_gradients()
@@ -192,10 +193,10 @@ def _loss(model: nn.Module, reference: nn.Module, batch: Mapping[str, Any]) -> T
     return loss
 
 
-def _held_out(model: nn.Module, reference: nn.Module, sequences: Tensor) -> float:
+def _held_out(model: nn.Module, reference: nn.Module, sequences: Samples) -> float:
     with torch.no_grad():
         found = batches(sequences, _batch_size(sequences))
-        return sum(float(_loss(model, reference, batch)) * len(batch["input_ids"]) for batch in found)
+        return sum(float(_loss(model, reference, batch)) * size_of(batch) for batch in found)
 
 
 @contextmanager
@@ -252,5 +253,5 @@ def _order(count: int, seed: int) -> Iterator[int]:
         yield from draw.sample(range(count), count)
 
 
-def _batch_size(sequences: Tensor) -> int:
+def _batch_size(sequences: Samples) -> int:
     return max(1, _BATCH_TOKENS // sequences.shape[1])

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..data.inputs import Samples
 from ..errors import SensitivityError
 from ..evaluation.intervals import Interval, mean_interval, text_parts
 from ..factors.factors import GroupFactors
@@ -56,7 +57,7 @@ class GroupGain:
 
 @stage("measuring")
 def measure_groups(
-    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Samples
 ) -> dict[str, GroupGain]:
     """Measure all groups together, see `gains_along_path`; or if the model has no gradient, one after the other.
 
@@ -108,7 +109,7 @@ def _scaled(entry: GroupFactors, strength: float) -> GroupFactors:
 
 
 def _one_by_one(
-    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Samples
 ) -> dict[str, GroupGain]:
     """Attach the factors of one group at a time, and compare the outputs with those of `model` and of the reference."""
 

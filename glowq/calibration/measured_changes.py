@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.inputs import Samples
 from ..evaluation.divergence import divergences
 from ..evaluation.intervals import Interval, mean_interval, text_parts
 from ..factors.units import GainUnit
@@ -81,7 +82,7 @@ class Measured:
 
 @stage("measuring")
 def measure_changes(
-    model: nn.Module, reference: nn.Module, changes: Sequence[Change], sequences: Tensor
+    model: nn.Module, reference: nn.Module, changes: Sequence[Change], sequences: Samples
 ) -> dict[str, Measured]:
     """Make one change at a time, and compare the outputs with those of `model` and of the reference.
 
@@ -107,7 +108,7 @@ def measure_changes(
     ):
         for replay in replays:
             unit = replay.unit
-            before.append(replay.before.double().cpu())
+            before.append(replay.shaped(replay.before).double().flatten())
             for change in changes:
                 measurements.add(replay, change)
                 bar.update()
@@ -131,13 +132,13 @@ class _Samples:
     benefits: list[Tensor]
 
     def add(self, changes: Tensor, benefits: Tensor) -> None:
-        """Add the divergence and the benefit that the amplified change has in one batch, any equal number of values.
+        """Add the divergence and the benefit that the amplified change has in one batch, both of one shape.
 
         For a small change, the divergence grows with t^2, and the benefit is t L - t^2 C, where C is the divergence for
         t = 1. So one measurement determines L and C, and with them the benefit L - C of the change itself.
         """
         self.changes.append(float(changes.double().sum()))
-        changes, t = changes.reshape(benefits.shape).to(benefits), math.sqrt(self.power)
+        changes, t = changes.to(benefits), math.sqrt(self.power)
         self.benefits.append(benefits if t == 1 else (benefits + changes) / t - changes / self.power)
 
     def summary(self, before: float, unit: GainUnit) -> Measured:
@@ -181,4 +182,4 @@ def _power(change: float) -> float:
 def _run(replay: Replay, change: Change, power: float) -> tuple[Tensor, Tensor]:
     """The divergence from the unchanged model, and the benefit, of an amplified change in one batch."""
     given = replay.answer(change.block, change.applied(math.sqrt(power)))
-    return divergences(replay.plain, given), replay.benefits(given)
+    return replay.shaped(divergences(replay.plain, given)), replay.benefits(given)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError, SensitivityError
-from ..evaluation.divergence import final_states, token_logits
+from ..evaluation.divergence import answer, class_logits, final_states
 from ..factors.group import Group
 from ..models.checkpointing import is_large, recomputing
 from ..models.forward import differentiable, evaluating
@@ -48,8 +48,8 @@ def output_moments(
     """Measure the second moment G = E[g g^T] of the loss gradient g at each group's stacked outputs, per token.
 
     Args:
-        model: a language model, or an encoder, whose final states are used in place of logits. Its parameters, modes
-            and hooks are restored afterwards.
+        model: a model that chooses among tokens or labels, or an encoder, whose final states are used in place of
+            logits. Its parameters, modes and hooks are restored afterwards.
         groups: groups of the model.
         batches: keyword arguments of one forward each; every token counts.
         seed: seed of the labels and of the random directions of wide groups.
@@ -61,6 +61,8 @@ def output_moments(
     Returns:
         Group name -> float32 tensor of shape (O, O). If O is above `full_width`, a diagonal plus a low-rank part of 256
         directions. The unit is nats (for an encoder: squared distance of normalized states) per squared output unit.
+        Groups whose outputs the model does not use are left out, such as the last layer of an image tower from which a
+        vision-language model takes the layer before.
 
     Raises:
         SensitivityError: the model's output has no gradient, or no gradient reaches a group.
@@ -85,17 +87,33 @@ def output_moments(
         for batch in batches:
             tokens += _backward(model, batch, generator)
             bar.update()
-    return {entry.group.name: entry.moment(tokens) for entry in sums}
+        unused = {entry.group.name for entry in sums if not entry.was_reached and _is_unused(model, entry, batches[0])}
+    if len(unused) == len(sums):
+        unused = set()  # the error of the first of them is raised below
+    return {entry.group.name: entry.moment(tokens) for entry in sums if entry.group.name not in unused}
+
+
+def _is_unused(model: nn.Module, entry: _GroupGradient, batch: Batch) -> bool:
+    """Whether the model answers the same, bit for bit, with other outputs of a group."""
+    with torch.no_grad(), ExitStack() as stack:
+        expected = answer(model(**batch))
+        for name in entry.group.members:
+            stack.callback(model.get_submodule(name).register_forward_hook(_doubled).remove)
+        return all(torch.equal(*pair) for pair in zip(answer(model(**batch)), expected, strict=True))
+
+
+def _doubled(module: nn.Module, args: Any, output: Any) -> Any:
+    return 2 * output + 1 if isinstance(output, Tensor) else output
 
 
 def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> int:
     """Run one forward and one backward pass, and return the number of tokens."""
     with torch.enable_grad():
         output = model(**batch)
-        logits = token_logits(output)
+        logits = class_logits(output)
         start, tokens = _projections(output, generator) if logits is None else (logits, logits[..., 0].numel())
     if not start.requires_grad:
-        raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
+        raise SensitivityError(f"no gradient flows from the inputs of {type(model).__name__} to its output.")
     gradient = None
     if logits is not None:
         gradient = _label_gradient(logits.detach(), generator)
@@ -111,11 +129,11 @@ def _label_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     The gradient is the softmax minus one at the label, so that one softmax serves for the labels and the gradient.
 
     Args:
-        logits: shape (batch, length, vocabulary).
+        logits: shape (batch, ..., classes).
     """
     chances = logits.float().softmax(-1)
     sums = chances.cumsum(-1)
-    height = torch.rand(*sums.shape[:2], 1, generator=generator).to(sums.device) * sums[..., -1:]
+    height = torch.rand(*sums.shape[:-1], 1, generator=generator).to(sums.device) * sums[..., -1:]
     labels = torch.searchsorted(sums, height, right=True).clamp_max(sums.shape[-1] - 1)
     minus = chances.new_full((), -1.0).expand(labels.shape)
     return chances.scatter_add_(-1, labels.to(chances.device), minus).to(logits.dtype)
@@ -185,6 +203,11 @@ class _GroupGradient:
             sketch = (rows.shape[1], SKETCH_RANK, self._seed, rows.device)
             self._sum = GradientSketch(*sketch) if self._is_wide else GradientProduct(rows.shape[1], rows.device)
         self._sum.add(rows)
+
+    @property
+    def was_reached(self) -> bool:
+        """Whether a gradient has reached all outputs, and not only zeros."""
+        return self._sum is not None and bool(self._sum.diagonal.any())
 
     def moment(self, tokens: int) -> OutputMoment:
         where = self.group.members[0]

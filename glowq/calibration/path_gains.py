@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..data.inputs import Inputs, Samples, size_of
 from ..data.tokens import batches
 from ..errors import SensitivityError
-from ..evaluation.divergence import answer, divergences, kl_gradient, token_logits
+from ..evaluation.divergence import answer, class_logits, divergences, kl_gradient
 from ..factors.group import Group
 from ..factors.units import GainUnit
 from ..models.checkpointing import is_large, recomputing
@@ -61,7 +62,8 @@ class PathGains(NamedTuple):
 
     Attributes:
         parts: group name -> gain by what each token's output contributes to it, float64 on the CPU, shape (n, length),
-            whose mean is the gain in nats per token. For an encoder, shape (n, 1), squared distance per sequence.
+            whose mean is the gain in nats per token. For an encoder, shape (n, 1), squared distance per sequence. For
+            samples that are no sequences of one length, shape (n, 1), nats per token of each.
         before: mean divergence of the model without a correction from the reference, in the same unit.
         unit: NATS, or SQUARED_DISTANCE for an encoder.
     """
@@ -72,7 +74,7 @@ class PathGains(NamedTuple):
 
 
 def gains_along_path(
-    model: nn.Module, reference: nn.Module, changes: Sequence[PathChange], sequences: Tensor
+    model: nn.Module, reference: nn.Module, changes: Sequence[PathChange], sequences: Samples
 ) -> PathGains:
     """Measure the gain of every group.
 
@@ -80,7 +82,7 @@ def gains_along_path(
         model: quantized model without a correction. It is unchanged afterwards.
         reference: full-precision model.
         changes: one change for each group.
-        sequences: token ids that nothing was calibrated on, shape (n, length), int64.
+        sequences: token ids that nothing was calibrated on, shape (n, length), int64, or samples of another kind.
 
     Raises:
         SensitivityError: the models return neither logits nor final states; or no finite gradient reaches a group, as
@@ -99,14 +101,21 @@ def gains_along_path(
             with torch.no_grad():
                 wanted = answer(reference(**to_model(batch, reference)))
                 plain = answer(model(**to_model(batch, model)))
-                before.append(divergences([one.to(plain[0].device) for one in wanted], plain).double().cpu())
+                apart = divergences([one.to(plain[0].device) for one in wanted], plain).double().cpu()
+            count = size_of(batch)
+            answers = len(apart) // count
+            if isinstance(sequences, Inputs):
+                apart = apart.reshape(count, -1).mean(1)
+            before.append(apart)
             for part in groups:
-                part.start(batch["input_ids"].shape)
+                part.start(torch.Size((count, 1)) if isinstance(sequences, Inputs) else batch["input_ids"].shape)
             for strength in _POINTS:
                 unit = _backward(model, wanted, to_model(batch, model), groups, strength)
                 bar.update()
             for part in groups:
                 found = part.finish() / len(_POINTS)
+                if isinstance(sequences, Inputs) and unit is GainUnit.NATS:
+                    found = found / answers
                 parts[part.name].append(found if unit is GainUnit.NATS else found.sum(1, keepdim=True))
     return PathGains({name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(before).mean()), unit)
 
@@ -125,13 +134,13 @@ def _backward(
             stack.enter_context(recomputing(model))
         with torch.enable_grad():
             output = model(**batch)
-            logits = token_logits(output)
+            logits = class_logits(output)
             start = logits
             if logits is None:
                 given = answer(output)
                 start = divergences([part.to(given[0].device) for part in wanted], given).sum()
         if start is None or not start.requires_grad:
-            raise SensitivityError(f"no gradient flows from the embeddings of {type(model).__name__} to its output.")
+            raise SensitivityError(f"no gradient flows from the inputs of {type(model).__name__} to its output.")
         start.backward(None if logits is None else kl_gradient(wanted[0].to(logits.device), logits.detach()))
     return GainUnit.SQUARED_DISTANCE if logits is None else GainUnit.NATS
 

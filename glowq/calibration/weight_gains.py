@@ -13,6 +13,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..data.inputs import Samples
 from ..errors import SensitivityError
 from ..factors.group import Group
 from ..models.forward import replaced_forward
@@ -36,7 +37,7 @@ def measure_weights(
     plain: Weights,
     exact: Weights,
     wider: Weights | None,
-    sequences: Tensor,
+    sequences: Samples,
 ) -> dict[str, float]:
     """Measure what each group gains with other weights, beside all others, as the gains of ranks are measured.
 
@@ -97,7 +98,7 @@ def _one_by_one(
     plain: Weights,
     exact: Weights,
     wider: Weights | None,
-    sequences: Tensor,
+    sequences: Samples,
 ) -> dict[str, float]:
     """What each group gains by losing its error, less the change by the error that is left; on the first 512 tokens.
 

@@ -14,9 +14,10 @@ from typing import Any
 from ..errors import CalibrationError, ModelNotFoundError
 from .conversations import Document, message_texts
 from .ids import holds_ids
+from .inputs import holds_inputs
 from .text_files import FOLDER_SUFFIXES, SUFFIXES, read_file
 
-__all__ = ["CalibrationSource", "check_source", "read_texts"]
+__all__ = ["CalibrationSource", "check_source", "read_rows", "read_texts"]
 
 CalibrationSource = str | os.PathLike[str] | Sequence[Document]
 
@@ -83,15 +84,16 @@ def _check_characters(name: str, index: int, text: str) -> None:
 
 
 def check_source(source: Any) -> None:
-    """Refuse, without reading it, what is neither text nor token ids, so that it is refused before a model is loaded.
+    """Refuse, without reading it, what is neither text nor token ids nor samples, before a model is loaded.
 
     Raises:
         ModelNotFoundError: the file does not exist.
-        CalibrationError: the source is of a kind that neither `read_texts` nor `glowq.data.ids.id_sequences` reads.
+        CalibrationError: the source is of a kind that neither `read_texts` nor `glowq.data.ids.id_sequences` reads, nor
+            `glowq.data.inputs.read_inputs`.
     """
     if isinstance(source, (str, os.PathLike)):
         _check_named(os.fspath(source))
-    elif not holds_ids(source):
+    elif not holds_ids(source) and not holds_inputs(source):
         _check_given(source)
 
 
@@ -159,7 +161,6 @@ def _read_named(name: str) -> list[str]:
         return [text for path in files for text in read_file(path)]
     if os.path.exists(name):
         return read_file(Path(name))
-    _check_named(name)
     return _read_dataset(name)
 
 
@@ -191,6 +192,18 @@ def _read_stdlib(*, held_out: bool) -> list[str]:
 
 
 def _read_dataset(name: str) -> list[str]:
+    dataset, column = read_rows(name, _COLUMNS)
+    return list(dataset[column])
+
+
+def read_rows(name: str, wanted: Sequence[str]) -> tuple[Any, str]:
+    """Load a data set by name, and return it with the first of the wanted columns that it has.
+
+    Raises:
+        ModelNotFoundError: it cannot be loaded.
+        CalibrationError: it has none of the columns.
+    """
+    _check_named(name)
     import datasets
 
     repository, config, part = (*name.split(":", 2), "", "")[:3]
@@ -198,7 +211,8 @@ def _read_dataset(name: str) -> list[str]:
         dataset = datasets.load_dataset(repository, config or None, split=part or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ModelNotFoundError(f"{name!r} is no file here and no dataset that can be loaded: {error}") from error
-    column = _read_column(dataset.column_names)
+    column = next((one for one in wanted if one in dataset.column_names), None)
     if column is None:
-        raise CalibrationError(f'dataset {name!r} has no column "text" or "messages", only {dataset.column_names}')
-    return list(dataset[column])
+        columns = " or ".join(f'"{one}"' for one in wanted)
+        raise CalibrationError(f"dataset {name!r} has no column {columns}, only {dataset.column_names}")
+    return dataset, column

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, ConfigError, TokenizerMismatchError
 from .conversations import Document, render
+from .inputs import Inputs, Samples, SomeSamples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,30 +106,35 @@ def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerBase, eno
     return torch.cat(parts)
 
 
-def batches(sequences: Tensor, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def batches(sequences: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Yield model inputs of `batch_size` sequences; the last batch may be smaller.
 
     Args:
-        sequences: token ids, shape (n, length), int64.
+        sequences: token ids, shape (n, length), int64; or samples of another kind, of which those of other shapes start
+            a new batch.
         batch_size: sequences in a batch, at least 1.
 
     Yields:
-        {"input_ids", "attention_mask"}, both shape (b, length), int64, b <= batch_size; the mask is all ones.
+        {"input_ids", "attention_mask"}, both shape (b, length), int64, b <= batch_size; the mask is all ones. For
+        samples of another kind, their fields.
 
     Raises:
         ConfigError: batch_size is below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
+    if isinstance(sequences, Inputs):
+        yield from sequences.split(batch_size)
+        return
     for input_ids in sequences.split(batch_size):
         yield {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def split(sequences: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def split(sequences: SomeSamples, fraction: float, seed: int = 0) -> tuple[SomeSamples, SomeSamples]:
     """Split sequences at random into those to calibrate on and those to measure on. Both parts keep the order.
 
     Args:
-        sequences: token ids, shape (n, length), n >= 2.
+        sequences: token ids, shape (n, length), n >= 2, or as many samples of another kind.
         fraction: share to hold out, 0 < fraction < 1. It is rounded to whole sequences, at least one in each part.
         seed: seed of the choice of held-out sequences.
 
@@ -146,6 +152,8 @@ def split(sequences: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Te
         raise CalibrationError(
             f"needed 2 sequences to hold one out, found {count}: give at least {2 * sequences.shape[1]} tokens, or "
             f"take shorter sequences than {sequences.shape[1]}"
+            if isinstance(sequences, Tensor)
+            else f"needed 2 samples to hold one out, found {count}: give more"
         )
     held = torch.zeros(count, dtype=torch.bool)
     held[random.Random(seed).sample(range(count), min(max(1, round(count * fraction)), count - 1))] = True

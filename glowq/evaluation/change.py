@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..errors import CorrectionError, NonFiniteError, SensitivityError
-from ..models.forward import evaluating
+from ..models.forward import evaluating, example_inputs
+from ..models.samples import is_encoder_decoder
 from ..runtime.switching import disabled
 from .divergence import answer, divergences
 
@@ -20,32 +21,54 @@ _ROUNDING = 1e-5  # changes below it are rounding errors of bfloat16
 
 @torch.no_grad()
 def answer_change(model: Any) -> float | None:
-    """The mean divergence between the answers with and without the correction, to fixed random tokens.
+    """The mean divergence between the answers with and without the correction, to fixed random inputs.
 
     Args:
         model: a corrected model.
 
     Returns:
-        Nats a token, or squared distance a sequence for an encoder; None if the model cannot be run on token ids alone,
-        or if its outputs cannot be compared.
+        Nats a token, or squared distance a sequence for an encoder; None if it is not known what the model can be run
+        on, or if its outputs cannot be compared.
 
     Raises:
         NonFiniteError: the answers hold NaN or Inf.
     """
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
+    inputs = _random_inputs(model)
+    if inputs is None:
         return None
-    ids = torch.randint(vocabulary, _SHAPE, generator=torch.Generator().manual_seed(0)).to(model.device)
     with evaluating(model):
         try:
-            corrected = answer(model(input_ids=ids))
-        except (SensitivityError, ValueError):  # ValueError: transformers asks for other inputs
+            corrected = answer(model(**inputs))
+        except (SensitivityError, ValueError, TypeError, AttributeError):  # the model needs other inputs
             return None
         with disabled(model):
-            plain = answer(model(input_ids=ids))
+            plain = answer(model(**inputs))
     if not all(bool(torch.isfinite(part).all()) for part in (*corrected, *plain)):
         raise NonFiniteError("the model runs, but its answers hold NaN or Inf: a weight or a factor is damaged.")
     return max(0.0, float(divergences(plain, corrected).mean()))  # rounding can make a divergence of zero negative
+
+
+def _random_inputs(model: Any) -> dict[str, Any] | None:
+    """Token ids, or what else the model reads, from a fixed seed; None if its config does not say enough."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    generator = torch.Generator().manual_seed(0)
+    main = getattr(model, "main_input_name", "input_ids")
+    inputs: dict[str, Any] = {}
+    if main not in ("input_ids", "inputs_embeds"):
+        try:
+            example = example_inputs(model)[main]
+        except (AttributeError, KeyError, NotImplementedError):
+            return None
+        inputs[main] = torch.randn(example.shape, generator=generator).to(example)
+    elif vocabulary is None:
+        return None
+    else:
+        inputs["input_ids"] = torch.randint(vocabulary, _SHAPE, generator=generator).to(model.device)
+    if is_encoder_decoder(model) and vocabulary is not None:
+        rows = len(next(iter(inputs.values())))
+        ids = torch.randint(vocabulary, (rows, _SHAPE[1]), generator=generator)
+        inputs["decoder_input_ids"] = ids.to(model.device)
+    return inputs
 
 
 def check_change(found: float, recorded: float) -> None:

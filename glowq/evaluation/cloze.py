@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, EvaluationError, NonFiniteError
 from ..utils.checks import check_int
 from ..utils.logging import progress
-from .divergence import token_logits
+from .divergence import class_logits
 from .intervals import Interval, bootstrap
 from .scores import Keep, make_anew
 
@@ -163,7 +163,7 @@ def _answer_batch(models: Mapping[str, nn.Module], texts: Tensor, answers: Tenso
 def _likelihoods(name: str, model: nn.Module, ids: Tensor) -> Tensor:
     """Mean log-likelihood of the last CONTINUATION tokens of each row of `ids`, shape (b,), float64, on the CPU."""
     device = getattr(model, "device", torch.device("cpu"))
-    logits = token_logits(model(input_ids=ids.to(device), use_cache=False))
+    logits = class_logits(model(input_ids=ids.to(device), use_cache=False))
     if logits is None:
         raise EvaluationError(f"{name} returns no token logits: a cloze test is for causal language models.")
     logp = logits[:, -CONTINUATION - 1 : -1].float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The divergence of one model's outputs from another's: KL of the next token, or squared distance of encoder states."""
+"""The divergence of one model's outputs from another's: KL of what it predicts, or squared distance of its states."""
 
 from __future__ import annotations
 
@@ -10,44 +10,62 @@ from torch.nn.functional import normalize
 
 from ..errors import SensitivityError
 
-__all__ = ["answer", "divergences", "final_states", "kl_divergences", "kl_gradient", "token_logits"]
+__all__ = ["answer", "class_logits", "divergences", "final_states", "kl_divergences", "kl_gradient"]
 
 _CHUNK = 2**20  # values of the vocabulary's distributions that are computed at a time
 
 
-def token_logits(output: Any) -> Tensor | None:
-    """Return the logits of a model's output, shape (batch, length, vocabulary), or None if it holds none."""
+_STATES = ("last_hidden_state", "pooler_output", "text_embeds", "image_embeds")
+_ENDS = ("start_logits", "end_logits")
+
+
+def class_logits(output: Any) -> Tensor | None:
+    """Return the logits of a model's output, over the classes that a softmax chooses among; None if it holds none.
+
+    Returns:
+        Shape (batch, ..., classes). The classes are the tokens of a vocabulary, at each position; or labels, of each
+        sample, position or pixel; or for an answer to be found in a text, its positions, for the start and for the end.
+        A head with one value, as rerankers have, chooses between yes and no: the second logit is 0.
+    """
     logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
+    ends = [end for name in _ENDS if isinstance(end := getattr(output, name, None), Tensor)]
+    if len(ends) == len(_ENDS):
+        return torch.stack(ends, dim=1)
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        return None
+    if logits.dim() == 4:  # the labels of an image's pixels: (batch, classes, height, width)
+        logits = logits.movedim(1, -1).flatten(1, 2)
+    return logits if logits.shape[-1] > 1 else nn.functional.pad(logits, (0, 1))
 
 
 def final_states(output: Any) -> list[Tensor]:
     """Return an encoder's final states: token states (batch, length, width), then pooled states (batch, width).
 
-    Either may be missing.
+    Any may be missing. States of an image that are laid out as one, (batch, width, height, columns), are its tokens.
 
     Raises:
-        SensitivityError: the output holds neither.
+        SensitivityError: the output holds none.
     """
-    states = [getattr(output, name, None) for name in ("last_hidden_state", "pooler_output")]
+    states = [getattr(output, name, None) for name in _STATES]
     found = [state for state in states if isinstance(state, Tensor)]
     if not found:
         raise SensitivityError(
-            f"the model returned {type(output).__name__}, which holds neither token logits nor final states."
+            f"the model returned {type(output).__name__}, which holds neither logits nor final states."
         )
-    return found
+    return [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in found]
 
 
 def answer(output: Any) -> list[Tensor]:
     """Return the tensors that `divergences` compares, float32.
 
-    They are the log probabilities of the next token. For an encoder they are its final states and the mean of each
-    sequence's token states, as sentence embeddings use it, all scaled to length 1.
+    They are the log probabilities of the next token, or of other classes, see `class_logits`. For an encoder they are
+    its final states and the mean of each sequence's token states, as sentence embeddings use it, all scaled to length
+    1.
 
     Raises:
         SensitivityError: see `final_states`.
     """
-    logits = token_logits(output)
+    logits = class_logits(output)
     if logits is not None:
         return [logits.float().log_softmax(-1)]
     states = [state.float() for state in final_states(output)]
@@ -76,7 +94,7 @@ def kl_gradient(reference: Tensor, logits: Tensor) -> Tensor:
     """The gradient of the KL divergence, summed over tokens, at a model's logits: the difference of probabilities.
 
     Args:
-        reference: `answer` of the reference, shape (batch, length, vocabulary), float32.
+        reference: `answer` of the reference, shape (batch, ..., classes), float32.
         logits: logits of the model. If one of the two has more tokens in its vocabulary, only the common ones are
             compared, see `divergences`.
 
@@ -99,8 +117,9 @@ def divergences(reference: list[Tensor], other: list[Tensor]) -> Tensor:
             that is padded or was extended, only the common ones are compared.
 
     Returns:
-        float32 tensor of shape (tokens,), or (batch,) for an encoder, differentiable in `other`. For an encoder it is
-        the sum over all states; the distances of token states are averaged over the tokens.
+        float32 tensor of shape (tokens,), or of as many values as have classes, or (batch,) for an encoder,
+        differentiable in `other`. For an encoder it is the sum over all states; the distances of token states are
+        averaged over the tokens.
     """
     if len(reference) == 1:
         (first,), (second,) = reference, other

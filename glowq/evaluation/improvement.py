@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.inputs import Inputs, Samples, size_of
 from ..data.tokens import batches
 from ..errors import NonFiniteError
 from ..factors.factors import GroupFactors
@@ -26,7 +27,7 @@ _BATCH_TOKENS = 1024
 
 
 def improvement(
-    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Samples
 ) -> dict[str, Any]:
     """Measure the divergence from the reference without and with a correction, on the same text.
 
@@ -79,7 +80,7 @@ def not_better(found: Mapping[str, Any]) -> str:
 @stage("comparing with the reference")
 @torch.no_grad()
 def measured_divergences(
-    model: nn.Module, reference: nn.Module, several: Mapping[str, Sequence[GroupFactors]], sequences: Tensor
+    model: nn.Module, reference: nn.Module, several: Mapping[str, Sequence[GroupFactors]], sequences: Samples
 ) -> dict[str, Tensor]:
     """The divergence of a model from the reference with each of several corrections.
 
@@ -90,7 +91,8 @@ def measured_divergences(
         sequences: token ids, shape (n, length), int64.
 
     Returns:
-        Name -> divergence of every token, shape (n, length), or of every sequence, shape (n, 1); float64 on the CPU.
+        Name -> divergence of every token, shape (n, length), or of every sequence or sample of another kind, shape
+        (n, 1); float64 on the CPU.
 
     Raises:
         NonFiniteError: a divergence is NaN or Inf; the message names the model.
@@ -111,5 +113,6 @@ def measured_divergences(
                         f"the divergence of the model ({name}) from the reference is NaN or Inf on held-out text, "
                         "because one of the two returns NaN or Inf: check that both generate, or take another dtype."
                     )
-                parts[name].append(found.double().cpu().reshape(len(batch["input_ids"]), -1))
+                found = found.double().cpu().reshape(size_of(batch), -1)
+                parts[name].append(found.mean(1, keepdim=True) if isinstance(sequences, Inputs) else found)
     return {name: torch.cat(found) for name, found in parts.items()}

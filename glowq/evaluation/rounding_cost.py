@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..data.inputs import Samples
 from ..errors import RoundingError
 from ..factors.factors import GroupFactors
 from ..factors.form import dtype_name
@@ -22,7 +23,7 @@ def rounding_cost(
     found: Sequence[GroupFactors],
     same_ranks: Sequence[GroupFactors],
     same_bytes: Sequence[GroupFactors],
-    sequences: Tensor,
+    sequences: Samples,
 ) -> dict[str, Any]:
     """Compare rounded factors with unrounded factors on text, and raise an error if they are worse in the same bytes.
 

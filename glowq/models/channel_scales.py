@@ -30,6 +30,7 @@ _CERTAIN = 0.05  # `Slopes.excess` above which channels can be certainly scaled
 _LEFT = 0.7  # share of the error's energy that may be left after scaling each column; AWQ's folded layers keep 0.2-0.64
 _NOISE = 0.25  # the same, as a share of the quantized weight's energy; normal values keep 0.12 in 2 bits, 0.36 as signs
 _EXPLAINED = 0.5  # share of the columns' log scales that a layer must explain to be taken for their producer
+_LEAST_COUNT = 16  # values of a channel; fewer do not tell its scale from the noise of rounding
 _ROUNDS = 3
 _CHUNK = 1024  # rows processed at once, so that the products of a large weight are never in memory as a whole
 
@@ -107,7 +108,7 @@ class Slopes:
         deviations of the sample.
         """
         sound = self._sound & (self.quantized > 0)
-        if not bool(sound.any()):
+        if not bool(sound.any()) or self.count < _LEAST_COUNT:
             return 0.0
         energy = torch.where(sound, self.quantized, 0.0)
         spread = torch.where(sound, self.full * self.quantized / self.cross**2, 1.0).clamp_min(1.0)

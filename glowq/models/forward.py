@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..errors import SensitivityError, UnsupportedModuleError
+from ..quantizers.model import quantized_modules
 from .dequantized import dequantized
 from .fast_products import fast_products
 
@@ -21,45 +21,10 @@ __all__ = [
     "evaluating",
     "example_inputs",
     "input_embeddings",
-    "refuse_encoder_decoder",
-    "refuse_other_inputs",
+    "linear_names",
     "replaced_forward",
     "to_model",
 ]
-
-_NO_TEXT = ("pixel_values", "input_features", "input_values")
-
-
-def refuse_encoder_decoder(model: nn.Module) -> None:
-    """Raise an error for an encoder with a decoder, because calibration text gives no input for the decoder.
-
-    The encoder of such a model alone, for example T5EncoderModel, is accepted, although its config describes the whole
-    model.
-
-    Raises:
-        UnsupportedModuleError: the model is an encoder with a decoder.
-    """
-    declared = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if declared and "decoder_input_ids" in signature(type(model).forward).parameters:
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} is an encoder with a decoder, which cannot be corrected yet: calibration text "
-            "gives no decoder input. Correct a model that is a decoder or an encoder alone."
-        )
-
-
-def refuse_other_inputs(model: nn.Module) -> None:
-    """Raise an error for a model that reads images or sound, which calibration text is not.
-
-    Raises:
-        UnsupportedModuleError: the message names the inputs.
-    """
-    main = getattr(model, "main_input_name", "input_ids")
-    others = [name for name in _NO_TEXT if name in signature(type(model).forward).parameters]
-    if main not in ("input_ids", "inputs_embeds") or others:
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} reads {', '.join(others or [main])}, and calibration text gives only token ids: "
-            "such a model cannot be corrected yet. Correct its text part alone, if it has one."
-        )
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
@@ -74,14 +39,18 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def to_model(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the batch on the device where the model's embeddings compute, also if their weight is offloaded."""
+    """Return the batch on the device where the model's embeddings compute, also if their weight is offloaded.
+
+    Values that are no whole numbers, such as those of an image, get the model's dtype.
+    """
     found = input_embeddings(model)
     embeddings = model if found is None else found
     device: Any = next(iter(embeddings.parameters())).device
     if has_offloaded_params(embeddings):
         hook: Any = embeddings._hf_hook
         device = hook.execution_device
-    return {name: value.to(device) for name, value in batch.items()}
+    dtype = model.dtype if isinstance(model, PreTrainedModel) else None
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
 
 
 @contextmanager
@@ -123,20 +92,40 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside this context, the outputs of the input embeddings take gradients, and no parameter does."""
+    """Inside this context, every linear layer's output takes a gradient, and no parameter does.
+
+    The gradients start at the output of the input embeddings; and for layers that nothing leads to from there, such as
+    those that read an image, at the layer's own input.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = input_embeddings(model)
-    if embeddings is None:
-        raise SensitivityError(f"{type(model).__name__} has no input embeddings that a gradient could flow from.")
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    hooks = [] if embeddings is None else [embeddings.register_forward_hook(_with_gradient)]
+    hooks += [model.get_submodule(name).register_forward_pre_hook(_input_with_gradient) for name in linear_names(model)]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _with_gradient(module: nn.Module, args: Any, output: Any) -> Any:
+    return output.detach().requires_grad_() if isinstance(output, torch.Tensor) else output
+
+
+def _input_with_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not torch.is_grad_enabled() or not args or not isinstance(args[0], torch.Tensor) or args[0].requires_grad:
+        return None
+    return (args[0].detach().requires_grad_(), *args[1:]) if args[0].is_floating_point() else None
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the quantized modules of a model, and of its linear layers."""
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return list(dict.fromkeys([*quantized_modules(model), *plain]))
 
 
 def example_inputs(model: Any) -> dict[str, Any]:

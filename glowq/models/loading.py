@@ -19,14 +19,17 @@ __all__ = [
     "load_config",
     "load_generation_config",
     "load_model",
+    "load_processor",
     "load_tokenizer",
     "loading",
+    "main_input",
     "model_class",
     "reference_name",
     "scores_text",
     "token_limits",
 ]
 
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -245,6 +248,12 @@ def scores_text(config: Any, auto_class: Any = None) -> bool:
     return bool(causal) and not getattr(config, "is_encoder_decoder", False)
 
 
+def main_input(config: Any, auto_class: Any = None) -> str:
+    """Name of the model's main input: "input_ids" for text, or another for an image or a sound."""
+    main: str = getattr(auto_class or model_class(config), "main_input_name", "input_ids")
+    return "input_ids" if main == "inputs_embeds" else main
+
+
 def token_limits(config: Any, sequence_length: int) -> tuple[int, int | None]:
     """Return the longest usable sequence, at most `sequence_length`, and the vocabulary size (None if not known)."""
     from .positions import limit_of_config, stated_positions
@@ -276,6 +285,33 @@ def load_tokenizer(*names: str | None) -> Any:
             with loading(name), _parsing(name, "a file of the tokenizer"):
                 return AutoTokenizer.from_pretrained(**_named(name), trust_remote_code=False)
     raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
+
+
+def load_processor(main: str, *names: str | None) -> Any:
+    """Load the processor of the first of `names` that has one.
+
+    Args:
+        main: name of the model's main input: "pixel_values" for an image, anything else for a sound.
+        names: folders or Hub names.
+
+    Raises:
+        ModelNotFoundError: none of them has one.
+        ConfigError: its files are damaged, or it needs a library that is not installed.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    kind: Any = AutoImageProcessor if main == "pixel_values" else AutoFeatureExtractor
+    given = [name for name in names if name]
+    for name in given:
+        if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _PROCESSOR_FILES):
+            if Path(name).is_dir():
+                refuse_irregular(Path(name))
+            with loading(name), _parsing(name, "a file of the processor"):
+                return kind.from_pretrained(**_named(name), trust_remote_code=False)
+    raise ModelNotFoundError(
+        f"no processor in {', '.join(map(repr, given))}; add the model's preprocessor_config.json, or correct the "
+        "model in Python with samples of your own."
+    )
 
 
 def load_generation_config(folder: Path) -> Any:

@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..data.inputs import Inputs, Samples
 from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
 from ..utils.files import checkpoint_files, read_json, stored_variant
 from ..utils.hub import local_snapshot
@@ -250,18 +251,19 @@ class Reference:
         found: Tensor = value.detach()
         return found
 
-    def check_ids(self, sequences: Tensor) -> None:
+    def check_ids(self, sequences: Samples) -> None:
         """Refuse token ids that the reference has no embedding for, before it is run.
 
         Args:
-            sequences: token ids, int64.
+            sequences: token ids, int64, or samples that may hold some.
 
         Raises:
             CalibrationError: the text holds tokens that were added to the quantized model's vocabulary later.
         """
         layer: Any = input_embeddings(self.model)
         rows = getattr(layer, "num_embeddings", None)
-        largest = int(sequences.max())
+        samples = sequences.samples if isinstance(sequences, Inputs) else ({"input_ids": sequences},)
+        largest = max((int(part["input_ids"].max()) for part in samples if "input_ids" in part), default=-1)
         if rows is not None and largest >= rows:
             raise CalibrationError(
                 f"the calibration text holds the token id {largest}, and the reference has embeddings for {rows}: the "

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import UnsupportedModuleError
+from ..errors import NonFiniteError, UnsupportedModuleError
 from ..factors.group import Group, group_name
 from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend
@@ -62,6 +62,7 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
 
     Raises:
         UnsupportedModuleError: the model has no linear module at all, or a part of it is compiled on its own.
+        NonFiniteError: the input of a linear module holds NaN or Inf.
     """
     return trace_groups(model, example_inputs).groups
 
@@ -143,6 +144,11 @@ def _record_calls(
     def recorder(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             tensor = args[0] if args and isinstance(args[0], Tensor) else None
+            if tensor is not None and _is_broken(tensor):
+                raise NonFiniteError(
+                    f"{name}: its input holds NaN or Inf. The model itself is broken: check that it generates, or load "
+                    "it in another dtype."
+                )
             # A tensor made in inference mode has no version; outside of that mode PyTorch forbids writing into it.
             version = -1 if tensor is None or tensor.is_inference() else tensor._version
             calls[name].append(_Call(next(clock), tensor, version))
@@ -167,6 +173,10 @@ def _record_calls(
             stack.callback(model.get_submodule(name).register_forward_pre_hook(counter(name)).remove)
         model(**example_inputs)
     return calls, runs, wrong
+
+
+def _is_broken(tensor: Tensor) -> bool:
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta or bool(torch.isfinite(tensor).all()))
 
 
 def _not_linear(module: nn.Module, width: int, x: Tensor, output: Any) -> str | None:

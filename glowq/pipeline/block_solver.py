@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..calibration.block_walk import BlockWalk
 from ..calibration.input_moments import MomentCollector
 from ..calibration.text_gap import TextGap, text_gap
+from ..data.inputs import Samples
 from ..data.tokens import batches
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
@@ -85,7 +86,7 @@ class BlockSolver:
         self.gaps: dict[str, TextGap] = {}
 
     @stage("blocks")
-    def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Tensor) -> list[list[GroupFactors]]:
+    def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Samples) -> list[list[GroupFactors]]:
         """Solve every group of every job.
 
         The inputs are those of the reference: those of the quantized model are damaged by the errors of the blocks
@@ -93,7 +94,7 @@ class BlockSolver:
 
         Args:
             stops: what `stops_of` returned.
-            sequences: token ids of the calibration text, shape (n, length), int64.
+            sequences: token ids of the calibration text, shape (n, length), int64, or samples of another kind.
 
         Returns:
             For every job, the factors of its groups, in the order of `stops`.
@@ -215,6 +216,6 @@ def stops_of(trace: Trace, names: Container[str]) -> dict[str, list[Group]]:
     return stops
 
 
-def _batch_size(sequences: Tensor) -> int:
+def _batch_size(sequences: Samples) -> int:
     """Sequences in a batch: few enough for two batches, whose moments can be compared."""
     return max(1, min(_BATCH_TOKENS // sequences.shape[1], len(sequences) // 2))

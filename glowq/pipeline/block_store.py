@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from .._version import __version__
 from ..artifact.config import GlowQConfig
 from ..artifact.factor_files import read_factors
 from ..artifact.factor_layout import describe_groups, factor_tensors, with_checksums
+from ..data.inputs import Inputs, Samples
 from ..errors import OutputError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
@@ -187,7 +187,7 @@ def remove_blocks(path: Path) -> None:
 
 
 def run_key(
-    config: GlowQConfig, reference: str, ranks: Mapping[str, int], dtype: torch.dtype, sequences: Tensor
+    config: GlowQConfig, reference: str, ranks: Mapping[str, int], dtype: torch.dtype, sequences: Samples
 ) -> str:
     """A digest of everything that the factors of a run depend on. Runs with the same key can continue each other.
 
@@ -196,11 +196,15 @@ def run_key(
         reference: what `Reference.identity` returned.
         ranks: group name -> rank to solve.
         dtype: dtype of the factors.
-        sequences: token ids that the blocks are calibrated on, int64, shape (n, length).
+        sequences: token ids that the blocks are calibrated on, int64, shape (n, length), or samples of another kind.
     """
     settings = [__version__, config.to_dict(), reference, dict(ranks), str(dtype), list(sequences.shape)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    digest.update(sequences.cpu().contiguous().numpy().tobytes())
+    samples = sequences.samples if isinstance(sequences, Inputs) else ({"": sequences},)
+    for name, value in (item for sample in samples for item in sorted(sample.items())):
+        if name:
+            digest.update(f"|{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifact.build import stored_config
 from ..artifact.correction import Correction
 from ..artifact.request import CorrectionRequest
 from ..calibration.text_gap import lost_to_sampling
+from ..data.inputs import Samples
 from ..errors import ConfigError, NoImprovementError, SensitivityError, UnsupportedModuleError
 from ..evaluation.change import answer_change
 from ..evaluation.improvement import improvement, is_worse, not_better
@@ -63,7 +64,7 @@ def correct(
         model: quantized transformers model. A compiled model runs uncompiled until it is corrected.
         reference: the full-precision model that it was made from: a folder, a Hub name ("org/model" or
             "org/model@revision"), or a model in memory.
-        tokenizer: turns the text into ids; needed unless `calibration` holds token ids.
+        tokenizer: turns the text into ids; needed only if `calibration` is text.
         resume: folder for finished blocks, so that an interrupted run continues where it stopped. It is created if
             missing, and must hold nothing else. One run at a time uses it.
         dense: correct plain float weights that hold quantized values: those of a GGUF, float8 or mxfp4 file that was
@@ -134,7 +135,7 @@ def correct(
 
 
 def _solved_ranks(
-    groups: Sequence[Group], request: CorrectionRequest, base_bytes: int, itemsize: int, train: Tensor
+    groups: Sequence[Group], request: CorrectionRequest, base_bytes: int, itemsize: int, train: Samples
 ) -> dict[str, int]:
     """Group name -> rank to solve for.
 
@@ -181,7 +182,7 @@ def _report_text_gap(problem: Problem, correction: Correction) -> None:
 
 
 def _improvement(
-    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Tensor
+    model: nn.Module, reference: nn.Module, factors: Sequence[GroupFactors], sequences: Samples
 ) -> dict[str, Any] | None:
     """See `improvement`; None for a model whose outputs cannot be compared, such as one with a classification head."""
     try:

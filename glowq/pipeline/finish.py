@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifact.build import correction_of
 from ..artifact.config import GlowQConfig
@@ -16,6 +16,7 @@ from ..artifact.correction import Correction
 from ..artifact.request import CorrectionRequest
 from ..calibration.distillation import distill
 from ..calibration.group_gains import calibrated, measure_groups
+from ..data.inputs import Samples
 from ..errors import NoGainError, RoundingError
 from ..evaluation.rounding_cost import rounding_cost
 from ..factors.factors import GroupFactors
@@ -118,7 +119,7 @@ def _measured(
     model: nn.Module,
     reference: nn.Module,
     factors: Sequence[GroupFactors],
-    sequences: Tensor,
+    sequences: Samples,
     request: RankRequest,
 ) -> tuple[list[GroupFactors], dict[str, Any]]:
     """Measure each group, and return the factors with rescaled gains, and facts for the provenance.
@@ -145,7 +146,7 @@ def _within(whole: Correction, correction: Correction) -> list[GroupFactors]:
     return whole.kept({step.name: step.rank for step in steps}).factors
 
 
-def _check_gains(factors: Sequence[GroupFactors], sequences: Tensor) -> None:
+def _check_gains(factors: Sequence[GroupFactors], sequences: Samples) -> None:
     if not any(bool((entry.gains > 0).any()) for entry in factors):
         raise NoGainError(
             "in the measurement, no rank of any group brings the model's answers nearer to the reference's, so that a "

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..data.inputs import Inputs, Samples
 from ..errors import UnsupportedModuleError
-from ..models.forward import refuse_encoder_decoder, refuse_other_inputs, to_model
+from ..models.forward import to_model
 from ..models.reference import REVISION_TOLERANCE, Reference
+from ..models.samples import refuse_text
 from ..models.tracing import Trace, trace_groups
 from ..models.wrappers import uncompiled
 from ..quantizers.base import Backend
@@ -45,20 +47,18 @@ def readable_modules(model: nn.Module, dense: bool) -> dict[str, Backend]:
     return backends
 
 
-def traced(model: nn.Module, sequences: Tensor) -> Trace:
-    """Find the groups of a model, from a forward of the first tokens.
+def traced(model: nn.Module, sequences: Samples) -> Trace:
+    """Find the groups of a model, from a forward of the first tokens, or of the first sample of another kind.
 
     Raises:
-        UnsupportedModuleError: no module can be corrected, or the model needs more than token ids.
+        UnsupportedModuleError: no module can be corrected.
+        CalibrationError: the sequences are text, and the model also needs an image or a sound.
     """
-    example = to_model({"input_ids": sequences[:1, :_TRACE_TOKENS]}, model)
     try:
-        trace = trace_groups(model, example)
+        trace = trace_groups(model, to_model(_example(sequences), model))
     except (ValueError, TypeError, AttributeError):
-        # BART and similar models create the decoder's input themselves. T5 does not, and fails in the forward. LLaVA
-        # needs no image for text, and ViT does.
-        refuse_encoder_decoder(model)
-        refuse_other_inputs(model)
+        if not isinstance(sequences, Inputs):
+            refuse_text(model, failed=True)
         raise
     if not trace.groups:
         name, reason = next(iter(trace.skipped.items()))
@@ -66,9 +66,16 @@ def traced(model: nn.Module, sequences: Tensor) -> Trace:
     return trace
 
 
+def _example(sequences: Samples) -> dict[str, Any]:
+    """Keyword arguments of a short forward."""
+    if isinstance(sequences, Inputs):
+        return dict(sequences.samples[0])
+    return {"input_ids": sequences[:1, :_TRACE_TOKENS]}
+
+
 @contextmanager
 def opened(
-    reference: Any, model: nn.Module, trace: Trace, sequences: Tensor, *, dense: bool, variant: str | None = None
+    reference: Any, model: nn.Module, trace: Trace, sequences: Samples, *, dense: bool, variant: str | None = None
 ) -> Iterator[Reference]:
     """Open the reference of a model, and check that the model was made from it. Compiled parts run uncompiled inside.
 
@@ -76,7 +83,7 @@ def opened(
         reference, dense, variant: see `glowq.correct`.
         model: the quantized model.
         trace: its groups.
-        sequences: token ids that both models will run on, int64.
+        sequences: token ids that both models will run on, int64, or samples of another kind.
 
     Raises:
         ReferenceMismatchError, UnsupportedModuleError, CalibrationError: see the checks of `Reference`.
@@ -88,7 +95,7 @@ def opened(
         source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
         source.check_ids(sequences)
         source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
-        source.check_runs({"input_ids": sequences[:1, :_TRACE_TOKENS]})
+        source.check_runs(_example(sequences))
         yield source
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.output_gradients import output_moments
 from ..calibration.text_gap import TextGap
+from ..data.inputs import Inputs, Samples
 from ..data.tokens import batches
 from ..errors import NoGradientWarning, SensitivityError
 from ..factors.factors import GroupFactors
@@ -23,6 +25,8 @@ from ..solving.shrinkage import effective_tokens, shrunk
 from .block_solver import BlockSolver, Job, stops_of
 
 __all__ = ["Problem"]
+
+_logger = logging.getLogger(__name__)
 
 _GRADIENT_TOKENS = 8192
 _KEPT_BYTES = 2**30
@@ -38,8 +42,8 @@ class Problem:
         source: the opened reference.
         backends: module name -> backend of every quantized module.
         trace: the groups of the model.
-        train: token ids to calibrate on, shape (n, length), int64.
-        held: token ids to measure on, shape (m, length), int64; None if there are too few.
+        train: token ids to calibrate on, shape (n, length), int64, or samples of another kind.
+        held: those to measure on; None if there are too few.
         base_bytes: bytes of the quantized weights.
         seed: seed of the gradients and of the solver.
         unit: unit of the gains of the factors that `solve` returned last for a method that reads gradients.
@@ -50,8 +54,8 @@ class Problem:
     source: Reference
     backends: Mapping[str, Backend]
     trace: Trace
-    train: Tensor
-    held: Tensor | None
+    train: Samples
+    held: Samples | None
     base_bytes: int
     seed: int
     unit: GainUnit = GainUnit.SQUARED_OUTPUT
@@ -65,6 +69,7 @@ class Problem:
         """
         outputs = self._output_moments() if any(job.method.two_sided for job in jobs) else {}
         self.unit = GainUnit.SECOND_ORDER if outputs else GainUnit.SQUARED_OUTPUT
+        jobs = [_used(job, outputs) for job in jobs]
         names = {name for job in jobs for name in job.ranks}
         run = BlockSolver(self.model, self.source, self.backends, jobs, self.seed, outputs)
         solved = run.solve(stops_of(self.trace, names), self.train)
@@ -93,7 +98,18 @@ class Problem:
                 stacklevel=4,
             )
             return {}
-        return {name: shrunk(moment, effective_tokens(chosen)) for name, moment in moments.items()}
+        tokens = float(chosen.numel()) if isinstance(chosen, Inputs) else effective_tokens(chosen)
+        return {name: shrunk(moment, tokens) for name, moment in moments.items()}
+
+
+def _used(job: Job, outputs: Mapping[str, OutputMoment]) -> Job:
+    """A correction without the groups whose outputs the model does not use, if that is known."""
+    if not outputs or not job.method.two_sided:
+        return job
+    unused = sorted(set(job.ranks) - set(outputs))
+    if unused:
+        _logger.warning("the model does not use the outputs of %s: left out.", ", ".join(unused))
+    return replace(job, ranks={name: rank for name, rank in job.ranks.items() if name in outputs})
 
 
 def _is_mapped(model: nn.Module) -> bool:

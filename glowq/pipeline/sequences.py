@@ -1,4 +1,4 @@
-"""The token ids that a correction is made of: read, checked, and split into calibration and held-out sequences."""
+"""What a correction is made of: read, checked, and split into calibration and held-out sequences."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from ..artifact.request import CorrectionRequest
 from ..data.ids import holds_ids, id_sequences
+from ..data.inputs import Inputs, Samples, SomeSamples, holds_inputs, peeked, read_inputs
 from ..data.text import read_texts
 from ..data.tokens import split, token_sequences
 from ..errors import CalibrationError
 from ..factors.form import bits_of
 from ..models.positions import position_limit
+from ..models.samples import checked_samples, is_encoder_decoder, refuse_text, rows_of, with_decoder
 from ..selection.budget import RankRequest
 from ..solving.methods.base import Method
 
@@ -33,17 +35,29 @@ _SELECTION_TOKENS = 2048  # tokens on which all groups are measured
 _SELECTED = 1 / 8  # largest share of the sequences that may be used for this measurement
 
 
-def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenizer: Any) -> Tensor:
-    """The token ids to calibrate on, int64, shape (n, length); see `CorrectionRequest`.
+def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenizer: Any) -> Samples:
+    """The token ids to calibrate on, int64, shape (n, length), or samples of another kind; see `CorrectionRequest`.
 
     Raises:
         CalibrationError: no text, no tokenizer, or fewer tokens than one sequence; or token ids that are no whole
-            numbers, negative, or of sequences that are longer than the model has positions for.
+            numbers, negative, or of sequences that are longer than the model has positions for; or samples that the
+            model does not take.
         TokenizerMismatchError: an id is outside the model's vocabulary.
     """
-    calibration = request.calibration
+    calibration, decodes = peeked(request.calibration), is_encoder_decoder(model)
     if calibration is None:
         raise CalibrationError("no calibration text: pass calibration= a list of str, a file, or a datasets name.")
+    if isinstance(calibration, Inputs):
+        return calibration
+    if holds_inputs(calibration) or (decodes and isinstance(calibration, Mapping) and "labels" in calibration):
+        samples = read_inputs(calibration, lambda sample: max(2, request.calibration_tokens // rows_of(model, sample)))
+        return checked_samples(model, samples, _vocab_size(model))
+    refuse_text(model)
+    ids = _ids(model, request, tokenizer, calibration)
+    return with_decoder(model, ids) if decodes else ids
+
+
+def _ids(model: nn.Module, request: CorrectionRequest, tokenizer: Any, calibration: Any) -> Tensor:
     if holds_ids(calibration):
         return checked_ids(model, calibration)
     texts = read_texts(calibration)
@@ -75,8 +89,8 @@ def _vocab_size(model: nn.Module) -> int | None:
 
 
 def split_sequences(
-    sequences: Tensor, method: Method, request: RankRequest, factor_dtype: str, seed: int
-) -> tuple[Tensor, Tensor | None]:
+    sequences: SomeSamples, method: Method, request: RankRequest, factor_dtype: str, seed: int
+) -> tuple[SomeSamples, SomeSamples | None]:
     """Split the sequences into a part for calibration, and a part on which groups and the correction are measured.
 
     The second part is None if there is only one sequence and nothing has to be measured.
@@ -94,7 +108,7 @@ def split_sequences(
         ) from error
 
 
-def unmeasured(sequences: Tensor, seed: int) -> Tensor:
+def unmeasured(sequences: SomeSamples, seed: int) -> SomeSamples:
     """The sequences that `split_sequences` does not measure on.
 
     A base that is quantized with calibration text takes only these: its error is smaller on text that it has seen.
@@ -102,15 +116,15 @@ def unmeasured(sequences: Tensor, seed: int) -> Tensor:
     return sequences if len(sequences) < 2 else _split(sequences, seed)[0]
 
 
-def _split(sequences: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _split(sequences: SomeSamples, seed: int) -> tuple[SomeSamples, SomeSamples]:
     return split(sequences, min(_SELECTED, _SELECTION_TOKENS / sequences.numel()), seed)
 
 
-def check_token_count(sequences: Tensor, ranks: Mapping[str, int]) -> None:
+def check_token_count(sequences: Samples, ranks: Mapping[str, int]) -> None:
     """Refuse fewer than `TOKENS_PER_RANK` calibration tokens per rank.
 
     Args:
-        sequences: token ids to calibrate on, shape (n, length).
+        sequences: token ids to calibrate on, shape (n, length), or samples of another kind.
         ranks: group name -> rank to solve.
 
     Raises:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..calibration.weight_gains import Weights, measure_weights
+from ..data.inputs import Samples
 from ..factors.group import Group
 from ..models.reference import Reference
 from ..quantizers.model import quantized_modules, read_weight
@@ -47,7 +48,7 @@ def linear_bytes(model: nn.Module, names: Iterable[str]) -> int:
 
 
 def measure_wider(
-    model: nn.Module, wider: nn.Module | None, source: Reference, groups: Sequence[Group], sequences: Tensor
+    model: nn.Module, wider: nn.Module | None, source: Reference, groups: Sequence[Group], sequences: Samples
 ) -> list[WiderGroup]:
     """Measure what every group gains with the weights that its members have in a wider model.
 

@@ -12,9 +12,10 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import UnknownBaseError
+from ..data.inputs import Inputs, Samples
+from ..errors import ConfigError, UnknownBaseError
 from .base import Backend, Scheme, StoredModule
 
 __all__ = [
@@ -84,18 +85,28 @@ def own_quantizers() -> dict[str, Any]:
     return {method: quantizer for backend in _backends() for method, quantizer in backend.quantizers().items()}
 
 
-def with_calibration(config: Any, sequences: Tensor) -> Any:
+def with_calibration(config: Any, sequences: Samples) -> Any:
     """Add calibration text to a quantization config.
 
     Args:
         config: a transformers quantization config.
-        sequences: token ids, shape (n, length), int64.
+        sequences: token ids, shape (n, length), int64, or samples of another kind.
 
     Returns:
         A copy of `config` that calibrates on `sequences`; `config` itself if `is_calibrated` is false for it.
+
+    Raises:
+        ConfigError: the base calibrates on text, and the samples are of another kind.
     """
     backend = backend_of(config)
-    return config if backend is None else backend.with_calibration(config, sequences)
+    if backend is None or not is_calibrated(config):
+        return config
+    if isinstance(sequences, Inputs):
+        raise ConfigError(
+            f"{method_of(config)} quantizes with text alone, and the calibration is of another kind: quantize the "
+            "model by its library first and correct the result, or take another base, such as nf4."
+        )
+    return backend.with_calibration(config, sequences)
 
 
 def stored_base(config: Any) -> Any:

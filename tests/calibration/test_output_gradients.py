@@ -188,7 +188,7 @@ def test_gradients_pass_through_every_library(base: Base, token_ids: Tensor, mon
 def test_a_model_without_output_states_is_refused(tiny_ids: Tensor) -> None:
     model = OneLayer()
     model.forward = lambda input_ids: SimpleNamespace(loss=None)  # type: ignore[method-assign]
-    with pytest.raises(SensitivityError, match="neither token logits nor final states"):
+    with pytest.raises(SensitivityError, match="neither logits nor final states"):
         output_moments(model, [GROUP], [{"input_ids": tiny_ids % 7}])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,27 @@ ASKED = [
 SIZES = ["--calibration-tokens", "1024", "--tokens", "512", "--sequence-length", "128", "--cloze", "4", "--seed", "3"]
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "_BATCH_TOKENS", 256)
-    monkeypatch.setattr(cloze, "_BATCH_TOKENS", 640)
+@pytest.fixture(scope="module", autouse=True)
+def small_batches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scores, "_BATCH_TOKENS", 256)
+        patched.setattr(cloze, "_BATCH_TOKENS", 640)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def command(compared_folder: Path) -> list[Any]:
     texts = ["--calibration", compared_folder / "train.txt", "--data", compared_folder / "test.txt"]
     return ["compare", compared_folder / "model", "--base", "torchao-int3", *texts, *SIZES, *ASKED]
 
 
-@pytest.fixture
-def wanted(command: list[Any], tmp_path: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def wanted(command: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a comparison that was not interrupted."""
-    done = call(*command, "--output", tmp_path / "wanted")
+    folder = tmp_path_factory.mktemp("resume") / "wanted"
+    done = call(*command, "--output", folder)
     assert done.exit_code == 0, done.stderr
-    return files(tmp_path / "wanted")
+    return files(folder)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -125,16 +130,15 @@ def test_cells_of_another_comparison_are_not_used(
     assert solved
 
 
-@pytest.mark.parametrize("value", [3, {"gains": 1}, [["no group", 1, 2.0]]])
 def test_cells_that_hold_something_else_are_made_again(
-    command: list[Any], wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+    command: list[Any], wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the digest and the key of this comparison, which somebody computed."""
+    """With the digest and the key of this comparison, which somebody computed. A cell of each kind gets each value."""
     out = tmp_path / "out"
-    original = BlockFolder.write
+    original, values = BlockFolder.write, itertools.cycle([3, {"gains": 1}, [["no group", 1, 2.0]], None])
 
     def other(folder: BlockFolder, block: str, key: str, factors: Any = (), **real: Any) -> None:
-        original(folder, block, key, factors, value)
+        original(folder, block, key, factors, next(values))
 
     with monkeypatch.context() as patched:
         patched.setattr(BlockFolder, "write", other)

@@ -20,6 +20,7 @@ from glowq.models.fast_products import fast_products, slow_here
 from glowq.models.forward import evaluating
 from glowq.quantizers.model import prepare_model, read_weight
 from glowq.utils.processor import float32_is_faster, forced, slowdown
+from support.bases import small_model
 from support.tiny import EXAMPLE, IDS, load, quantized
 from support.tiny import tiny_llama as saved_llama
 
@@ -112,16 +113,21 @@ def test_a_quantized_model_is_as_near_to_float64_both_ways(base: str, tmp_path: 
     assert errors[True] < 0.02  # rounding to bfloat16 in every layer
 
 
-@pytest.mark.parametrize("base", ["nf4", "torchao-int3"])
-def test_a_correction_is_as_good_both_ways(base: str) -> None:
+# With the slow products of some processors, the whole model takes minutes.
+@pytest.mark.parametrize(
+    ("base", "whole"),
+    [("nf4", False), *(pytest.param(base, True, marks=pytest.mark.long) for base in ("nf4", "torchao-int3"))],
+)
+def test_a_correction_is_as_good_both_ways(base: str, whole: bool) -> None:
+    source = EXAMPLE if whole else small_model()
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     texts = [path.read_text("utf-8") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("c*.py"))]
-    ids = token_sequences(texts, tokenizer, length=128, limit=6144, seed=0)
+    ids = token_sequences(texts, tokenizer, length=128, limit=6144 if whole else 3072, seed=0)
     shares = {}
     for force in (False, True):
         with forced(force):
-            model = quantized(EXAMPLE, base, dtype=torch.bfloat16)
-            correction = glowq.correct(model, reference=EXAMPLE, calibration=ids, rank=4)
+            model = quantized(source, base, dtype=torch.bfloat16)
+            correction = glowq.correct(model, reference=source, calibration=ids, rank=4)
         found: Any = correction.config.provenance.improvement
         shares[force] = 1 - found["corrected"] / found["quantized"]
     assert shares[True] > 0.2

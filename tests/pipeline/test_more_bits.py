@@ -85,9 +85,9 @@ def test_nothing_where_a_base_cannot_mix() -> None:
 def test_it_is_near_to_the_measurement(tmp_path: Path) -> None:
     """Of the bundled model, whose mixed checkpoint `glowq compare --alternatives` makes and measures."""
     pytest.importorskip("torchao")
-    text = ["--calibration", "python-stdlib", "--calibration-tokens", "8192", "--sequence-length", "256"]
+    text = ["--calibration", "python-stdlib", "--calibration-tokens", "4096", "--sequence-length", "256"]
     made = result_of("correct", MODEL, "--base", "torchao-int3", *text, "--budget", "6%", "--output", tmp_path / "out")
-    report = ["--data", "python-stdlib:held-out", "--tokens", "4096", "--methods", "glowq", "--budgets", "6%"]
+    report = ["--data", "python-stdlib:held-out", "--tokens", "2048", "--methods", "glowq", "--budgets", "6%"]
     rows = result_of("compare", MODEL, "--base", "torchao-int3", *text, *report, "--alternatives")["rows"]
     (measured,) = (row["undone"] for row in rows if row["method"] == "mixed")
     assert made["instead"]["bits"] == 4

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glowq.models.fast_products import fast_products
 from support import writers
 from support.store import once, written
 
@@ -87,6 +88,7 @@ class Base:
 
 
 @cache
+@fast_products(half=True)
 def _quantized(base: Base, source: Path, dtype: torch.dtype) -> Any:
     """Load a model that takes seconds to quantize, once per process. The caller copies it and never runs it."""
     return base.load(dtype, source, device_map="cpu")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glowq.data.text import read_texts
+from glowq.models.fast_products import fast_products
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
@@ -19,6 +20,7 @@ TEXTS = [text[:1200] for text in read_texts("python-stdlib") if len(text) > 1200
 """Texts on which the libraries calibrate: beginnings of modules of the standard library, 300 to 500 tokens each."""
 
 
+@fast_products(half=True)
 def gptqmodel(source: Path, target: Path, **settings: Any) -> None:
     """Quantize and save with gptqmodel, which writes zero points in AutoGPTQ's format."""
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -28,6 +30,7 @@ def gptqmodel(source: Path, target: Path, **settings: Any) -> None:
     model.save(str(target))
 
 
+@fast_products(half=True)
 def awq(source: Path, target: Path, **settings: Any) -> None:
     """Quantize with gptqmodel's AWQ: 4 bits in groups of 64, scales folded into norms and linear layers, clipping."""
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -40,6 +43,7 @@ def awq(source: Path, target: Path, **settings: Any) -> None:
     model.save(str(target))
 
 
+@fast_products(half=True)
 def optimum(source: Path, target: Path, **settings: Any) -> None:
     """Quantize with transformers' GPTQConfig, which uses optimum, and save with save_pretrained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig

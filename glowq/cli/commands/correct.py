@@ -34,7 +34,10 @@ _CLEARLY = 0.03  # by how much bits must be predicted to lead: closer than that,
 
 def correct(
     model: ModelArgument,
-    calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Text, or what MODEL reads in its place: a file, folder or datasets name."),
+    ],
     output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
     base: Annotated[
         str,

@@ -10,11 +10,21 @@ from typing import Any
 
 from ...artifact.correction import Correction
 from ...artifact.request import CorrectionRequest
+from ...data.inputs import Inputs
+from ...data.media import read_media
 from ...errors import NoImprovementError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
 from ...evaluation.improvement import is_better, not_better
 from ...models.fast_products import slow_here
-from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text
+from ...models.loading import (
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    main_input,
+    reference_name,
+    scores_text,
+)
 from ...pipeline.block_store import check_blocks, remove_blocks
 from ...pipeline.mixed import check_mixable, plan_mixture
 from ...pipeline.sequences import unmeasured
@@ -47,7 +57,8 @@ def correct_checkpoint(
     Args:
         model: folder or Hub name ("org/model" or "org/model@revision").
         output: folder to write; must be new, empty, or an earlier result.
-        request: how to correct the model. An eighth of its calibration text is held out for the measurement.
+        request: how to correct the model. An eighth of its calibration text is held out for the measurement. A model
+            that reads images or sounds takes those that the calibration names, see `glowq.data.media.read_media`.
         base: name of the quantizer, see `glowq.quantizers.registry.base_names`; "none" if the model is quantized
             already, "dense" if its float weights hold quantized values.
         reference: folder or Hub name of the full-precision model. None takes `model`, which must then hold the
@@ -86,13 +97,21 @@ def correct_checkpoint(
         check_mixable(quantization)
     config = load_config(model, gguf_file)
     source = reference_name(model, config, base, reference)
-    tokenizer = load_tokenizer(model, source)
-    train, held = parted_sequences(
-        config, tokenizer, request.calibration, request.calibration_tokens, request.sequence_length, request.seed
-    )
-    score = reference_score(source, held) if scores_text(config, auto_class) else None
+    train: Any
+    main = main_input(config, auto_class)
+    if main == "input_ids":
+        tokenizer = load_tokenizer(model, source)
+        train, held = parted_sequences(
+            config, tokenizer, request.calibration, request.calibration_tokens, request.sequence_length, request.seed
+        )
+        read = unmeasured(train, request.seed)
+    else:
+        tokenizer = load_processor(main, model, source)
+        train, held = partial(read_media, request.calibration, tokenizer, request.seed), None
+        read = Inputs(())
+    score = None if held is None or not scores_text(config, auto_class) else reference_score(source, held)
     if quantization is not None:
-        quantization = with_calibration(quantization, unmeasured(train, request.seed))
+        quantization = with_calibration(quantization, read)
     load = partial(load_model, model, config, gguf_file=gguf_file, auto_class=auto_class)
     corrected, asked = load(quantization), replace(request, calibration=train)
     common = {"reference": source, "tokenizer": tokenizer, "revision": split_revision(model)[1]}
@@ -104,7 +123,7 @@ def correct_checkpoint(
     correction = correct(corrected, resume=kept_blocks, dense=base == "dense", request=asked, **common)
     if not request.force:
         _check_better(correction)
-    held_out = None if score is None else held_out_figures(score, corrected, held, request.seed)
+    held_out = None if held is None or score is None else held_out_figures(score, corrected, held, request.seed)
     for stored in (correction.config, corrected.config.quantization_config):
         stored.record(command=command, held_out=held_out, mixed=None if mixture is None else mixture.record)
     _save(correction, corrected, target, format or ("correction" if correction.unstored is None else "full"))
@@ -120,7 +139,7 @@ def correct_checkpoint(
         "predicted": correction.predicted,
         "instead": correction.config.provenance.instead,
         "gains": correction.config.provenance.gains,
-        "calibration_tokens": train.numel(),
+        "calibration_tokens": correction.config.provenance.calibration_tokens,
         "factor_dtype": correction.config.provenance.factor_dtype or "float",
         "distilled_steps": correction.config.provenance.distilled_steps,
         "rounding": correction.config.provenance.rounding,

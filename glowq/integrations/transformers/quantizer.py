@@ -23,6 +23,7 @@ from ...artifact.config import GlowQConfig
 from ...artifact.factor_files import read_factors
 from ...artifact.factor_layout import FACTOR_KEYS
 from ...artifact.request import CorrectionRequest
+from ...data.inputs import holds_inputs
 from ...data.text import check_source
 from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
@@ -157,7 +158,7 @@ class GlowQHfQuantizer(CorrectedHfQuantizer):
         """Let the base calibrate its quantization on the same sequences as the factors."""
         source = str(model.config.name_or_path)  # type: ignore[union-attr]
         with torch.device("cpu"):  # transformers creates tensors on the meta device at this point
-            tokenizer = _tokenizer(source, _place_of(source, Path(self._shards[0])))
+            tokenizer = _tokenizer(source, _place_of(source, Path(self._shards[0])), self._calibration)
             self._calibration = calibration_sequences(model, self._request(), tokenizer)
             sequences = unmeasured(self._calibration, self._request().seed)
         self._use(with_calibration(self.quantization_config, sequences))
@@ -167,7 +168,7 @@ class GlowQHfQuantizer(CorrectedHfQuantizer):
         place = _place_of(source, Path(self._shards[0]))
         reference = folder if (folder / "config.json").is_file() else source
         request = replace(self._request(), calibration=self._calibration)
-        common = {"reference": reference, "tokenizer": _tokenizer(source, place), **place}
+        common = {"reference": reference, "tokenizer": _tokenizer(source, place, self._calibration), **place}
         mixture = self._mix(model, source, request, common) if request.mixed else None
         budget = request.budget if mixture is None else mixture.budget
         correct(model, **common, request=replace(request, mixed=False, budget=budget))
@@ -222,8 +223,11 @@ def _place_of(source: str, shard: Path) -> dict[str, Any]:
     }
 
 
-def _tokenizer(source: str, place: Mapping[str, Any]) -> Any:
-    """The tokenizer of a model: from its subfolder, or else from the folder or repository itself."""
+def _tokenizer(source: str, place: Mapping[str, Any], calibration: Any) -> Any:
+    """The tokenizer of a model: from its subfolder, or else from the folder or repository itself.
+
+    None if it has none, as a model of images, and the calibration is no text.
+    """
     from transformers import AutoTokenizer
 
     revision = place["revision"] or "main"
@@ -232,4 +236,9 @@ def _tokenizer(source: str, place: Mapping[str, Any]) -> Any:
             return AutoTokenizer.from_pretrained(source, revision=revision, subfolder=place["subfolder"])
         except OSError:
             pass
-    return AutoTokenizer.from_pretrained(source, revision=revision)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError):
+        if holds_inputs(calibration):
+            return None
+        raise
