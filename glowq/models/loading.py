@@ -277,7 +277,7 @@ def load_tokenizer(*names: str | None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    given = [name for name in names if name]
+    given = list(dict.fromkeys(name for name in names if name))
     for name in given:
         if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
             if Path(name).is_dir():
@@ -301,7 +301,7 @@ def load_processor(main: str, *names: str | None) -> Any:
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     kind: Any = AutoImageProcessor if main == "pixel_values" else AutoFeatureExtractor
-    given = [name for name in names if name]
+    given = list(dict.fromkeys(name for name in names if name))
     for name in given:
         if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _PROCESSOR_FILES):
             if Path(name).is_dir():

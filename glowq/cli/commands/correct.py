@@ -137,7 +137,7 @@ def report(run: Callable[[str], dict[str, Any]], model: str, output: str, json: 
         result["timeline"] = {name: round(seconds, 1) for name, seconds in stages.items()}
         result.update(seconds=round(time.monotonic() - started, 1), peak_rss_bytes=peak_rss_bytes())
         if result["held_out"] is None:
-            note = f"{model} predicts no next token: nothing is measured on held-out text."
+            note = f"{model} predicts no next token: no perplexity is measured."
             print_note(note)
         if result["slow_here"] is not None:
             print_note(result["slow_here"])
