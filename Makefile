@@ -12,7 +12,7 @@ KERNELS := .venv-kernels
 AUDIT := .venv-audit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz test-autoawq test-kernels test-vllm check style audit benchmarks backends models models-all real real-all encoder clean
+.PHONY: help setup demo test test-long architectures fuzz test-autoawq test-kernels test-vllm check style audit benchmarks backends models models-all real real-all encoder clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 
 test-long: setup  ## run the long tables of tests of which `make test` runs a part (an hour)
 	$(BIN)/pytest $(PYTEST_ARGS) -m long
+
+architectures: setup  ## examine a tiny model of every type that transformers has, and print a table (an hour)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.survey --results build/architectures.json
 
 # Not by file: the cases of one file are more than half of all.
 fuzz: setup  ## read a hundred thousand damaged and hostile files (ten minutes)

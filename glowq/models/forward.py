@@ -113,7 +113,8 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def _with_gradient(module: nn.Module, args: Any, output: Any) -> Any:
-    return output.detach().requires_grad_() if isinstance(output, torch.Tensor) else output
+    # A copy, because some models write into it, which is not allowed where a gradient starts.
+    return output.detach().requires_grad_().clone() if isinstance(output, torch.Tensor) else output
 
 
 def _input_with_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -60,9 +60,10 @@ def with_decoder(model: Any, ids: Tensor) -> Inputs:
     Raises:
         CalibrationError: the model's config says no token that a decoder starts with.
     """
-    config = model.config
+    configs = (model.config, model.config.get_text_config(decoder=True))
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    start = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+    known = (getattr(config, name, None) for config in configs for name in names)
+    start = next((found for found in known if found is not None), None)
     if start is None:
         raise CalibrationError(
             f"the config of {type(model).__name__} names no decoder_start_token_id: set it, or give calibration= a "

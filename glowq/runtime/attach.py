@@ -46,8 +46,8 @@ def attach(model: nn.Module, factors: GroupFactors, *, dtype: torch.dtype | None
         ConfigError: the group carries a correction already.
     """
     group = factors.group
-    parent = model.get_submodule(group.parent)
-    name = _container_name(group)
+    path = _holder(model, group)
+    parent, name = model.get_submodule(path), _container_name(group, path)
     if hasattr(parent, name):
         raise ConfigError(f"group {group.name!r} carries a correction already; call glowq.detach(model) first.")
     device = torch.device(_execution_device(model.get_submodule(group.members[0])))
@@ -88,19 +88,27 @@ def _make_graphs_check_hooks() -> None:
 
 
 def attached(model: nn.Module) -> dict[str, SharedCorrection]:
-    """Group name -> container of every correction attached to `model`, in module order."""
-    return {
-        module.group.name: module for module in check_module(model).modules() if isinstance(module, SharedCorrection)
-    }
+    """Group name -> container of every correction attached to `model`, in module order.
+
+    A model's own code may have replaced the module that holds a container, as BigBird's does for short inputs. Its
+    members have kept their hooks.
+    """
+    modules = list(check_module(model).modules())
+    found = {module.group.name: module for module in modules if isinstance(module, SharedCorrection)}
+    for hook in (hook for module in modules for hook in module._forward_hooks.values()):
+        if isinstance(hook, MemberHook):
+            found.setdefault(hook.container.group.name, hook.container)
+    return found
 
 
 def detach(model: nn.Module) -> None:
     """Remove every correction: afterwards `model` computes what it computed before, bit for bit."""
-    for parent in list(check_module(model).modules()):
+    for container in attached(model).values():
+        for handle in container._handles:
+            handle.remove()
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SharedCorrection):
-                for handle in child._handles:
-                    handle.remove()
                 delattr(parent, name)
 
 
@@ -173,8 +181,16 @@ def factor_dtype(model: nn.Module) -> torch.dtype:
     return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.bfloat16
 
 
-def _container_name(group: Group) -> str:
-    local = group.members[0].removeprefix(f"{group.parent}.") if group.parent else group.members[0]
+def _holder(model: nn.Module, group: Group) -> str:
+    """Name of the innermost module that holds every member. It is no Sequential, which calls whatever it holds."""
+    path = group.parent
+    while path and isinstance(model.get_submodule(path), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _container_name(group: Group, path: str) -> str:
+    local = group.members[0].removeprefix(f"{path}.") if path else group.members[0]
     return CONTAINER + local.replace(".", "_")
 
 

@@ -60,6 +60,13 @@ def pictured(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
     return found
 
 
+def two_models() -> Any:
+    """An encoder and a decoder of two other models; the start token is named in the decoder's config alone."""
+    decoder = {**SIZES, "is_decoder": True, "add_cross_attention": True}
+    parts = [AutoConfig.for_model("bert", **SIZES), AutoConfig.for_model("bert", **decoder)]
+    return transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+
+
 def both(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
     """An image and a text, each by itself, which ends with the end token."""
     found = [{"input_ids": ids(1, 12, seed=seed + number), **images(1, seed + number)[0]} for number in range(count)]
@@ -78,6 +85,7 @@ KINDS: dict[str, tuple[str, Callable[[], Any], Callable[..., list[dict[str, Tens
     "both": ("AutoModel", lambda: AutoConfig.for_model("clip", text_config=SIZES, vision_config=IMAGES), both),
     "t5": ("AutoModelForSeq2SeqLM", lambda: AutoConfig.for_model("t5", **SEQ2SEQ), None),
     "bart": ("AutoModelForSeq2SeqLM", lambda: AutoConfig.for_model("bart", **BART), None),
+    "two models": ("AutoModelForSeq2SeqLM", two_models, None),
     "labels": ("AutoModelForSequenceClassification", lambda: AutoConfig.for_model("bert", **BERT), None),
     "one label": (
         "AutoModelForSequenceClassification",

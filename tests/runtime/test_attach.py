@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glowq.errors import ConfigError, UnsupportedModuleError
@@ -19,7 +20,7 @@ from glowq.factors.factors import GroupFactors
 from glowq.factors.group import Group
 from glowq.factors.integers import round_factors
 from glowq.quantizers.model import prepare_model
-from glowq.runtime.attach import _execution_device, attach, attached, detach
+from glowq.runtime.attach import _execution_device, attach, attached, attached_factors, detach
 from glowq.runtime.container import SharedCorrection
 from glowq.runtime.switching import disabled
 from support.bases import Base, rows
@@ -300,3 +301,45 @@ def test_a_device_that_accelerate_counts_is_one_of_the_accelerator_that_is_there
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: there)
     trio.q._hf_hook = SimpleNamespace(execution_device=1)
     assert _execution_device(trio.q) == torch.device(expected)
+
+
+class Called(nn.Module):
+    """Two layers in a Sequential, which calls whatever it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+def test_layers_in_a_sequential(random_factors: Factory) -> None:
+    """The container was put into the Sequential, which then called it."""
+    model, x = Called(), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for name in ("layers.0", "layers.2"):
+        group = Group(name, (name,), 8, (8,), name)
+        attach(model, random_factors(group, 2))
+    found, first, second = model(x), *attached_factors(model)
+    (left,), (other,) = first.lefts.values(), second.lefts.values()
+    hidden = F.relu(model.layers[0].weight @ x.T + model.layers[0].bias[:, None] + left @ (first.right @ x.T))
+    expected = model.layers[2].weight @ hidden + model.layers[2].bias[:, None] + other @ (second.right @ hidden)
+    torch.testing.assert_close(found, expected.T)
+    detach(model)
+    assert [name for name, _ in model.named_modules()] == ["", "layers", "layers.0", "layers.1", "layers.2"]
+
+
+def test_a_module_that_is_replaced_keeps_its_members_corrections(trio: nn.Module, random_factors: Factory) -> None:
+    """As BigBird's own code replaces its attention: the corrections were not saved any more."""
+    before = {name: container.group for name, container in attached(trio).items()}
+    assert before
+    for parent in list(trio.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SharedCorrection):
+                del parent._modules[name]
+    assert {name: container.group for name, container in attached(trio).items()} == before
+    assert len(attached_factors(trio)) == len(before)
+    detach(trio)
+    assert attached(trio) == {}
+    assert not any(module._forward_hooks for module in trio.modules())
