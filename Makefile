@@ -47,7 +47,7 @@ test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(BIN)/pytest $(PYTEST_ARGS) kernels/tests || [ $$? -eq 5 ]  # 5: none that is asked for
 
-test-long: setup  ## run the long tables of tests of which `make test` runs a part (an hour)
+test-long: setup  ## run the long tables of tests of which `make test` runs a part (two hours)
 	$(BIN)/pytest $(PYTEST_ARGS) -m long
 
 architectures: setup  ## examine a tiny model of every type that transformers has, and print a table (an hour)

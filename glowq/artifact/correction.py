@@ -18,7 +18,8 @@ from ..errors import ConfigError
 from ..factors.factors import GroupFactors, cut_group
 from ..factors.form import bits_of, dtype_name
 from ..factors.rounding import round_group
-from ..models.loading import load_generation_config, load_tokenizer
+from ..models.loading import load_generation_config
+from ..models.preprocessors import load_tokenizer
 from ..selection.allocation import GroupGains
 from ..selection.budget import RankRequest
 from ..selection.ranks import check_measured, choose_ranks

@@ -41,17 +41,22 @@ def class_logits(output: Any) -> Tensor | None:
 def final_states(output: Any) -> list[Tensor]:
     """Return an encoder's final states: token states (batch, length, width), then pooled states (batch, width).
 
-    Any may be missing. States of an image that are laid out as one, (batch, width, height, columns), are its tokens.
+    Any may be missing. States of an image that are laid out as one, (batch, width, height, columns), are its tokens. If
+    a model returns none by these names, they are all values that it returns, such as a spectrum or a depth.
 
     Raises:
         SensitivityError: the output holds none.
     """
     states = [getattr(output, name, None) for name in _STATES]
     found = [state for state in states if isinstance(state, Tensor)]
+    if not found and hasattr(output, "to_tuple"):
+        values = [value for value in output.to_tuple() if isinstance(value, Tensor) and value.is_floating_point()]
+        found = [value for value in values if value.dim() >= 2]
     if not found:
         raise SensitivityError(
             f"the model returned {type(output).__name__}, which holds neither logits nor final states."
         )
+    found = [state.flatten(1, -3) if state.dim() > 4 else state for state in found]
     return [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in found]
 
 

@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import traceback
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from json import JSONDecodeError
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, CorrectionError, GlowQError, ModelNotFoundError, ReadError, one_line
+from ..errors import ConfigError, CorrectionError, ModelNotFoundError
 from ..utils.files import read_json, refuse_irregular, refuse_pickles, stored_variant
-from ..utils.names import split_revision
 from ..utils.timeline import stage
+from .load_errors import loading, named, parsing
 
 __all__ = [
     "load_config",
     "load_generation_config",
     "load_model",
-    "load_processor",
-    "load_tokenizer",
-    "loading",
     "main_input",
     "model_class",
     "reference_name",
     "scores_text",
     "token_limits",
 ]
-
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Turn what libraries raise when they cannot load `name` into a one-line error of glowq.
-
-    Raises:
-        ModelNotFoundError: the model does not exist.
-        ReadError: a file of it cannot be read.
-        CorrectionError: a safetensors file of it is corrupt or truncated.
-        ConfigError: a library refuses its configuration or its files.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except GlowQError:
-        raise
-    except SafetensorError as error:
-        raise CorrectionError(
-            f"a safetensors file of {name!r} is corrupt or truncated ({one_line(error)}); download or save it again."
-        ) from error
-    except OSError as error:
-        # Errors of transformers and huggingface_hub have none. Any other number than ENOENT is of an existing file.
-        if error.errno not in (None, errno.ENOENT):
-            raise ReadError(f"{name!r} cannot be loaded: {one_line(error)}") from error
-        raise ModelNotFoundError(f"{name!r} cannot be loaded: {one_line(error)}") from error
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"{name!r} cannot be loaded: {one_line(error)}") from error
 
 
 def load_config(name: str, gguf_file: str | None = None) -> Any:
@@ -79,10 +40,10 @@ def load_config(name: str, gguf_file: str | None = None) -> Any:
     if gguf_file is None:
         _refuse_unnamed_gguf(Path(name))
     try:
-        with loading(name), _parsing(name, "the config.json"):
+        with loading(name), parsing(name, "the config.json"):
             if gguf_file is None:
                 _check_config(name)
-            return AutoConfig.from_pretrained(**_named(name), trust_remote_code=False, **_gguf(gguf_file))
+            return AutoConfig.from_pretrained(**named(name), trust_remote_code=False, **_gguf(gguf_file))
     except ModelNotFoundError as error:
         if Path(name).is_dir():
             raise
@@ -95,48 +56,10 @@ def _check_config(name: str) -> None:
 
     from .model_config import read_model_config
 
-    named = _named(name)
-    file = cached_file(named.pop("pretrained_model_name_or_path"), "config.json", **named)
+    place = named(name)
+    file = cached_file(place.pop("pretrained_model_name_or_path"), "config.json", **place)
     if file is not None:
         read_model_config(Path(file))
-
-
-@contextmanager
-def _parsing(name: str, what: str) -> Iterator[None]:
-    """Turn whatever a library raises about the content of a file into an error of glowq.
-
-    Raises:
-        ConfigError: the library raised something that is neither an error of glowq nor about a missing file.
-    """
-    try:
-        yield
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(name, what, error) from error
-    except (GlowQError, OSError, ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # a parser that meets a value of another type raises anything
-        if type(error).__name__ in ("OutOfMemoryError", "SafetensorError") or _is_of_glowq(error):
-            raise
-        raise _damaged(name, what, error) from error
-
-
-def _is_of_glowq(error: Exception) -> bool:
-    """Whether code of glowq raised an error, while a library called it: then it is a mistake in glowq."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] == "glowq"
-
-
-def _damaged(name: str, what: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{what} of {name!r} cannot be read: damaged, or of a kind that no installed library knows "
-        f"({type(error).__name__}: {one_line(error)}). Download or save the model again."
-    )
-
-
-def _named(name: str) -> dict[str, str]:
-    """Keyword arguments of `from_pretrained` for a folder, "org/model" or "org/model@revision"."""
-    repository, revision = split_revision(name)
-    return {"pretrained_model_name_or_path": repository, **({"revision": revision} if revision else {})}
 
 
 def _gguf(file: str | None) -> dict[str, str]:
@@ -193,9 +116,9 @@ def load_model(
         options["device_map"] = "auto"
     # Some bases are quantized with calibration text, which runs the model while it is loaded.
     runs = quantization_config is not None and method_of(quantization_config) != "glowq"
-    with loading(name), _parsing(name, "the configuration or a weight"), fast_products(half=runs):
+    with loading(name), parsing(name, "the configuration or a weight"), fast_products(half=runs):
         options |= {"dtype": "auto", "output_loading_info": True}
-        model, info = (auto_class or model_class(config)).from_pretrained(**_named(name), **options)
+        model, info = (auto_class or model_class(config)).from_pretrained(**named(name), **options)
     _refuse_incomplete(name, config, info["missing_keys"])
     prepare_model(model)
     return model.eval()
@@ -268,52 +191,6 @@ def token_limits(config: Any, sequence_length: int) -> tuple[int, int | None]:
     return sequence_length if most is None else min(sequence_length, most), vocab_size
 
 
-def load_tokenizer(*names: str | None) -> Any:
-    """Load the tokenizer of the first of `names` that has one.
-
-    Raises:
-        ModelNotFoundError: none of them has one.
-        ConfigError: its files are damaged.
-    """
-    from transformers import AutoTokenizer
-
-    given = list(dict.fromkeys(name for name in names if name))
-    for name in given:
-        if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
-            if Path(name).is_dir():
-                refuse_irregular(Path(name))
-            with loading(name), _parsing(name, "a file of the tokenizer"):
-                return AutoTokenizer.from_pretrained(**_named(name), trust_remote_code=False)
-    raise ModelNotFoundError(f"no tokenizer in {', '.join(map(repr, given))}; add the model's tokenizer files.")
-
-
-def load_processor(main: str, *names: str | None) -> Any:
-    """Load the processor of the first of `names` that has one.
-
-    Args:
-        main: name of the model's main input: "pixel_values" for an image, anything else for a sound.
-        names: folders or Hub names.
-
-    Raises:
-        ModelNotFoundError: none of them has one.
-        ConfigError: its files are damaged, or it needs a library that is not installed.
-    """
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
-
-    kind: Any = AutoImageProcessor if main == "pixel_values" else AutoFeatureExtractor
-    given = list(dict.fromkeys(name for name in names if name))
-    for name in given:
-        if not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _PROCESSOR_FILES):
-            if Path(name).is_dir():
-                refuse_irregular(Path(name))
-            with loading(name), _parsing(name, "a file of the processor"):
-                return kind.from_pretrained(**_named(name), trust_remote_code=False)
-    raise ModelNotFoundError(
-        f"no processor in {', '.join(map(repr, given))}; add the model's preprocessor_config.json, or correct the "
-        "model in Python with samples of your own."
-    )
-
-
 def load_generation_config(folder: Path) -> Any:
     """Load generation_config.json of a folder.
 
@@ -322,7 +199,7 @@ def load_generation_config(folder: Path) -> Any:
     """
     from transformers import GenerationConfig
 
-    with loading(str(folder)), _parsing(str(folder), "generation_config.json"):
+    with loading(str(folder)), parsing(str(folder), "generation_config.json"):
         read_json(folder / "generation_config.json")
         return GenerationConfig.from_pretrained(folder)
 

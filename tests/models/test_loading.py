@@ -23,7 +23,8 @@ from glowq.errors import (
     OutputError,
     UnsupportedModuleError,
 )
-from glowq.models.loading import load_config, load_model, load_tokenizer, model_class
+from glowq.models.loading import load_config, load_model, model_class
+from glowq.models.preprocessors import load_tokenizer
 from glowq.utils.files import checkpoint_files
 from support.cli import call
 from support.tiny import correct, gap, load, logits

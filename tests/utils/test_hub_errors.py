@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glowq.errors import GlowQError, ModelNotFoundError, ReadError
-from glowq.models.loading import loading
+from glowq.models.load_errors import loading
 from glowq.utils.hub import asking_hub
 
 

@@ -12,7 +12,8 @@ import typer
 
 from ...errors import ConfigError, EvaluationError
 from ...integrations.lm_eval import check_tasks, run_tasks
-from ...models.loading import load_config, load_model, load_tokenizer, reference_name, scores_text, token_limits
+from ...models.loading import load_config, load_model, reference_name, scores_text, token_limits
+from ...models.preprocessors import load_tokenizer
 from ...utils.timeline import timeline
 from ..options import (
     BASE_NAMES,

@@ -8,7 +8,8 @@ import typer
 
 from ...errors import EvaluationError
 from ...evaluation.figures import finite, shown
-from ...models.loading import load_config, load_model, load_tokenizer, scores_text, token_limits
+from ...models.loading import load_config, load_model, scores_text, token_limits
+from ...models.preprocessors import load_tokenizer
 from ..options import ClozeOption, JsonOption, SeedOption
 from ..output import command_line, session
 from ..reports.cloze import cloze_figures, cloze_text

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import ConfigError, ModelNotFoundError
-from ...models.loading import load_config, load_model, load_tokenizer
+from ...models.loading import load_config, load_model
+from ...models.preprocessors import load_tokenizer
 from ..options import BASE_NAMES, JsonOption
 from ..output import command_line, grid, session
 

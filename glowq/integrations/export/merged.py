@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError, ExportError, ModelNotFoundError
 from ...models.forward import example_inputs
-from ...models.loading import load_config, load_tokenizer, loading, model_class
+from ...models.load_errors import loading
+from ...models.loading import load_config, model_class
+from ...models.preprocessors import load_tokenizer
 from ...quantizers.model import quantized_modules, read_weight
 from ..transformers.merge import cast, running_factors
 from .common import difference, first_output, load_corrected, stored_correction

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import ConfigError, ExportError
 from ...models.forward import example_inputs
-from ...models.loading import load_tokenizer
+from ...models.preprocessors import load_tokenizer
 from ...runtime.attach import attached, hold_as_floats
 from ...runtime.switching import set_enabled
 from ...utils.versions import warn_untested

@@ -14,7 +14,8 @@ from ...artifact.config import GlowQConfig
 from ...artifact.fingerprint import verify_fingerprint
 from ...errors import ConfigError, ExportError
 from ...models.forward import example_inputs
-from ...models.loading import load_config, loading, model_class
+from ...models.load_errors import loading
+from ...models.loading import load_config, model_class
 from ...quantizers.libraries.dense import mark_dense
 from ...quantizers.model import prepare_model
 from ...quantizers.registry import is_calibrated, method_of, own_quantizers

@@ -19,12 +19,11 @@ from ...models.fast_products import slow_here
 from ...models.loading import (
     load_config,
     load_model,
-    load_processor,
-    load_tokenizer,
     main_input,
     reference_name,
     scores_text,
 )
+from ...models.preprocessors import load_processor, load_tokenizer
 from ...pipeline.block_store import check_blocks, remove_blocks
 from ...pipeline.mixed import check_mixable, plan_mixture
 from ...pipeline.sequences import unmeasured
