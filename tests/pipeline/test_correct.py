@@ -17,8 +17,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import glowq
@@ -26,7 +24,7 @@ from glowq.calibration.group_gains import measure_groups
 from glowq.calibration.input_moments import MomentCollector
 from glowq.data.text import read_texts
 from glowq.data.tokens import token_sequences
-from glowq.errors import CalibrationError, ConfigError, NoGainError, UnsupportedModuleError
+from glowq.errors import CalibrationError, ConfigError, NoGainError
 from glowq.evaluation.intervals import Interval
 from glowq.evaluation.scores import Score, recovered, score_models
 from glowq.models.tracing import trace_groups
@@ -314,10 +312,3 @@ def test_what_text_calibration_needs(source: Path) -> None:
         glowq.correct(model, reference=source, calibration=TEXTS)
     with pytest.raises(ConfigError, match="method must be one of"):
         glowq.correct(model, reference=source, calibration=TEXTS, method="glow")
-
-
-def test_an_encoder_with_a_decoder_is_refused_by_name(token_ids: Tensor) -> None:
-    config = T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, vocab_size=4096)
-    model = T5ForConditionalGeneration(config)
-    with pytest.raises(UnsupportedModuleError, match="T5ForConditionalGeneration is an encoder with a decoder"):
-        glowq.correct(model, reference=model, calibration=token_ids, rank=2, dense=True)
