@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import glowq
-from glowq.errors import NoImprovementError
+from glowq.errors import NoImprovementError, SensitivityError
 from glowq.evaluation.improvement import improvement, is_better, is_worse
 from glowq.pipeline.block_solver import BlockSolver
 from glowq.runtime.attach import attached
@@ -68,16 +68,26 @@ def test_a_useful_correction_says_how_useful_it_is(source: Path) -> None:
         assert found["corrected"] < found["quantized"]
 
 
+def no_answer(output: Any) -> list[Tensor]:
+    raise SensitivityError("nothing to compare")
+
+
 @pytest.mark.parametrize("method", ["svd", "glowq-published", "glowq-one-sided"])
-def test_a_model_whose_outputs_cannot_be_compared_is_corrected_all_the_same(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_comparable", [True, False])
+def test_a_model_whose_outputs_cannot_be_compared_is_corrected_all_the_same(
+    method: str, is_comparable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head for labels can be compared. Its logits are taken away from the measurement for the second case."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     BertForSequenceClassification(BertConfig(**shape, num_attention_heads=4)).save_pretrained(tmp_path)
     base = glowq.GlowQConfig(base="nf4").base
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=base)
     ids = torch.randint(1, 200, (12, 32))
-    correction = glowq.correct(model, reference=tmp_path, calibration=ids, rank=4, method=method)
-    assert correction.config.provenance.improvement is None
+    if not is_comparable:
+        monkeypatch.setattr("glowq.evaluation.improvement.answer", no_answer)
+    correction = glowq.correct(model, reference=tmp_path, calibration=ids, rank=4, method=method, force=True)
+    assert (correction.config.provenance.improvement is not None) == is_comparable
     assert attached(model)
 
 
