@@ -16,7 +16,7 @@ EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_to
 IMAGES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES |= {"image_size": 32, "patch_size": 8}
 
-SOUND = {**SIZES, "conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+SOUND = {**SIZES, "conv_dim": [64, 64], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
 SPEECH = {"vocab_size": 4096, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128}
 SPEECH |= {"decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
 SPEECH |= {"max_source_positions": 40, "num_mel_bins": 20}
