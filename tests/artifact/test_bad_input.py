@@ -117,6 +117,17 @@ def test_activations_that_are_no_numbers(source: Path, value: float) -> None:
     assert attached(broken) == {}
 
 
+@pytest.mark.parametrize("method", ["glowq", "svd"])
+def test_an_answer_that_is_no_number(source: Path, method: str) -> None:
+    """The last norm is behind every corrected module, so that only the answers show it."""
+    broken = quantized(source, "nf4")
+    with torch.no_grad():
+        broken.model.norm.weight[5] = math.nan
+    with pytest.raises(errors.NonFiniteError, match=r"NaN or Inf"):
+        correct(broken, source, rank=4, method=method)
+    assert attached(broken) == {}
+
+
 def test_a_model_that_is_not_quantized(source: Path) -> None:
     with pytest.raises(errors.UnsupportedModuleError, match="holds no quantized linear module"):
         correct(load(source), source)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import glowq
 from support.cli import call, fresh, result_of
-from support.tiny import TEXTS, load
+from support.tiny import TEXTS, corrected, load
 
 SIZES = ["--calibration-tokens", "1024", "--tokens", "1024", "--sequence-length", "64"]
 TASK = """task: {name}
@@ -86,12 +86,14 @@ def test_a_task_that_cannot_be_run(command: list[Any], tmp_path: Path) -> None:
     assert "none.jsonl" in done.stderr
 
 
-def test_the_harness_loads_a_saved_correction(rank_8: Path, task: Path, tmp_path: Path) -> None:
+def test_the_harness_loads_a_saved_correction(source: Path, task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "correction"
+    corrected(source, "fp4", rank=64)[1].save_pretrained(folder)
     arguments = [
         "--model",
         "hf",
         "--model_args",
-        f"pretrained={rank_8},dtype=float32",
+        f"pretrained={folder},dtype=float32",
         "--tasks",
         task,
         "--device",
@@ -101,7 +103,7 @@ def test_the_harness_loads_a_saved_correction(rank_8: Path, task: Path, tmp_path
     assert done.returncode == 0, done.stderr
     (written,) = tmp_path.rglob("results*.json")
     found = json.loads(written.read_text())["results"]["own"]["byte_perplexity,none"]
-    model = load(rank_8, dtype=torch.float32)
-    assert found == pytest.approx(byte_perplexity(rank_8, model), rel=3e-6)
+    model = load(folder, dtype=torch.float32)
+    assert found == pytest.approx(byte_perplexity(folder, model), rel=1e-5)
     with glowq.disabled(model):
-        assert abs(found / byte_perplexity(rank_8, model) - 1) > 3e-5  # ten times the tolerance above
+        assert abs(found / byte_perplexity(folder, model) - 1) > 1e-4  # ten times the tolerance above

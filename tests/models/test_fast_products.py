@@ -116,7 +116,11 @@ def test_a_quantized_model_is_as_near_to_float64_both_ways(base: str, tmp_path: 
 # With the slow products of some processors, the whole model takes minutes.
 @pytest.mark.parametrize(
     ("base", "whole"),
-    [("nf4", False), *(pytest.param(base, True, marks=pytest.mark.long) for base in ("nf4", "torchao-int3"))],
+    [
+        pytest.param(base, whole, marks=[pytest.mark.long] if whole else [])
+        for whole in (False, True)
+        for base in ("nf4", "torchao-int3")
+    ],
 )
 def test_a_correction_is_as_good_both_ways(base: str, whole: bool) -> None:
     source = EXAMPLE if whole else small_model()

@@ -86,7 +86,7 @@ def test_a_model_whose_outputs_cannot_be_compared_is_corrected_all_the_same(
     ids = torch.randint(1, 200, (12, 32))
     if not is_comparable:
         monkeypatch.setattr("glowq.evaluation.improvement.answer", no_answer)
-    correction = glowq.correct(model, reference=tmp_path, calibration=ids, rank=4, method=method, force=True)
+    correction = glowq.correct(model, reference=tmp_path, calibration=ids, rank=4, method=method, force=is_comparable)
     assert (correction.config.provenance.improvement is not None) == is_comparable
     assert attached(model)
 
