@@ -34,7 +34,7 @@ class CorrectionRequest:
             see `glowq.data.inputs.read_inputs`). An encoder with a decoder reads the first half of each sequence of
             text, and its decoder the second.
         calibration_tokens: number of tokens to use, taken from all parts of the text; of token ids and samples all are
-            used. Of a function or an iterator, as many samples are taken as give a linear layer that many rows.
+            used. Of a loader, a function or an iterator, only as many samples as give a linear layer that many rows.
         sequence_length: tokens per sequence of text; lowered to the model's limit.
         distill: number of distillation steps, or "auto" to take up to 30, as long as they pay on held-out text. After
             the ranks are chosen, gradient descent on the factors brings the corrected model's answers nearer to the

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..data.inputs import Inputs, Samples, size_of
+from ..data.inputs import Samples, rows_of_samples
 from ..data.tokens import batches
 from ..evaluation.divergence import answer, divergences
 from ..factors.units import GainUnit
@@ -42,9 +42,9 @@ class Replay:
         reference: nn.Module,
         blocks: Sequence[str],
         batch: Mapping[str, Any],
-        is_whole: bool = False,
+        sequences: Samples,
     ) -> None:
-        self._count, self._is_whole = size_of(batch), is_whole
+        self._batch, self._sequences = batch, sequences
         self._prefix = _Prefix(model, blocks)
         wanted = answer(reference(**to_model(batch, reference)))
         self._inputs = to_model(batch, model)
@@ -66,8 +66,7 @@ class Replay:
 
     def shaped(self, values: Tensor) -> Tensor:
         """Divergences of this batch in the shape of `benefits`."""
-        found = values.cpu().reshape(self._count, -1)
-        return found.mean(1, keepdim=True) if self._is_whole else found
+        return rows_of_samples(values.cpu(), self._batch, self._sequences)
 
 
 def steps_of(sequences: Samples) -> int:
@@ -98,9 +97,8 @@ def replaying(
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
         stack.enter_context(evaluating(reference))
-        whole = isinstance(sequences, Inputs)
         several = batches(sequences, _batch_size(sequences))
-        yield (Replay(model, reference, blocks, batch, whole) for batch in several)
+        yield (Replay(model, reference, blocks, batch, sequences) for batch in several)
 
 
 def _batch_size(sequences: Samples) -> int:

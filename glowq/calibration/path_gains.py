@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..data.inputs import Inputs, Samples, size_of
+from ..data.inputs import Samples, rows_of_samples
 from ..data.tokens import batches
 from ..errors import SensitivityError
 from ..evaluation.divergence import answer, class_logits, divergences, kl_gradient
@@ -102,21 +102,19 @@ def gains_along_path(
                 wanted = answer(reference(**to_model(batch, reference)))
                 plain = answer(model(**to_model(batch, model)))
                 apart = divergences([one.to(plain[0].device) for one in wanted], plain).double().cpu()
-            count = size_of(batch)
-            answers = len(apart) // count
-            if isinstance(sequences, Inputs):
-                apart = apart.reshape(count, -1).mean(1)
-            before.append(apart)
+            rows = rows_of_samples(apart, batch, sequences)
+            before.append(rows.flatten())
+            shape = batch["input_ids"].shape if isinstance(sequences, Tensor) else rows.shape
+            per_answer = shape.numel() / len(apart)  # the parts are summed over answers, and averaged over the shape
             for part in groups:
-                part.start(torch.Size((count, 1)) if isinstance(sequences, Inputs) else batch["input_ids"].shape)
+                part.start(shape)
             for strength in _POINTS:
                 unit = _backward(model, wanted, to_model(batch, model), groups, strength)
                 bar.update()
             for part in groups:
                 found = part.finish() / len(_POINTS)
-                if isinstance(sequences, Inputs) and unit is GainUnit.NATS:
-                    found = found / answers
-                parts[part.name].append(found if unit is GainUnit.NATS else found.sum(1, keepdim=True))
+                is_nats = unit is GainUnit.NATS
+                parts[part.name].append(found * per_answer if is_nats else found.sum(1, keepdim=True))
     return PathGains({name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(before).mean()), unit)
 
 

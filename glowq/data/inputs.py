@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from ..errors import CalibrationError
 
-__all__ = ["Inputs", "Samples", "SomeSamples", "holds_inputs", "peeked", "read_inputs", "size_of"]
+__all__ = ["Inputs", "Samples", "SomeSamples", "holds_inputs", "peeked", "read_inputs", "rows_of_samples", "size_of"]
 
 _TEXT_FIELDS = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "length", "labels"}
 _MASKS = ("attention_mask", "decoder_attention_mask")
+_NO_LABEL = -100  # by the convention of transformers, a label that counts for nothing
 _ROWS = ("input_ids", "attention_mask")  # the first of them tells how many samples a mapping holds
 
 
@@ -77,6 +78,21 @@ def size_of(batch: Mapping[str, Tensor]) -> int:
     return len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
 
 
+def rows_of_samples(values: Tensor, batch: Mapping[str, Tensor], samples: Samples) -> Tensor:
+    """Values of a batch's tokens, or of its samples, with one row for each sample.
+
+    Args:
+        values: shape (batch * n,), in the order of the samples.
+        batch: what they were computed of.
+        samples: what the batch is a part of.
+
+    Returns:
+        Shape (batch, n); or the mean of each sample, (batch, 1), for samples that have no common length.
+    """
+    rows = values.reshape(size_of(batch), -1)
+    return rows.mean(1, keepdim=True) if isinstance(samples, Inputs) else rows
+
+
 def holds_inputs(source: Any) -> bool:
     """Whether a source is neither text nor token ids alone: samples, or code that gives them.
 
@@ -101,30 +117,21 @@ def peeked(source: Any) -> Any:
     return (lambda: rest) if isinstance(first, Mapping) else list(rest)
 
 
-def read_inputs(source: Any, most: Callable[[Mapping[str, Tensor]], int]) -> list[dict[str, Tensor]]:
-    """Read samples, and take the padding out.
+def read_inputs(source: Any) -> Iterator[dict[str, Tensor]]:
+    """Read samples one by one, and take the padding out.
 
     Args:
-        source: see `holds_inputs`. A mapping may hold a batch of samples: the first dimension of its tensors.
-        most: function that takes the first sample, and returns how many to read of code, which may have no end.
+        source: see `holds_inputs`. A mapping may hold a batch of samples: the first dimension of its tensors. Code may
+            have no end.
 
-    Returns:
+    Yields:
         Keyword arguments of one forward for each sample, with a batch dimension of 1, on the CPU.
 
     Raises:
-        CalibrationError: there is no sample, a field is no tensor, or the fields of a mapping do not fit together.
+        CalibrationError: a field is no tensor, or the fields of a mapping do not fit together.
     """
-    limit: int | None = None
-    found: list[dict[str, Tensor]] = []
     for number, mapping in enumerate(_mappings(source)):
-        found += _samples(mapping, number)
-        if found and limit is None and not isinstance(source, Mapping | Sequence):
-            limit = most(found[0])
-        if limit is not None and len(found) >= limit:
-            return found[:limit]
-    if not found:
-        raise CalibrationError("calibration holds no sample: give at least one mapping of a processor's tensors.")
-    return found
+        yield from _samples(mapping, number)
 
 
 def _mappings(source: Any) -> Iterator[Mapping[str, Any]]:
@@ -172,11 +179,17 @@ def _unpadded(fields: dict[str, Tensor]) -> dict[str, Tensor]:
         if not bool(keep.any()):
             raise CalibrationError(f"calibration: the {name} of a sample leaves out everything; leave out the sample.")
         for field, value in fields.items():
-            is_of_decoder = field.startswith("decoder_") == name.startswith("decoder_")
             has_positions = value.dim() == 2 or field.endswith("inputs_embeds")
-            if is_of_decoder and has_positions and value.shape[1] == len(keep):
+            if _is_of_decoder(field) == _is_of_decoder(name) and has_positions and value.shape[1] == len(keep):
                 fields = {**fields, field: value[:, keep]}
+    labels = fields.get("labels")
+    if labels is not None and labels.dim() == 2:
+        fields = {**fields, "labels": labels[:, labels[0] != _NO_LABEL]}
     return fields
+
+
+def _is_of_decoder(field: str) -> bool:
+    return field.startswith("decoder_") or field == "labels"
 
 
 def _tensor(name: str, value: Any, number: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.inputs import Inputs, Samples, size_of
+from ..data.inputs import Samples, rows_of_samples
 from ..data.tokens import batches
 from ..errors import NonFiniteError
 from ..factors.factors import GroupFactors
@@ -113,6 +113,5 @@ def measured_divergences(
                         f"the divergence of the model ({name}) from the reference is NaN or Inf on held-out text, "
                         "because one of the two returns NaN or Inf: check that both generate, or take another dtype."
                     )
-                found = found.double().cpu().reshape(size_of(batch), -1)
-                parts[name].append(found.mean(1, keepdim=True) if isinstance(sequences, Inputs) else found)
+                parts[name].append(rows_of_samples(found.double().cpu(), batch, sequences))
     return {name: torch.cat(found) for name, found in parts.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -16,7 +17,7 @@ from .dequantized import dequantized
 from .fast_products import fast_products
 from .forward import evaluating, linear_names, to_model
 
-__all__ = ["checked_samples", "is_encoder_decoder", "refuse_text", "rows_of", "with_decoder"]
+__all__ = ["checked_samples", "is_encoder_decoder", "refuse_text", "with_decoder"]
 
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 _TOGETHER = 16  # samples that are answered in one batch
@@ -77,46 +78,59 @@ def with_decoder(model: Any, ids: Tensor) -> Inputs:
     )
 
 
-def checked_samples(model: Any, samples: list[dict[str, Tensor]], vocab_size: int | None) -> Inputs:
+def checked_samples(
+    model: Any, samples: Iterable[dict[str, Tensor]], vocab_size: int | None, tokens: int | None
+) -> Inputs:
     """Check samples, give a decoder its inputs where they hold none, and count their rows.
 
     Labels stay only where a decoder reads them. A decoder without inputs reads what the model answers.
 
     Args:
         model: the model that will run.
-        samples: what `glowq.data.inputs.read_inputs` returned.
+        samples: what `glowq.data.inputs.read_inputs` yields.
         vocab_size: number of rows of the model's embedding; None checks no upper bound.
+        tokens: take as many samples as give a linear layer this many rows, and at least two; None takes all.
 
     Raises:
-        CalibrationError: a sample holds a field that the model does not take, lacks its main input, or holds NaN or
-            Inf; or a forward refuses it.
+        CalibrationError: there is no sample; one holds a field that the model does not take, lacks its main input, or
+            holds NaN or Inf; or a forward refuses it.
         TokenizerMismatchError: an id has no row in the model's embedding.
     """
-    arguments, decodes = _arguments(model), is_encoder_decoder(model)
-    main = getattr(model, "main_input_name", "input_ids")
-    found = []
+    found: list[dict[str, Tensor]] = []
+    length, most = 1, math.inf
     for number, sample in enumerate(samples):
-        if not decodes or "decoder_input_ids" in sample:
-            sample = {name: value for name, value in sample.items() if name != "labels"}
-        unknown = sorted(set(sample) - set(arguments))
-        if unknown:
-            raise CalibrationError(
-                f"calibration sample {number} holds {', '.join(unknown)}, which {type(model).__name__} does not take; "
-                f"it takes {', '.join(_data(arguments))}."
-            )
-        if main not in sample and "inputs_embeds" not in sample:
-            raise CalibrationError(
-                f"calibration sample {number} holds no {main}, which {type(model).__name__} reads; it holds "
-                f"{', '.join(sorted(sample))}."
-            )
-        _check_values(number, sample, vocab_size)
-        found.append(sample)
-    if decodes and not any(name in found[0] for name in _DECODER):
-        found = _answered(model, found)
-    return Inputs(tuple(found), rows_of(model, found[0]))
+        found.append(_checked(model, number, sample, vocab_size))
+        if number == 0:
+            length = _rows_of(model, *_answered(model, found))
+            most = math.inf if tokens is None else max(2, tokens // length)
+        if len(found) >= most:
+            break
+    if not found:
+        raise CalibrationError("calibration holds no sample: give at least one mapping of a processor's tensors.")
+    return Inputs(tuple(_answered(model, found)), length)
 
 
-def rows_of(model: Any, sample: Mapping[str, Tensor]) -> int:
+def _checked(model: Any, number: int, sample: dict[str, Tensor], vocab_size: int | None) -> dict[str, Tensor]:
+    """A sample with the fields that the model reads."""
+    arguments, main = _arguments(model), getattr(model, "main_input_name", "input_ids")
+    if not is_encoder_decoder(model) or "decoder_input_ids" in sample:
+        sample = {name: value for name, value in sample.items() if name != "labels"}
+    unknown = sorted(set(sample) - set(arguments))
+    if unknown:
+        raise CalibrationError(
+            f"calibration sample {number} holds {', '.join(unknown)}, which {type(model).__name__} does not take; "
+            f"it takes {', '.join(_data(arguments))}."
+        )
+    if main not in sample and "inputs_embeds" not in sample:
+        raise CalibrationError(
+            f"calibration sample {number} holds no {main}, which {type(model).__name__} reads; it holds "
+            f"{', '.join(sorted(sample))}."
+        )
+    _check_values(number, sample, vocab_size)
+    return sample
+
+
+def _rows_of(model: Any, sample: Mapping[str, Tensor]) -> int:
     """The most rows that a sample gives any linear layer of a model.
 
     Raises:
@@ -143,12 +157,14 @@ def rows_of(model: Any, sample: Mapping[str, Tensor]) -> int:
 
 
 def _answered(model: Any, samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The samples with the decoder's inputs: what the model answers to each, up to its first end token."""
+    """The samples, with the decoder's inputs if there is one: what the model answers, up to its first end token."""
+    lacking = [sample for sample in samples if not any(name in sample for name in _DECODER)]
+    if not is_encoder_decoder(model) or not lacking:
+        return samples
     answers: list[Tensor] = []
-    ends = torch.tensor(model.generation_config.eos_token_id or []).flatten()
     try:
         with torch.no_grad(), fast_products(model), dequantized(model):
-            for batch in Inputs(tuple(samples)).split(_TOGETHER):
+            for batch in Inputs(tuple(lacking)).split(_TOGETHER):
                 # Whisper's own `generate` splits long sounds in a loop of its own.
                 generate: Any = GenerationMixin.generate
                 found = generate(model, **to_model(batch, model), **_GREEDY)
@@ -158,9 +174,12 @@ def _answered(model: Any, samples: list[dict[str, Tensor]]) -> list[dict[str, Te
             f"{type(model).__name__} cannot generate what its decoder reads ({error}): give samples that hold "
             "decoder_input_ids."
         ) from error
+    ends, new = torch.tensor(model.generation_config.eos_token_id or []).flatten(), iter(answers)
     return [
-        {**sample, "decoder_input_ids": answer[:, : _length(answer[0], ends)]}
-        for sample, answer in zip(samples, answers, strict=True)
+        sample
+        if any(name in sample for name in _DECODER)
+        else {**sample, "decoder_input_ids": (answer := next(new))[:, : _length(answer[0], ends)]}
+        for sample in samples
     ]
 
 
@@ -174,15 +193,16 @@ def _check_values(number: int, sample: Mapping[str, Tensor], vocab_size: int | N
     for name, value in sample.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CalibrationError(f"calibration sample {number}: {name} holds NaN or Inf.")
-    ids = sample.get("input_ids")
-    if ids is None or not ids.numel() or vocab_size is None:
-        return
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise TokenizerMismatchError(
-            f"calibration sample {number} holds id {low if low < 0 else high}, the model knows 0 to {vocab_size - 1}; "
-            "use the model's own processor."
-        )
+    for name in ("input_ids", "decoder_input_ids", "labels"):
+        ids = sample.get(name)
+        if ids is None or not ids.numel() or vocab_size is None:
+            continue
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise TokenizerMismatchError(
+                f"calibration sample {number}: {name} holds id {low if low < 0 else high}, the model knows 0 to "
+                f"{vocab_size - 1}; use the model's own processor."
+            )
 
 
 def _arguments(model: nn.Module) -> list[str]:

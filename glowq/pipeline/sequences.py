@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..data.tokens import split, token_sequences
 from ..errors import CalibrationError
 from ..factors.form import bits_of
 from ..models.positions import position_limit
-from ..models.samples import checked_samples, is_encoder_decoder, refuse_text, rows_of, with_decoder
+from ..models.samples import checked_samples, is_encoder_decoder, refuse_text, with_decoder
 from ..selection.budget import RankRequest
 from ..solving.methods.base import Method
 
@@ -50,8 +50,8 @@ def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenize
     if isinstance(calibration, Inputs):
         return calibration
     if holds_inputs(calibration) or (decodes and isinstance(calibration, Mapping) and "labels" in calibration):
-        samples = read_inputs(calibration, lambda sample: max(2, request.calibration_tokens // rows_of(model, sample)))
-        return checked_samples(model, samples, _vocab_size(model))
+        tokens = None if isinstance(calibration, Mapping | Sequence) else request.calibration_tokens
+        return checked_samples(model, read_inputs(calibration), _vocab_size(model), tokens)
     refuse_text(model)
     ids = _ids(model, request, tokenizer, calibration)
     return with_decoder(model, ids) if decodes else ids

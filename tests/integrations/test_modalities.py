@@ -270,6 +270,34 @@ def test_padding_counts_for_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(product, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
+def test_labels_that_count_for_nothing_are_no_input(tmp_path: Path) -> None:
+    """The oracle: the same labels without -100, one sample each."""
+    lengths, found = (9, 12, 7, 10, 12, 8), []
+    texts, labels = ids(len(lengths), 12), torch.full((len(lengths), 12), -100)
+    for row, length in enumerate(lengths):
+        labels[row, :length] = ids(length, seed=length)
+    single = [
+        {"input_ids": texts[row : row + 1], "labels": labels[row : row + 1, :length]}
+        for row, length in enumerate(lengths)
+    ]
+    for calibration in ({"input_ids": texts, "labels": labels}, single):
+        model = quantized("t5", tmp_path / "source")
+        options = {"calibration": calibration, "method": "qera", "rank": 4}
+        found.append(correct(model, tmp_path / "source", "t5", **options).factors)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.right, theirs.right)
+
+
+@pytest.mark.parametrize("kind", ["labels", "answers in a text", "images"])
+def test_the_prediction_counts_as_the_measurement_does(kind: str, tmp_path: Path) -> None:
+    """Nats for each label, not for each token of the text that has the label."""
+    model = quantized(kind, tmp_path / "source")
+    correction = correct(model, tmp_path / "source", kind, rank=None, budget="30%", factor_dtype="float")
+    measured = correction.config.provenance.improvement
+    assert measured is not None
+    assert correction.predicted == pytest.approx(1 - measured["corrected"] / measured["quantized"], abs=0.2)
+
+
 def test_text_alone_is_enough_where_the_model_needs_no_image(tmp_path: Path) -> None:
     model = quantized("images and text", tmp_path / "source")
     options = {"calibration": TEXTS, "tokenizer": TOKENIZER, **CHEAP_TEXT}
@@ -314,6 +342,12 @@ BAD: dict[str, tuple[str, Any, type[Exception], str]] = {
         [{**sample, "input_ids": sample["input_ids"] + 5000} for sample in pictured(4)],
         TokenizerMismatchError,
         "the model knows 0 to 4095",
+    ),
+    "labels of another model": (
+        "t5",
+        {"input_ids": ids(4, 6), "labels": ids(4, 6) + 5000, "decoder_attention_mask": torch.ones(4, 6)},
+        TokenizerMismatchError,
+        "sample 0: labels holds id .*, the model knows 0 to 4095",
     ),
     "all padding": (
         "t5",
