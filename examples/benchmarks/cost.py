@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowq
+from glowq.data.inputs import batches
 from glowq.data.text import read_texts
-from glowq.data.tokens import batches, token_sequences
+from glowq.data.tokens import token_sequences
 from glowq.quantizers.model import prepare_model
 from glowq.quantizers.registry import base_config
 

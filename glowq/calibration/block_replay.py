@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..data.inputs import Samples, rows_of_samples
-from ..data.tokens import batches
+from ..data.inputs import Samples, batches, rows_of_samples
 from ..evaluation.divergence import answer, divergences
 from ..factors.units import GainUnit
 from ..models.forward import evaluating, replaced_forward, to_model

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data.inputs import Samples, size_of
-from ..data.tokens import batches, split
+from ..data.inputs import Samples, batches, size_of, split
 from ..errors import CalibrationError, ConfigError, NonFiniteError, SensitivityError
 from ..evaluation.divergence import answer, divergences
 from ..factors.factors import GroupFactors

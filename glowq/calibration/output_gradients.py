@@ -94,16 +94,24 @@ def output_moments(
 
 
 def _is_unused(model: nn.Module, entry: _GroupGradient, batch: Batch) -> bool:
-    """Whether the model answers the same, bit for bit, with other outputs of a group."""
+    """Whether the model computes a group's outputs, and answers the same, bit for bit, with others in their place."""
+    computed = set()
+
+    def changed(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if output.numel():  # an expert may get no token
+                computed.add(name)
+            return 2 * output + 1
+
+        return change
+
     with torch.no_grad(), ExitStack() as stack:
         expected = answer(model(**batch))
         for name in entry.group.members:
-            stack.callback(model.get_submodule(name).register_forward_hook(_doubled).remove)
-        return all(torch.equal(*pair) for pair in zip(answer(model(**batch)), expected, strict=True))
-
-
-def _doubled(module: nn.Module, args: Any, output: Any) -> Any:
-    return 2 * output + 1 if isinstance(output, Tensor) else output
+            stack.callback(model.get_submodule(name).register_forward_hook(changed(name)).remove)
+        found = answer(model(**batch))
+    same = all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    return same and computed == set(entry.group.members)
 
 
 def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> int:

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..data.inputs import Samples, rows_of_samples
-from ..data.tokens import batches
+from ..data.inputs import Samples, batches, rows_of_samples
 from ..errors import SensitivityError
 from ..evaluation.divergence import answer, class_logits, divergences, kl_gradient
 from ..factors.group import Group

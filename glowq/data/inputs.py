@@ -1,25 +1,18 @@
-"""Calibration samples of any modality: the keyword arguments of one forward each, as a processor returns them."""
+"""Samples of any modality: the keyword arguments of one forward each; and batches of samples, or of token ids."""
 
 from __future__ import annotations
 
-import itertools
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ConfigError
 
-__all__ = ["Inputs", "Samples", "SomeSamples", "holds_inputs", "peeked", "read_inputs", "rows_of_samples", "size_of"]
-
-_TEXT_FIELDS = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "length", "labels"}
-_MASKS = ("attention_mask", "decoder_attention_mask")
-_NO_LABEL = -100  # by the convention of transformers, a label that counts for nothing
-_ROWS = ("input_ids", "attention_mask")  # the first of them tells how many samples a mapping holds
+__all__ = ["Inputs", "Samples", "SomeSamples", "batches", "rows_of_samples", "size_of", "split"]
 
 
 @dataclass(frozen=True)
@@ -93,125 +86,58 @@ def rows_of_samples(values: Tensor, batch: Mapping[str, Tensor], samples: Sample
     return rows.mean(1, keepdim=True) if isinstance(samples, Inputs) else rows
 
 
-def holds_inputs(source: Any) -> bool:
-    """Whether a source is neither text nor token ids alone: samples, or code that gives them.
-
-    Samples are a mapping of tensors with other fields than text has, a list of mappings of tensors, or a DataLoader.
-    Code is a function without arguments.
-    """
-    if isinstance(source, Inputs):
-        return True
-    if isinstance(source, Mapping):
-        return not set(source) <= _TEXT_FIELDS and any(map(_is_array, source.values()))
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        return bool(source) and isinstance(source[0], Mapping) and any(map(_is_array, source[0].values()))
-    return not isinstance(source, str | Tensor | np.ndarray) and (callable(source) or isinstance(source, DataLoader))
-
-
-def peeked(source: Any) -> Any:
-    """The same source, where an iterator is looked into: a list of its texts, or a function that gives its samples."""
-    if not isinstance(source, Iterator):
-        return source
-    first = next(source, None)
-    rest = itertools.chain(() if first is None else [first], source)
-    return (lambda: rest) if isinstance(first, Mapping) else list(rest)
-
-
-def read_inputs(source: Any) -> Iterator[dict[str, Tensor]]:
-    """Read samples one by one, and take the padding out.
+def batches(sequences: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield model inputs of `batch_size` sequences; the last batch may be smaller.
 
     Args:
-        source: see `holds_inputs`. A mapping may hold a batch of samples: the first dimension of its tensors. Code may
-            have no end.
+        sequences: token ids, shape (n, length), int64; or samples of another kind, of which those of other shapes start
+            a new batch.
+        batch_size: sequences in a batch, at least 1.
 
     Yields:
-        Keyword arguments of one forward for each sample, with a batch dimension of 1, on the CPU.
+        {"input_ids", "attention_mask"}, both shape (b, length), int64, b <= batch_size; the mask is all ones. For
+        samples of another kind, their fields.
 
     Raises:
-        CalibrationError: a field is no tensor, or the fields of a mapping do not fit together.
+        ConfigError: batch_size is below 1.
     """
-    for number, mapping in enumerate(_mappings(source)):
-        yield from _samples(mapping, number)
-
-
-def _mappings(source: Any) -> Iterator[Mapping[str, Any]]:
-    given = source() if callable(source) and not isinstance(source, Mapping) else source
-    if isinstance(given, Mapping):
-        yield given
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
+    if isinstance(sequences, Inputs):
+        yield from sequences.split(batch_size)
         return
-    try:
-        items = iter(given)
-    except TypeError as error:
-        raise CalibrationError(
-            f"calibration gives {type(given).__name__}: expected mappings of tensors, as a processor returns them."
-        ) from error
-    for number, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            raise CalibrationError(
-                f"calibration sample {number} is {type(item).__name__}: expected a mapping of tensors, as a processor "
-                "returns it."
-            )
-        yield item
+    for input_ids in sequences.split(batch_size):
+        yield {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def _samples(mapping: Mapping[str, Any], number: int) -> list[dict[str, Tensor]]:
-    """The samples of one mapping, each without its padding."""
-    fields = {name: _tensor(name, value, number) for name, value in mapping.items() if value is not None}
-    counts = {name: len(value) for name, value in fields.items()}
-    first = next((counts[name] for name in _ROWS if name in counts), max(counts.values(), default=0))
-    if set(counts.values()) == {first} and first > 1:
-        return [_unpadded({name: value[row : row + 1] for name, value in fields.items()}) for row in range(first)]
-    if first > 1:
+def split(sequences: SomeSamples, fraction: float, seed: int = 0) -> tuple[SomeSamples, SomeSamples]:
+    """Split sequences at random into those to calibrate on and those to measure on. Both parts keep the order.
+
+    Args:
+        sequences: token ids, shape (n, length), n >= 2, or as many samples of another kind.
+        fraction: share to hold out, 0 < fraction < 1. It is rounded to whole sequences, at least one in each part.
+        seed: seed of the choice of held-out sequences.
+
+    Returns:
+        (train, held_out), shapes (n - h, length) and (h, length): disjoint rows of `sequences`.
+
+    Raises:
+        ConfigError: fraction is outside (0, 1).
+        CalibrationError: fewer than two sequences.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"the held-out fraction must lie between 0 and 1, found {fraction}")
+    count = len(sequences)
+    if count < 2:
         raise CalibrationError(
-            f"calibration sample {number} holds fields of different numbers of rows "
-            f"({', '.join(f'{name} {count}' for name, count in sorted(counts.items()))}): give one sample a mapping."
+            f"needed 2 sequences to hold one out, found {count}: give at least {2 * sequences.shape[1]} tokens, or "
+            f"take shorter sequences than {sequences.shape[1]}"
+            if isinstance(sequences, Tensor)
+            else f"needed 2 samples to hold one out, found {count}: give more"
         )
-    return [_unpadded(fields)] if fields else []
-
-
-def _unpadded(fields: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One sample without the positions that a mask leaves out, in all fields that have one value for each of them."""
-    for name in _MASKS:
-        mask = fields.get(name)
-        if mask is None or mask.dim() != 2 or bool((mask == 1).all()):
-            continue
-        keep = mask[0] == 1
-        if not bool(keep.any()):
-            raise CalibrationError(f"calibration: the {name} of a sample leaves out everything; leave out the sample.")
-        for field, value in fields.items():
-            has_positions = value.dim() == 2 or field.endswith("inputs_embeds")
-            if _is_of_decoder(field) == _is_of_decoder(name) and has_positions and value.shape[1] == len(keep):
-                fields = {**fields, field: value[:, keep]}
-    labels = fields.get("labels")
-    if labels is not None and labels.dim() == 2:
-        fields = {**fields, "labels": labels[:, labels[0] != _NO_LABEL]}
-    return fields
-
-
-def _is_of_decoder(field: str) -> bool:
-    return field.startswith("decoder_") or field == "labels"
-
-
-def _tensor(name: str, value: Any, number: int) -> Tensor:
-    if isinstance(value, Tensor):
-        found = value.detach()
-    elif _is_array(value):
-        found = torch.as_tensor(np.asarray(value))
-    else:
-        found = None
-    if found is None or found.dim() < 1 or not len(found):
-        shown = type(value).__name__ if found is None else f"a tensor of shape {tuple(found.shape)}"
-        raise CalibrationError(
-            f"calibration sample {number}: {name!r} is {shown}, not a tensor with a batch dimension; let the processor "
-            'return tensors (return_tensors="pt").'
-        )
-    return found.to("cpu")
-
-
-def _is_array(value: Any) -> bool:
-    if isinstance(value, Tensor | np.ndarray):
-        return isinstance(value, Tensor) or value.dtype.kind in "biuf"
-    return isinstance(value, list) and bool(value) and isinstance(value[0], int | float | list | np.ndarray)
+    held = torch.zeros(count, dtype=torch.bool)
+    held[random.Random(seed).sample(range(count), min(max(1, round(count * fraction)), count - 1))] = True
+    return sequences[~held], sequences[held]
 
 
 def _shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CalibrationError, ModelNotFoundError
 from .conversations import Document, message_texts
 from .ids import holds_ids
-from .inputs import holds_inputs
+from .read_inputs import holds_inputs
 from .text_files import FOLDER_SUFFIXES, SUFFIXES, read_file
 
 __all__ = ["CalibrationSource", "check_source", "read_rows", "read_texts"]
@@ -89,7 +89,7 @@ def check_source(source: Any) -> None:
     Raises:
         ModelNotFoundError: the file does not exist.
         CalibrationError: the source is of a kind that neither `read_texts` nor `glowq.data.ids.id_sequences` reads, nor
-            `glowq.data.inputs.read_inputs`.
+            `glowq.data.read_inputs.read_inputs`.
     """
     if isinstance(source, (str, os.PathLike)):
         _check_named(os.fspath(source))

@@ -1,9 +1,9 @@
-"""Turn calibration and evaluation text into token batches. `glowq.data.text` reads the text."""
+"""Turn calibration and evaluation text into sequences of tokens. `glowq.data.text` reads the text."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..errors import CalibrationError, ConfigError, TokenizerMismatchError
 from .conversations import Document, render
-from .inputs import Inputs, Samples, SomeSamples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["batches", "split", "token_sequences"]
+__all__ = ["token_sequences"]
 
 _PIECE = 65_536  # characters; a long document is sampled in pieces, so that few sequences need little tokenizing
 _OVERSAMPLING = 4  # tokens that are read for each token that is kept
@@ -104,57 +103,3 @@ def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerBase, eno
         if enough is not None and found >= enough:
             break
     return torch.cat(parts)
-
-
-def batches(sequences: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield model inputs of `batch_size` sequences; the last batch may be smaller.
-
-    Args:
-        sequences: token ids, shape (n, length), int64; or samples of another kind, of which those of other shapes start
-            a new batch.
-        batch_size: sequences in a batch, at least 1.
-
-    Yields:
-        {"input_ids", "attention_mask"}, both shape (b, length), int64, b <= batch_size; the mask is all ones. For
-        samples of another kind, their fields.
-
-    Raises:
-        ConfigError: batch_size is below 1.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
-    if isinstance(sequences, Inputs):
-        yield from sequences.split(batch_size)
-        return
-    for input_ids in sequences.split(batch_size):
-        yield {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-
-
-def split(sequences: SomeSamples, fraction: float, seed: int = 0) -> tuple[SomeSamples, SomeSamples]:
-    """Split sequences at random into those to calibrate on and those to measure on. Both parts keep the order.
-
-    Args:
-        sequences: token ids, shape (n, length), n >= 2, or as many samples of another kind.
-        fraction: share to hold out, 0 < fraction < 1. It is rounded to whole sequences, at least one in each part.
-        seed: seed of the choice of held-out sequences.
-
-    Returns:
-        (train, held_out), shapes (n - h, length) and (h, length): disjoint rows of `sequences`.
-
-    Raises:
-        ConfigError: fraction is outside (0, 1).
-        CalibrationError: fewer than two sequences.
-    """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"the held-out fraction must lie between 0 and 1, found {fraction}")
-    count = len(sequences)
-    if count < 2:
-        raise CalibrationError(
-            f"needed 2 sequences to hold one out, found {count}: give at least {2 * sequences.shape[1]} tokens, or "
-            f"take shorter sequences than {sequences.shape[1]}"
-            if isinstance(sequences, Tensor)
-            else f"needed 2 samples to hold one out, found {count}: give more"
-        )
-    held = torch.zeros(count, dtype=torch.bool)
-    held[random.Random(seed).sample(range(count), min(max(1, round(count * fraction)), count - 1))] = True
-    return sequences[~held], sequences[held]

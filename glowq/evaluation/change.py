@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import CorrectionError, NonFiniteError, SensitivityError
-from ..models.forward import evaluating, example_inputs
+from ..models.forward import REFUSALS, evaluating, input_shape
 from ..models.samples import is_encoder_decoder
 from ..runtime.switching import disabled
 from .divergence import answer, divergences
@@ -39,7 +39,7 @@ def answer_change(model: Any) -> float | None:
     with evaluating(model):
         try:
             corrected = answer(model(**inputs))
-        except (SensitivityError, ValueError, TypeError, AttributeError):  # the model needs other inputs
+        except (SensitivityError, *REFUSALS):
             return None
         with disabled(model):
             plain = answer(model(**inputs))
@@ -55,11 +55,10 @@ def _random_inputs(model: Any) -> dict[str, Any] | None:
     main = getattr(model, "main_input_name", "input_ids")
     inputs: dict[str, Any] = {}
     if main not in ("input_ids", "inputs_embeds"):
-        try:
-            example = example_inputs(model)[main]
-        except (AttributeError, KeyError, NotImplementedError):
+        shape = input_shape(main, model.config)
+        if shape is None:
             return None
-        inputs[main] = torch.randn(example.shape, generator=generator).to(example)
+        inputs[main] = torch.randn(shape, generator=generator).to(model.device, model.dtype)
     elif vocabulary is None:
         return None
     else:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.inputs import split
 from ..data.text import read_texts
-from ..data.tokens import split, token_sequences
+from ..data.tokens import token_sequences
 from ..models.loading import load_config, load_model, token_limits
 from ..runtime.switching import disabled
 from .figures import finite

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.inputs import Samples, rows_of_samples
-from ..data.tokens import batches
+from ..data.inputs import Samples, batches, rows_of_samples
 from ..errors import NonFiniteError
 from ..factors.factors import GroupFactors
 from ..models.forward import evaluating, to_model

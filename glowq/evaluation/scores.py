@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..data.tokens import batches
+from ..data.inputs import batches
 from ..errors import EvaluationError, NonFiniteError
 from ..models.fast_products import fast_products
 from ..utils.logging import progress

@@ -12,19 +12,26 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import UnsupportedModuleError
 from ..quantizers.model import quantized_modules
 from .dequantized import dequantized
 from .fast_products import fast_products
 
 __all__ = [
+    "REFUSALS",
     "differentiable",
     "evaluating",
     "example_inputs",
     "input_embeddings",
+    "input_shape",
     "linear_names",
     "replaced_forward",
     "to_model",
 ]
+
+
+REFUSALS = (ValueError, TypeError, AttributeError)
+"""What forwards of transformers raise for want of another input."""
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
@@ -133,9 +140,18 @@ def example_inputs(model: Any) -> dict[str, Any]:
     """Return example arguments of one forward, on `model`'s device: those that transformers has for every architecture.
 
     For a model that reads images or sound they are zeros of the shape that its config states.
+
+    Raises:
+        UnsupportedModuleError: its config states none.
     """
     config, main = model.config, model.main_input_name
-    inputs = model.dummy_inputs if main in ("input_ids", "inputs_embeds") else {main: _zeros(main, config)}
+    if main in ("input_ids", "inputs_embeds"):
+        inputs = model.dummy_inputs
+    else:
+        shape = input_shape(main, config)
+        if shape is None:
+            raise UnsupportedModuleError(f"the config of {type(model).__name__} does not say the shape of its {main}.")
+        inputs = {main: torch.zeros(shape)}
     if config.is_encoder_decoder:
         tokens = inputs.get("input_ids", torch.zeros(1, 4, dtype=torch.int64))
         inputs.setdefault("decoder_input_ids", tokens)
@@ -145,13 +161,14 @@ def example_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-def _zeros(name: str, config: Any) -> torch.Tensor:
-    """An input of zeros: an image, the spectrum of a sound, or a second of sound at 16 kHz."""
+def input_shape(name: str, config: Any) -> tuple[int, ...] | None:
+    """The shape of an input: an image, the spectrum of a sound, or a second of sound at 16 kHz; None if not known."""
     if name == "input_features":
-        return torch.zeros(1, config.num_mel_bins, 2 * getattr(config, "max_source_positions", 1500))
+        bins = getattr(config, "num_mel_bins", None)
+        return None if bins is None else (1, bins, 2 * getattr(config, "max_source_positions", 1500))
     if name == "input_values":
-        return torch.zeros(1, 16_000)
+        return 1, 16_000
     part = getattr(config, "vision_config", config)
     size = getattr(part, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return torch.zeros(1, getattr(part, "num_channels", 3), height, width)
+    return 1, getattr(part, "num_channels", 3), height, width

@@ -87,7 +87,7 @@ def checked_samples(
 
     Args:
         model: the model that will run.
-        samples: what `glowq.data.inputs.read_inputs` yields.
+        samples: what `glowq.data.read_inputs.read_inputs` yields.
         vocab_size: number of rows of the model's embedding; None checks no upper bound.
         tokens: take as many samples as give a linear layer this many rows, and at least two; None takes all.
 

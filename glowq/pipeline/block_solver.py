@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..calibration.block_walk import BlockWalk
 from ..calibration.input_moments import MomentCollector
 from ..calibration.text_gap import TextGap, text_gap
-from ..data.inputs import Samples
-from ..data.tokens import batches
+from ..data.inputs import Samples, batches
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..models.forward import to_model

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data.inputs import Inputs, Samples
 from ..errors import UnsupportedModuleError
-from ..models.forward import to_model
+from ..models.forward import REFUSALS, to_model
 from ..models.reference import REVISION_TOLERANCE, Reference
 from ..models.samples import refuse_text
 from ..models.tracing import Trace, trace_groups
@@ -56,7 +56,7 @@ def traced(model: nn.Module, sequences: Samples) -> Trace:
     """
     try:
         trace = trace_groups(model, to_model(_example(sequences), model))
-    except (ValueError, TypeError, AttributeError):
+    except REFUSALS:
         if not isinstance(sequences, Inputs):
             refuse_text(model, failed=True)
         raise

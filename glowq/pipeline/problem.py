@@ -11,8 +11,7 @@ from torch import nn
 
 from ..calibration.output_gradients import output_moments
 from ..calibration.text_gap import TextGap
-from ..data.inputs import Inputs, Samples
-from ..data.tokens import batches
+from ..data.inputs import Inputs, Samples, batches
 from ..errors import NoGradientWarning, SensitivityError
 from ..factors.factors import GroupFactors
 from ..factors.units import GainUnit

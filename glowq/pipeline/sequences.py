@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..artifact.request import CorrectionRequest
 from ..data.ids import holds_ids, id_sequences
-from ..data.inputs import Inputs, Samples, SomeSamples, holds_inputs, peeked, read_inputs
+from ..data.inputs import Inputs, Samples, SomeSamples, split
+from ..data.read_inputs import holds_inputs, peeked, read_inputs
 from ..data.text import read_texts
-from ..data.tokens import split, token_sequences
+from ..data.tokens import token_sequences
 from ..errors import CalibrationError
 from ..factors.form import bits_of
 from ..models.positions import position_limit

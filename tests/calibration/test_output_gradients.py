@@ -203,6 +203,26 @@ def test_a_module_that_the_loss_does_not_see_is_named(tiny_ids: Tensor) -> None:
         output_moments(model, [GROUP], [{"input_ids": tiny_ids % 7}])
 
 
+class TwoLayers(OneLayer):
+    """With a second layer, whose output is not used, or which is not called."""
+
+    def __init__(self, is_called: bool) -> None:
+        super().__init__()
+        self.other, self.is_called = nn.Linear(4, 4), is_called
+
+    def forward(self, input_ids: Tensor) -> Any:
+        if self.is_called:
+            self.other(self.embed(input_ids)[..., :4])
+        return super().forward(input_ids)
+
+
+def test_a_group_whose_output_is_not_used_is_left_out_and_one_that_is_not_called_is_named(tiny_ids: Tensor) -> None:
+    other, batch = Group("other", ("other",), 4, (4,), ""), {"input_ids": tiny_ids % 7}
+    assert set(output_moments(TwoLayers(True), [GROUP, other], [batch])) == {GROUP.name}
+    with pytest.raises(SensitivityError, match=r"other: no gradient of the loss reaches its output"):
+        output_moments(TwoLayers(False), [GROUP, other], [batch])
+
+
 def test_a_gradient_of_zero_is_named(tiny_ids: Tensor) -> None:
     model = OneLayer()
     nn.init.zeros_(model.head.weight)

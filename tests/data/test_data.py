@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from glowq.data.inputs import batches, split
 from glowq.data.text import read_texts
-from glowq.data.tokens import batches, split, token_sequences
+from glowq.data.tokens import token_sequences
 from glowq.errors import CalibrationError, ConfigError, ModelNotFoundError, TokenizerMismatchError
 
 MODEL = Path(__file__).parents[2] / "examples" / "stdlib-llama"

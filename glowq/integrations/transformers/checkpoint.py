@@ -16,13 +16,7 @@ from ...errors import NoImprovementError
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
 from ...evaluation.improvement import is_better, not_better
 from ...models.fast_products import slow_here
-from ...models.loading import (
-    load_config,
-    load_model,
-    main_input,
-    reference_name,
-    scores_text,
-)
+from ...models.loading import load_config, load_model, main_input, reference_name, scores_text
 from ...models.preprocessors import load_processor, load_tokenizer
 from ...pipeline.block_store import check_blocks, remove_blocks
 from ...pipeline.mixed import check_mixable, plan_mixture
@@ -96,21 +90,22 @@ def correct_checkpoint(
         check_mixable(quantization)
     config = load_config(model, gguf_file)
     source = reference_name(model, config, base, reference)
-    train: Any
     main = main_input(config, auto_class)
+    train: Any
+    held: Any = None
     if main == "input_ids":
         tokenizer = load_tokenizer(model, source)
         train, held = parted_sequences(
             config, tokenizer, request.calibration, request.calibration_tokens, request.sequence_length, request.seed
         )
-        read = unmeasured(train, request.seed)
+        shown = unmeasured(train, request.seed)
     else:
         tokenizer = load_processor(main, model, source)
-        train, held = partial(read_media, request.calibration, tokenizer, request.seed), None
-        read = Inputs(())
-    score = None if held is None or not scores_text(config, auto_class) else reference_score(source, held)
+        train = partial(read_media, request.calibration, tokenizer, request.seed)
+        shown = Inputs(())  # a base that is quantized with text refuses them
+    score = reference_score(source, held) if main == "input_ids" and scores_text(config, auto_class) else None
     if quantization is not None:
-        quantization = with_calibration(quantization, read)
+        quantization = with_calibration(quantization, shown)
     load = partial(load_model, model, config, gguf_file=gguf_file, auto_class=auto_class)
     corrected, asked = load(quantization), replace(request, calibration=train)
     common = {"reference": source, "tokenizer": tokenizer, "revision": split_revision(model)[1]}
@@ -122,7 +117,7 @@ def correct_checkpoint(
     correction = correct(corrected, resume=kept_blocks, dense=base == "dense", request=asked, **common)
     if not request.force:
         _check_better(correction)
-    held_out = None if held is None or score is None else held_out_figures(score, corrected, held, request.seed)
+    held_out = None if score is None else held_out_figures(score, corrected, held, request.seed)
     for stored in (correction.config, corrected.config.quantization_config):
         stored.record(command=command, held_out=held_out, mixed=None if mixture is None else mixture.record)
     _save(correction, corrected, target, format or ("correction" if correction.unstored is None else "full"))

@@ -23,7 +23,7 @@ from ...artifact.config import GlowQConfig
 from ...artifact.factor_files import read_factors
 from ...artifact.factor_layout import FACTOR_KEYS
 from ...artifact.request import CorrectionRequest
-from ...data.inputs import holds_inputs
+from ...data.read_inputs import holds_inputs
 from ...data.text import check_source
 from ...errors import ConfigError, CorrectionError
 from ...factors.factors import GroupFactors
