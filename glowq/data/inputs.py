@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +22,12 @@ class Inputs:
     Attributes:
         samples: keyword arguments of one forward each, with a batch dimension of 1. They hold no padding.
         length: the most rows that one sample gives a linear layer: tokens, patches of an image, frames of a sound.
+        in_batches: whether several samples can be run as one batch, with an answer for each.
     """
 
     samples: tuple[Mapping[str, Tensor], ...]
     length: int = 1
+    in_batches: bool = True
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -33,10 +35,10 @@ class Inputs:
     def __getitem__(self, index: Any) -> Inputs:
         """Samples by a slice, by a list of numbers, or by a mask of shape (n,)."""
         if isinstance(index, slice):
-            return Inputs(self.samples[index], self.length)
+            return replace(self, samples=self.samples[index])
         if isinstance(index, Tensor) and index.dtype == torch.bool:
             index = index.nonzero().flatten().tolist()
-        return Inputs(tuple(self.samples[number] for number in index), self.length)
+        return replace(self, samples=tuple(self.samples[number] for number in index))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,7 +53,7 @@ class Inputs:
         """Batches of at most `size` samples in their order; samples of other shapes start a new batch."""
         batch: list[Mapping[str, Tensor]] = []
         for sample in self.samples:
-            if batch and (len(batch) == size or _shapes(batch[0]) != _shapes(sample)):
+            if batch and (len(batch) == size or not self.in_batches or _shapes(batch[0]) != _shapes(sample)):
                 yield _joined(batch)
                 batch = []
             batch.append(sample)

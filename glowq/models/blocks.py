@@ -13,8 +13,8 @@ def blocks(model: nn.Module) -> list[str]:
     """Names of the repeated blocks of `model` (decoder or encoder layers), in module order.
 
     A transformers model lists the classes that must not be split over devices (`_no_split_modules`): their instances
-    are its blocks. If there are none, the elements of module lists are the blocks. Blocks inside of another block are
-    left out.
+    are its blocks. If there are none, the elements of module lists are the blocks; of lists of lists, the elements of
+    the inner ones, since a list has no forward of its own. Blocks inside of another block are left out.
     """
     kinds: set[str] = set()
     for module in model.modules():
@@ -22,7 +22,8 @@ def blocks(model: nn.Module) -> list[str]:
     named = [name for name, module in model.named_modules() if type(module).__name__ in kinds]
     if not named:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        named = [f"{name}.{index}" for name in lists for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+        elements = [f"{name}.{index}" for name in lists for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+        named = [name for name in elements if not isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict)]
     candidates = set(named)
     return [name for name in named if not any(parent in candidates for parent in _ancestors(name))]
 

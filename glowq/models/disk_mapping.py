@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,28 +13,45 @@ from transformers.utils import logging as hf_logging
 
 from ..utils.logging import quiet
 
-__all__ = ["add_weight", "compute_on", "quiet_loading"]
+__all__ = ["add_weight", "compute_on", "quiet_loading", "unstored"]
 
 
 def add_weight(model: nn.Module, name: str, value: Tensor) -> None:
     """Add a weight to those that accelerate gives to the layers of a model whose weights are on disk."""
-    hook: Any = model.get_submodule(name.rpartition(".")[0])._hf_hook
-    for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+    for part in _hooks(model.get_submodule(name.rpartition(".")[0])):
         if isinstance(part, AlignDevicesHook):
             stored: Any = part.weights_map
             stored.dataset.state_dict[name] = value.cpu()
 
 
+def unstored(model: nn.Module) -> list[str]:
+    """Names of the weights on disk that no file holds: some models compute them when they are made, and save none."""
+    found = []
+    for name, module in model.named_modules():
+        for part in _hooks(module):
+            if isinstance(part, AlignDevicesHook) and part.weights_map is not None:
+                stored: Any = part.weights_map
+                known = {*stored.dataset.state_dict, *stored.dataset.index}
+                own = [key for key, value in module.named_parameters(recurse=False) if value.is_meta]
+                found += [f"{name}.{key}" for key in own if f"{stored.prefix}{key}" not in known]
+    return found
+
+
 def compute_on(model: nn.Module, device: torch.device) -> None:
     """Let a model whose weights are on disk compute on `device`: accelerate takes the CPU where nothing is on a GPU."""
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+        for part in _hooks(module):
             if isinstance(part, AlignDevicesHook):
                 part.execution_device = device
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
+
+
+def _hooks(module: nn.Module) -> Sequence[Any]:
+    """The hooks that accelerate gave to a module."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return hook.hooks if isinstance(hook, SequentialHook) else [hook]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, U
 from ..utils.files import checkpoint_files, read_json, stored_variant
 from ..utils.hub import local_snapshot
 from ..utils.scratch import temporary_folder
-from .disk_mapping import add_weight, compute_on, quiet_loading
+from .disk_mapping import add_weight, compute_on, quiet_loading, unstored
 from .forward import evaluating, input_embeddings, to_model
 
 __all__ = ["REVISION_TOLERANCE", "Reference"]
@@ -29,6 +29,7 @@ _logger = logging.getLogger(__name__)
 
 REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes a difference of 1.1e-3
 _SAMPLED_ROWS = 1024
+_MARK = "_is_quantized"  # an attribute of configs
 
 
 class Reference:
@@ -42,8 +43,9 @@ class Reference:
         model_class: class to load a named model with, the same as that of the quantized model.
         device: where a model given by name computes; each layer's weights are moved there for its forward. None is the
             CPU. A model in memory stays where it is.
-        fresh: a model of `model_class` that has the weights which the checkpoint of a model given by name lacks, such
-            as a new classification head. The reference uses the same ones.
+        fresh: the quantized model. It has the weights which the checkpoint of a model given by name lacks, such as a
+            new classification head: the reference uses the same ones. And the reference calls the modules that it
+            calls.
         variant: read the weights of this variant, if there are any.
         **hub_kwargs: passed to `glowq.utils.hub.local_snapshot`, e.g. `revision`.
 
@@ -81,6 +83,7 @@ class Reference:
                     f"{folder} is quantized; the reference must be the full-precision model that it was made from."
                 )
             self._model = self._load(folder)
+        self._mark(self._model)
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -114,6 +117,7 @@ class Reference:
         else:
             return
         self._model = self._load(self._folder, in_memory=True)
+        self._mark(self._model)
         size = sum(tensor.nbytes for tensor in self._model.parameters())
         _logger.warning(
             "%s cannot run with its weights on disk: the reference is loaded into memory (%s MB).",
@@ -229,7 +233,7 @@ class Reference:
         with quiet_loading():
             model, found = self.model_class.from_pretrained(folder, dtype="auto", **options)  # type: ignore[attr-defined]
         self.missing = sorted(found["missing_keys"])
-        for name in self.missing:
+        for name in dict.fromkeys([*self.missing, *(() if in_memory else unstored(model))]):
             value = self._fresh_value(name)
             if in_memory:
                 _named_tensors(model)[name].data = value.clone()
@@ -239,6 +243,20 @@ class Reference:
             compute_on(model, self.device)
         loaded: nn.Module = model
         return loaded
+
+    def _mark(self, reference: nn.Module) -> None:
+        """Let the reference call the modules that the quantized model calls, until the context ends.
+
+        transformers marks the configs of quantized models. By this mark the code of some models (FalconMamba, Jamba)
+        calls a linear module of which it otherwise only reads the weight.
+        """
+        if not hasattr(getattr(self.fresh, "config", None), _MARK):
+            return
+        for module in reference.modules():
+            config = getattr(module, "config", None)  # parts of a model can have their own
+            if config is not None and not hasattr(config, _MARK):
+                setattr(config, _MARK, True)
+                self._exit.callback(delattr, config, _MARK)
 
     def _fresh_value(self, name: str) -> Tensor:
         """The value of a parameter that the checkpoint lacks, as the model to correct has it."""

@@ -107,7 +107,8 @@ def checked_samples(
             break
     if not found:
         raise CalibrationError("calibration holds no sample: give at least one mapping of a processor's tensors.")
-    return Inputs(tuple(_answered(model, found)), length)
+    whole = _answered(model, found)
+    return Inputs(tuple(whole), length, _answers_each(model, whole[0]))
 
 
 def _checked(model: Any, number: int, sample: dict[str, Tensor], vocab_size: int | None) -> dict[str, Tensor]:
@@ -154,6 +155,21 @@ def _rows_of(model: Any, sample: Mapping[str, Tensor]) -> int:
         for hook in hooks:
             hook.remove()
     return most
+
+
+def _answers_each(model: Any, sample: Mapping[str, Tensor]) -> bool:
+    """Whether a model takes a batch of samples and answers each; some (Pixtral) lay all images in one row."""
+    firsts = []
+    with torch.no_grad(), evaluating(model):
+        for count in (1, 2):
+            (batch,) = Inputs((sample,) * count).split(count)
+            try:
+                output = model(**to_model(batch, model))
+            except (ValueError, TypeError, RuntimeError, IndexError):
+                return False
+            values = output.to_tuple() if hasattr(output, "to_tuple") else output
+            firsts.append(next((value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()), 0))
+    return firsts[1] == 2 * firsts[0]
 
 
 def _answered(model: Any, samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

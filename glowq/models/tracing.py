@@ -40,12 +40,13 @@ class Trace:
     Attributes:
         groups: groups in call order.
         skipped: each candidate that was left out -> the reason.
-        repeated: whether the block of any group ran more than once (layers that share their weights, as in ALBERT).
+        in_order: whether the block of every group ran once. It runs more often where layers share their weights, as in
+            ALBERT; and never where the model calls the parts of a block one by one.
     """
 
     groups: list[Group]
     skipped: dict[str, str] = field(default_factory=dict)
-    repeated: bool = False
+    in_order: bool = True
 
 
 def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Group]:
@@ -61,7 +62,8 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
         a group of its own. Modules that cannot be corrected are left out (see `trace_groups` for the reasons).
 
     Raises:
-        UnsupportedModuleError: the model has no linear module at all, or a part of it is compiled on its own.
+        UnsupportedModuleError: the model has no linear module at all, a part of it is compiled on its own, or the input
+            of a linear module is not of a float dtype.
         NonFiniteError: the input of a linear module holds NaN or Inf.
     """
     return trace_groups(model, example_inputs).groups
@@ -93,7 +95,7 @@ def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
         )
         for (block, _), members in gathered.items()
     ]
-    return Trace(groups, skipped, any(runs[group.block] > 1 for group in groups))
+    return Trace(groups, skipped, all(runs[group.block] == 1 for group in groups))
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,12 @@ def _record_calls(
     def recorder(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             tensor = args[0] if args and isinstance(args[0], Tensor) else None
+            if tensor is not None and not tensor.is_floating_point():
+                raise UnsupportedModuleError(
+                    f"{name}: the model turns its input into {tensor.dtype}, the dtype of the quantized weight, so "
+                    "that its output is wrong also without a correction. Quantize the model without this module "
+                    "(llm_int8_skip_modules, modules_to_not_convert)."
+                )
             if tensor is not None and _is_broken(tensor):
                 raise NonFiniteError(
                     f"{name}: its input holds NaN or Inf. The model itself is broken: check that it generates, or load "

@@ -234,9 +234,12 @@ def changed_layers(model: nn.Module, reference: nn.Module, skip: Mapping[str, An
 def _ratio(reference: nn.Module, module: nn.Module, width: int) -> Tensor | None:
     probe = torch.randn(1, _PROBES, width, generator=torch.Generator().manual_seed(0))
     try:
-        expected, given = (_run(layer, probe).double() for layer in (reference, module))
-    except (TypeError, ValueError, RuntimeError, IndexError):
+        expected, given = (_run(layer, probe) for layer in (reference, module))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return None  # the layer does not take one input of that width, so it cannot be a producer
+    if not isinstance(expected, Tensor) or not isinstance(given, Tensor):
+        return None  # I-BERT's layers return a tensor and its scale
+    expected, given = expected.double(), given.double()
     if expected.shape != probe.shape or given.shape != probe.shape:
         return None
     dead = (expected == 0).all(1) & (given == 0).all(1)
@@ -245,7 +248,7 @@ def _ratio(reference: nn.Module, module: nn.Module, width: int) -> Tensor | None
     return scale if bool((scale > 0).all()) and float(rest.sqrt()) < _ROUNDING else None
 
 
-def _run(layer: nn.Module, probe: Tensor) -> Tensor:
+def _run(layer: nn.Module, probe: Tensor) -> Any:
     """Run the layer in float32 on the CPU, without its hooks and without changing it."""
     with align_module_device(layer), torch.no_grad():
         double = copy.copy(layer)
@@ -254,8 +257,7 @@ def _run(layer: nn.Module, probe: Tensor) -> Tensor:
             for name, p in layer._parameters.items()
         }
         # A loader may have set another forward on the instance; the class has the layer's own forward.
-        output: Tensor = type(layer).forward(double, probe)
-        return output
+        return type(layer).forward(double, probe)
 
 
 def _by_member(group: Group, rows: Slopes) -> dict[str, Slopes]:

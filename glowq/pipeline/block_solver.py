@@ -205,9 +205,9 @@ def stops_of(trace: Trace, names: Container[str]) -> dict[str, list[Group]]:
     The block "" stands for the whole model.
     """
     groups = [group for group in trace.groups if group.name in names]
-    if trace.repeated:
-        # A block that runs again in the same forward would be corrected before all its inputs are measured. So measure
-        # all groups before any of them is corrected.
+    if not trace.in_order:
+        # A block that runs again in the same forward would be corrected before all its inputs are measured, and at one
+        # that never runs nothing pauses. So measure all groups before any of them is corrected.
         return {"": groups}
     stops: dict[str, list[Group]] = {}
     for group in groups:

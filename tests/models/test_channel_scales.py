@@ -182,11 +182,16 @@ def test_rounded_norms_and_layers_that_cannot_be_probed_are_no_producers() -> No
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             return x + self.weight
 
+    class Paired(Gated):  # as I-BERT's layers, which return a scale of integers too
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return x * self.weight, self.weight
+
     def build(value: float) -> nn.Module:
         norm = nn.RMSNorm(8)
         with torch.no_grad():
             norm.weight.copy_(torch.linspace(0.3, 1, 8) * value)
-        return nn.ModuleDict({"norm": norm, "gated": Gated(value), "shifted": Shifted(value)})
+        others = {"gated": Gated(value), "shifted": Shifted(value), "paired": Paired(value)}
+        return nn.ModuleDict({"norm": norm, **others})
 
     assert changed_layers(build(1.0).bfloat16(), build(1.0), {}) == {}
     assert list(changed_layers(build(0.5), build(1.0), {})) == ["norm"]

@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+)
 
 from glowq.errors import (
     ModelNotFoundError,
@@ -61,6 +69,39 @@ def test_the_reference_can_be_run_and_then_put_away(tiny_llama: Factory, tiny_id
         torch.testing.assert_close(reference.model(tiny_ids).logits, model(tiny_ids).logits)
     with pytest.raises(RuntimeError, match="inside its `with` block"):
         _ = reference.model
+
+
+def test_weights_that_are_computed_and_not_stored(tmp_path: Path) -> None:
+    """Marian's positions are sines: its checkpoints hold none, and transformers does not count them as missing."""
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    tokens = {"vocab_size": 32, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+    model = MarianMTModel(MarianConfig(**small, **tokens, **heads)).eval()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "embed_positions" in name]  # noqa: SIM118
+    inputs = {"input_ids": torch.arange(2, 10)[None], "decoder_input_ids": torch.arange(5)[None]}
+    with Reference(tmp_path, MarianMTModel, fresh=model) as reference, torch.no_grad():
+        assert reference.missing == []
+        torch.testing.assert_close(reference.model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("given", ["name", "model"])
+def test_it_calls_the_modules_that_the_quantized_model_calls(given: str, tiny_ids: Any, tmp_path: Path) -> None:
+    """FalconMamba reads the weight of dt_proj, but calls the module where its config is marked as quantized."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4, "vocab_size": 64}
+    quantized, full = (FalconMambaForCausalLM(FalconMambaConfig(**small)).eval() for _ in range(2))
+    quantized.config._is_quantized = True  # as transformers does
+    full.save_pretrained(tmp_path)
+    calls = []
+    source = tmp_path if given == "name" else full
+    with Reference(source, FalconMambaForCausalLM, fresh=quantized) as reference, torch.no_grad():
+        reference.check_runs({"input_ids": tiny_ids})
+        projection = reference.model.get_submodule("backbone.layers.0.mixer.dt_proj")
+        projection.register_forward_pre_hook(lambda module, args: calls.append(args))
+        torch.testing.assert_close(reference.model(tiny_ids).logits, full(tiny_ids).logits)
+        assert calls
+    assert not hasattr(full.config, "_is_quantized")
 
 
 def test_it_computes_on_the_device_of_the_quantized_model(tiny_llama: Factory, tiny_ids: Any, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_decoders(kind: str, tiny_ids: Tensor) -> None:
     assert of_block(trace.groups, prefix) == expected
     assert covered_once(model, trace.groups)
     assert trace.skipped == {}
-    assert not trace.repeated
+    assert trace.in_order
     assert prefix in blocks(model)
     for group in trace.groups:
         for member, width in zip(group.members, group.out_features, strict=True):
@@ -155,7 +155,7 @@ def test_albert_runs_one_layer_many_times(tiny_ids: Tensor) -> None:
     trace = trace_groups(model, {"input_ids": tiny_ids})
     layer = "encoder.albert_layer_groups.0.albert_layers.0"
     assert {f"{layer}.attention.query+key+value", f"{layer}.ffn"} <= {group.name for group in trace.groups}
-    assert trace.repeated
+    assert not trace.in_order
 
 
 def test_mambas_uncalled_projection_is_skipped_with_a_reason(tiny_ids: Tensor) -> None:
@@ -273,5 +273,26 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 
 def test_blocks_of_a_plain_module_are_its_module_lists() -> None:
     model = nn.Module()
-    model.layers = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2)]) for _ in range(2))
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
     assert blocks(model) == ["layers.0", "layers.1"]
+
+
+def test_a_list_of_blocks_is_no_block() -> None:
+    """GLPN, PVT and Funnel keep the layers of each stage in a list, which has no forward where a walk could pause."""
+    model = nn.Module()
+    model.stages = nn.ModuleList(nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)) for _ in range(2))
+    assert blocks(model) == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
+
+
+def test_blocks_whose_parts_are_called_one_by_one_are_not_run_in_order() -> None:
+    model = Stack(Toy(lambda m, x: m.b(m.a(x))))
+    model.forward = lambda x: model.layers[0].b(model.layers[0].a(x))
+    trace = trace_groups(model, {"x": torch.randn(2, 4)})
+    assert [group.name for group in trace.groups] == ["layers.0.a", "layers.0.b"]
+    assert not trace.in_order
+
+
+def test_whole_numbers_as_an_input_are_refused() -> None:
+    """LongT5 turns hidden states into the dtype of the next weight, which is that of bytes where it is packed."""
+    with pytest.raises(UnsupportedModuleError, match=r"^layers\.0\.a: the model turns its input into torch\.uint8, "):
+        traced(lambda m, x: m.a((10 * x).to(torch.uint8)))

@@ -75,14 +75,19 @@ def examined(kind: str, base: str, folder: Path) -> dict[str, Any]:
         save_shrunk(kind, folder / "source")
         model = _quantized(auto, folder / "source", base)
         inputs = inputs_of(model)
-        plain = _answers(model, inputs)
+        with _floats(model):
+            plain = _answers(model, inputs)
         _finite(plain)
         model.save_pretrained(folder / "plain")
-        _same(_answers(auto.from_pretrained(folder / "plain").eval(), inputs), plain)
+        again, found = auto.from_pretrained(folder / "plain", output_loading_info=True)
+        _same(_answers(again.eval(), inputs), plain)
+        wrong = found["missing_keys"] | found["unexpected_keys"]
+        if wrong:
+            raise NotRunnable(f"what it saved is not read again: {min(wrong)}")
         if not quantized_modules(model):
             raise NotRunnable("the base quantizes none of its modules")
-        model = _quantized(auto, folder / "source", base)
         can_generate = _generates(model, inputs)
+        model = _quantized(auto, folder / "source", base)  # bitsandbytes rounds biases in a model's first forward
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "source")
     options = {"rank": 2, "force": True, "calibration_tokens": 1024, "sequence_length": 32, "tokenizer": tokenizer}
     correction = glowq.correct(model, reference=folder / "source", calibration=_calibration(model), **options)
@@ -146,6 +151,20 @@ def _answers(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     if not found:
         raise NotRunnable(f"its output, {type(output).__name__}, holds no tensor")
     return found
+
+
+@contextlib.contextmanager
+def _floats(model: nn.Module) -> Iterator[None]:
+    """Inside this context, a quantized module must get floats; some models turn them into the dtype of its weight."""
+
+    def check(module: nn.Module, args: Any) -> None:
+        if not args[0].is_floating_point():
+            raise NotRunnable(f"a quantized module gets {args[0].dtype}")
+
+    with contextlib.ExitStack() as stack:
+        for name in quantized_modules(model):
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(check).remove)
+        yield
 
 
 def _finite(values: list[Tensor]) -> None:
