@@ -50,8 +50,10 @@ test: setup  ## run the tests (PYTEST_ARGS="-n 0 -k data" narrows them)
 test-long: setup  ## run the long tables of tests of which `make test` runs a part (two hours)
 	$(BIN)/pytest $(PYTEST_ARGS) -m long
 
-architectures: setup  ## examine a tiny model of every type that transformers has, and print a table (an hour)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.survey --results build/architectures.json
+architectures: setup  ## examine a tiny model of every type that transformers has, and write a guide (an hour)
+	mkdir -p build
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.survey --results build/architectures.json \
+		--guide examples/guides/architectures.md
 
 # Not by file: the cases of one file are more than half of all.
 fuzz: setup  ## read a hundred thousand damaged and hostile files (ten minutes)

@@ -22,6 +22,7 @@ from ..selection.allocation import GroupGains
 from ..selection.curve import CurvePoint, budget_curve
 from ..utils.files import read_json
 from .config import GlowQConfig
+from .coverage import covered
 
 __all__ = ["CARD", "PICTURE", "base_license", "card_files", "export_card", "license_of"]
 
@@ -76,6 +77,7 @@ def card_files(
         seed=config.seed,
         group_count=len(group_gains),
         module_count=sum(len(item.group.members) for item in group_gains),
+        coverage=covered(provenance.coverage, (item.group for item in group_gains)),
         ranks=str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         factor_bytes=f"{factor_bytes:,}",
         overhead=f"{factor_bytes / base_bytes:.2%}" if base_bytes else "an unknown share",

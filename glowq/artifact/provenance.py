@@ -10,7 +10,17 @@ from ..errors import ConfigError
 from ..factors.units import GainUnit
 from ..utils.checks import check_amount, check_int, check_text, is_number, shown
 
-__all__ = ["Benefit", "HeldOut", "Improvement", "Instead", "Mixed", "Provenance", "RoundingCost", "Selected"]
+__all__ = [
+    "Benefit",
+    "Coverage",
+    "HeldOut",
+    "Improvement",
+    "Instead",
+    "Mixed",
+    "Provenance",
+    "RoundingCost",
+    "Selected",
+]
 
 
 class HeldOut(TypedDict, total=False):
@@ -74,6 +84,14 @@ class Instead(TypedDict, total=False):
     bits: float
 
 
+class Coverage(TypedDict, total=False):
+    """Bytes of the model's weights: by module, by reason, and by class; see `glowq.artifact.coverage`."""
+
+    modules: Mapping[str, int]
+    skipped: Mapping[str, int]
+    not_quantized: Mapping[str, int]
+
+
 _COUNTS = frozenset({"tokens", "of_factor_bytes", "added_bytes", "of_base_bytes"})
 _KINDS = (HeldOut, RoundingCost, Selected, Benefit, Improvement, Mixed, Instead)
 _FIGURES = frozenset(key for kind in _KINDS for key in kind.__annotations__)
@@ -104,6 +122,7 @@ class Provenance:
         instead: share of `total` that more bits for the groups that gain most are predicted to undo in the same bytes;
             see `glowq.pipeline.more_bits`.
         mixed: the groups of the base that were quantized with more bits, within the same budget as the factors.
+        coverage: bytes of the weights that can be corrected, that cannot, and that are not quantized.
         command: the exact command lines, one per line.
         adapter_base: base model of the adapter that the correction was imported from.
 
@@ -127,6 +146,7 @@ class Provenance:
     selected: Selected | None = None
     instead: Instead | None = None
     mixed: Mixed | None = None
+    coverage: Coverage | None = None
     command: str | None = None
     adapter_base: str | None = None
 
@@ -138,6 +158,9 @@ class Provenance:
         for name in ("rounding", "improvement", "held_out", "selected", "instead", "mixed"):
             if getattr(self, name) is not None:
                 _check_figures(f"provenance.{name}", getattr(self, name))
+        for part, sizes in _items("provenance.coverage", self.coverage or {}):
+            for name, size in _items(f"provenance.coverage.{part}", sizes):
+                check_int(f"provenance.coverage.{part} of {name!r}", size, 0)
         if self.not_restored is not None:
             for group, benefit in _items("provenance.not_restored", self.not_restored):
                 _check_figures(f"provenance.not_restored of group {group!r}", benefit)

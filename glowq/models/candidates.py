@@ -23,12 +23,14 @@ class Candidates:
         schemes: every quantized module that glowq can read -> its quantization settings.
         backends: the same modules -> their backend.
         skipped: every other linear module, and those of `schemes` that no hook can correct -> the reason.
+        sizes: bytes in the files: "correctable", "skipped" (quantized, but not correctable) and "not_quantized".
         note: what could not be determined, and how to determine it; None if nothing is missing.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     backends: dict[str, Backend] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     note: str | None = None
 
     @property
@@ -72,7 +74,16 @@ def find_candidates(name: str, headers: Headers, settings: Mapping[str, Any] | N
         )
     if found.correctable and model is not None:
         _trace(model, found)
+    found.sizes = _sizes(found, stored)
     return found
+
+
+def _sizes(found: Candidates, stored: Mapping[str, StoredModule]) -> dict[str, int]:
+    sizes, correctable = {"correctable": 0, "skipped": 0, "not_quantized": 0}, set(found.correctable)
+    for name, module in stored.items():
+        kind = "correctable" if name in correctable else "not_quantized" if _is_plain(module) else "skipped"
+        sizes[kind] += module.size
+    return sizes
 
 
 def _classify(

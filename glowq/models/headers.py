@@ -62,6 +62,7 @@ class Headers:
                 {rest: self.dtypes[name] for rest, name in names.items() if name in self.dtypes},
                 {rest: self.shapes[name] for rest, name in names.items() if name in self.shapes},
                 {rest: self.metadata[name] for rest, name in names.items() if name in self.metadata},
+                sum(self.sizes.get(name, 0) for name in names.values()),
             )
             for module, names in local.items()
             if module

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..artifact.build import stored_config
 from ..artifact.correction import Correction
+from ..artifact.coverage import coverage_of
 from ..artifact.request import CorrectionRequest
 from ..calibration.text_gap import lost_to_sampling
 from ..data.inputs import Samples
@@ -108,6 +109,7 @@ def correct(
     train, held = split_sequences(sequences, solver, ranks_asked, request.factor_dtypes[-1], seed)
     ranks = _solved_ranks(trace.groups, request, base_bytes, dtype_of_factors(model).itemsize, train)
     config = stored_config(model, reference, base_bytes, solver.name, sequences, seed, revision, subfolder, variant)
+    config.record(coverage=coverage_of(model, trace))
     try:
         with (
             nullcontext() if resume is None else open_blocks(resume) as blocks,

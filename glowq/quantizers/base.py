@@ -51,12 +51,14 @@ class StoredModule:
         dtypes: tensor name under the module ("qweight", "weight.absmax") -> dtype as safetensors writes it ("I32").
         shapes: the same names -> shape.
         metadata: name under the module -> text that the library wrote about it into the header.
+        size: bytes of its tensors.
     """
 
     name: str
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    size: int = 0
 
 
 @dataclass(frozen=True)

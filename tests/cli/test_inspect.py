@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 SAVED = [base.name for base in BASES if base.read is None and base.package != "optimum.quanto"]
 TIED = "not quantized (it shares the embeddings' weight)"
-KEYS = {"base", "schemes", "modules", "correctable", "skipped", "note", "next"}
+KEYS = {"base", "schemes", "modules", "correctable", "skipped", "coverage", "note", "next"}
 
 
 def call(*arguments: Any) -> Any:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from support.survey import BASES, NotRunnable, examined, types
+from support.survey import BASES, NotRunnable, cell, examined, types
+from support.tiny import EXAMPLE
+
+GUIDE = EXAMPLE.parent / "guides" / "architectures.md"
 
 # One of each kind of fault that was found.
 FEW = ["llama", "mixtral", "ctrl", "big_bird", "albert", "t5", "vit", "whisper", "llava", "falcon"]
@@ -27,3 +30,5 @@ def test_a_type_works_whole(kind: str, base: str, tmp_path: Path) -> None:
     except NotRunnable as error:
         pytest.skip(str(error))
     assert found["groups"] > 0
+    (row,) = [line for line in GUIDE.read_text().splitlines() if line.startswith(f"| `{kind}` |")]
+    assert [part.strip() for part in row.split("|")][3 + BASES.index(base)] == cell(found)

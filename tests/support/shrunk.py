@@ -58,6 +58,7 @@ _SMALL = {
     "max_target_positions": 64,
     "rotary_dim": 8,
     "attention_window": 8,
+    "mamba_chunk_size": 8,
     "num_codebook_vectors": 32,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
@@ -118,7 +119,8 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     """Keyword arguments of one forward: token ids, or random values of what the model reads."""
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "input_ids":
-        found = {"input_ids": torch.randint(2, 4000, (2, 12), generator=generator)}
+        ids = torch.randint(2, 4000, (2, 12), generator=generator)
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
         example = example_inputs(model)[model.main_input_name]
         found = {model.main_input_name: torch.randn(example.shape, generator=generator)}

@@ -150,6 +150,7 @@ def _table(result: dict[str, Any]) -> Any:
         "groups": f"{result['groups']}, rank {', '.join(map(str, sorted(set(result['ranks'].values()))))}",
         "factors": f"{result['factor_bytes']:,} bytes in {result['factor_dtype']}, {result['overhead']:.2%} of "
         f"{result['base_bytes']:,}",
+        "weights, by bytes": "; ".join(result["coverage"]["text"]),
         **_predicted(result),
         **_measured(result),
         **_rounding(result["rounding"], result["factor_dtype"], result["distilled_steps"]),

@@ -107,8 +107,22 @@ def _found(model: str, headers: Headers, settings: Mapping[str, Any] | None, ref
         "modules": {name: str(scheme) for name, scheme in found.schemes.items()},
         "correctable": found.correctable,
         "skipped": found.skipped,
+        "coverage": _covered(found.sizes),
         "note": found.note,
     }
+
+
+def _covered(sizes: Mapping[str, int]) -> dict[str, Any] | None:
+    """Shares of the bytes in the files, and the same in words; None if no tensor was read."""
+    whole = sum(sizes.values())
+    words = {
+        "correctable": "can be corrected",
+        "skipped": "quantized, cannot be corrected",
+        "not_quantized": "not quantized",
+    }
+    shares = {name: sizes[name] / whole for name in words if whole}
+    text = [f"{share:.1%} {words[name]}" for name, share in shares.items() if share or name == "correctable"]
+    return {**shares, "text": text} if whole else None
 
 
 def _plain(model: str, headers: Headers) -> dict[str, Any]:
@@ -172,12 +186,14 @@ def _unread(method: str) -> dict[str, Any]:
         "modules": {},
         "correctable": [],
         "skipped": {},
+        "coverage": None,
         "note": None,
     }
 
 
 def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[str, Any]:
     from ...artifact.config import GlowQConfig
+    from ...artifact.coverage import covered
     from ...artifact.factor_layout import stored_group
     from ...selection.allocation import GroupGains
     from ...selection.curve import budget_curve
@@ -203,6 +219,7 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
         "overhead": factor_bytes / config.base_bytes if config.base_bytes else None,
         "method": config.method,
         "seed": config.seed,
+        "coverage": covered(config.provenance.coverage, (item.group for item in group_gains)),
         "provenance": config.provenance.to_dict(),
         "curve": [asdict(point) for point in budget_curve(group_gains, config.total, config.base_bytes or 0)],
         "groups": groups,
@@ -230,12 +247,15 @@ def _tables(result: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.table import Table
 
-    apart = ("groups", "curve", "schemes", "modules", "correctable", "skipped", "note", "next")
+    apart = ("groups", "curve", "schemes", "modules", "correctable", "skipped", "coverage", "note", "next")
     facts = {key: value for key, value in result.items() if key not in apart}
     if "correctable" in result and result["kind"] != "gguf":
         facts["quantized modules"] = len(result["modules"])
         facts["can be corrected"] = len(result["correctable"])
-    shown = [grid(_flat(facts))]
+    facts = _flat(facts)
+    if result.get("coverage") and result["kind"] != "plain":
+        facts["weights, by bytes"] = "; ".join(result["coverage"]["text"])
+    shown = [grid(facts)]
     if result.get("schemes"):
         table = Table("scheme", "bits", "modules")
         for scheme in result["schemes"]:
@@ -285,7 +305,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Rows for the table. Nested settings become "base.bits"; private, empty and very long ones are left out."""
     rows: dict[str, str] = {}
     for key, value in facts.items():
-        if isinstance(value, dict) and (prefix == "base.settings." or key == "not_restored"):
+        if isinstance(value, dict) and (prefix == "base.settings." or key in ("not_restored", "coverage")):
             continue  # too many values for the table; --json prints all of them
         if isinstance(value, dict):
             rows.update(_flat(value, f"{prefix}{key}."))

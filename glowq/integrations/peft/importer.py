@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..._version import __version__
 from ...artifact.build import correction_of, stored_config
 from ...artifact.correction import Correction
+from ...artifact.coverage import coverage_of
 from ...artifact.fingerprint import fingerprint, same_weights
 from ...artifact.provenance import Provenance
 from ...errors import ConfigError, CorrectionError, FingerprintError, NonFiniteError, UnsupportedModuleError
@@ -95,7 +96,12 @@ def import_adapter(
         )
     base_bytes = packed_bytes(model)
     config = stored_config(model, None, base_bytes, "imported", torch.empty(0, 0), 0)
-    config.provenance = Provenance(glowq=__version__, gains=GainUnit.UNMEASURED, adapter_base=read.base_model)
+    config.provenance = Provenance(
+        glowq=__version__,
+        gains=GainUnit.UNMEASURED,
+        adapter_base=read.base_model,
+        coverage=coverage_of(model, trace),
+    )
     return correction_of(model, factors, config, base_bytes, tokenizer)
 
 

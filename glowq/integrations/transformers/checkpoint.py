@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...artifact.correction import Correction
+from ...artifact.coverage import covered
 from ...artifact.request import CorrectionRequest
 from ...data.inputs import Inputs
 from ...data.media import read_media
@@ -73,8 +74,9 @@ def correct_checkpoint(
         `glowq.evaluation.rounding_cost`; None if they are not rounded),
         "improvement" (measured divergences without and with the correction, see `glowq.evaluation.improvement`; None if
         no sequence could be held out), "held_out" (perplexities; None if the model does not predict the next token),
-        "mixed" (the groups that got more bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "seed", and
-        "slow_here" (a sentence if the model's layers are slow on this processor, or None).
+        "mixed" (the groups that got more bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "coverage" (which
+        weights are corrected, see `glowq.artifact.coverage`), "seed", and "slow_here" (a sentence if the model's layers
+        are slow on this processor, or None).
 
     Raises:
         NoImprovementError: the correction is not better than none beyond chance, on text that it was not made of.
@@ -140,6 +142,7 @@ def correct_checkpoint(
         "improvement": correction.config.provenance.improvement,
         "held_out": held_out,
         "mixed": None if mixture is None else {**mixture.record, "ranks_gain": mixture.ranks_gain},
+        "coverage": covered(correction.config.provenance.coverage, (entry.group for entry in correction.factors)),
         "seed": request.seed,
         "slow_here": slow_here(corrected),
     }

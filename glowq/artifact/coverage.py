@@ -1,0 +1,93 @@
+"""Which part of a model's weights a correction covers, in bytes: corrected, only quantized, or not quantized at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..quantizers.model import quantized_modules
+from .provenance import Coverage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..factors.group import Group
+    from ..models.tracing import Trace
+
+__all__ = ["coverage_of", "covered"]
+
+_LEAST = 0.01  # share of the bytes; parts below it are not named
+
+
+def coverage_of(model: nn.Module, trace: Trace) -> Coverage:
+    """Count the bytes of a model's weights by what can be done with them.
+
+    Args:
+        model: a quantized model.
+        trace: its groups, and the modules that cannot be corrected.
+
+    Returns:
+        "modules" (module name -> bytes of its quantized weight at its nominal width, with scales, for all that can be
+        corrected), "skipped" (reason -> bytes of the quantized modules that cannot be corrected for it) and
+        "not_quantized" (class of a module -> bytes of the weights that it holds in float: embeddings, norms, fused
+        experts).
+    """
+    quantized = quantized_modules(model)
+    sizes = {name: backend.packed_bytes(model.get_submodule(name)) for name, backend in quantized.items()}
+    inside = {id(part) for name in quantized for part in model.get_submodule(name).modules()}
+    skipped: Counter[str] = Counter()
+    for name, reason in trace.skipped.items():
+        skipped[reason] += sizes.get(name, 0)
+    floats: Counter[str] = Counter()
+    seen: set[int] = set()  # tied weights count once
+    for module in model.modules():
+        for weight in module.parameters(recurse=False) if id(module) not in inside else ():
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                floats[type(module).__name__] += weight.nbytes
+    return {
+        "modules": {member: sizes.get(member, 0) for group in trace.groups for member in group.members},
+        "skipped": dict(skipped),
+        "not_quantized": dict(floats),
+    }
+
+
+def covered(coverage: Coverage | None, groups: Iterable[Group]) -> dict[str, Any] | None:
+    """What a correction of some groups covers.
+
+    Args:
+        coverage: what `coverage_of` returned; None if it is not known.
+        groups: the groups that the correction has.
+
+    Returns:
+        Shares of the bytes of all weights, which sum to 1: "corrected", "not_restored" (quantized, in groups that got
+        no rank), "skipped" and "not_quantized"; and "text", the same in words, a part each, with the reasons of
+        "skipped" and the classes of "not_quantized".
+    """
+    if not coverage:
+        return None
+    restored = {member for group in groups for member in group.members}
+    sizes = {
+        "corrected": sum(size for name, size in coverage["modules"].items() if name in restored),
+        "not_restored": sum(size for name, size in coverage["modules"].items() if name not in restored),
+        "skipped": sum(coverage["skipped"].values()),
+        "not_quantized": sum(coverage["not_quantized"].values()),
+    }
+    whole = sum(sizes.values())
+    shares = {name: size / whole if whole else 0.0 for name, size in sizes.items()}
+    words = {
+        "corrected": "corrected",
+        "not_restored": "quantized, in groups that got no rank",
+        "skipped": f"quantized, cannot be corrected ({_largest(coverage['skipped'], whole)})",
+        "not_quantized": f"not quantized ({_largest(coverage['not_quantized'], whole)})",
+    }
+    text = [f"{shares[name]:.1%} {words[name]}" for name in words if sizes[name] or name == "corrected"]
+    return {**shares, "text": text}
+
+
+def _largest(sizes: Mapping[str, int], whole: int) -> str:
+    """Names of the parts, the largest first, without those that hold little of the whole; at least one."""
+    ordered = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    named = [name for name, size in ordered if size >= _LEAST * whole]
+    return ", ".join(named or [name for name, _ in ordered[:1]])
