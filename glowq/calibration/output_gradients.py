@@ -62,7 +62,7 @@ def output_moments(
         Group name -> float32 tensor of shape (O, O). If O is above `full_width`, a diagonal plus a low-rank part of 256
         directions. The unit is nats (for an encoder: squared distance of normalized states) per squared output unit.
         Groups whose outputs the model does not use are left out, such as the last layer of an image tower from which a
-        vision-language model takes the layer before.
+        vision-language model takes the layer before; and experts that get no token.
 
     Raises:
         SensitivityError: the model's output has no gradient, or no gradient reaches a group.
@@ -87,7 +87,8 @@ def output_moments(
         for batch in batches:
             tokens += _backward(model, batch, generator)
             bar.update()
-        unused = {entry.group.name for entry in sums if not entry.was_reached and _is_unused(model, entry, batches[0])}
+        unreached = [entry for entry in sums if not entry.was_reached]
+        unused = {one.group.name for one in unreached if not one.was_computed or _is_unused(model, one, batches[0])}
     if len(unused) == len(sums):
         unused = set()  # the error of the first of them is raised below
     return {entry.group.name: entry.moment(tokens) for entry in sums if entry.group.name not in unused}
@@ -185,6 +186,7 @@ class _GroupGradient:
 
     def __init__(self, group: Group, full_width: int, seed: int) -> None:
         self.group = group
+        self.was_computed = False  # an expert may get no token
         self._is_wide = sum(group.out_features) > full_width
         self._seed = seed
         self._parts: dict[int, Tensor] = {}
@@ -194,6 +196,7 @@ class _GroupGradient:
         """Return the forward hook of member number `index`."""
 
         def watch(module: nn.Module, args: Any, output: Any) -> None:
+            self.was_computed = self.was_computed or (isinstance(output, Tensor) and output.numel() > 0)
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(lambda gradient: self._add(index, gradient))
 

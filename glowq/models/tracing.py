@@ -28,7 +28,10 @@ from .blocks import block_index
 from .forward import evaluating
 from .wrappers import uncompiled, underlying
 
-__all__ = ["Trace", "find_groups", "trace_groups"]
+__all__ = ["NEVER_CALLED", "Trace", "find_groups", "trace_groups"]
+
+NEVER_CALLED = "never called in the traced forward (its weight may be read directly): a hook would do nothing"
+"""Why a candidate is left out that a forward does not call; on longer text an expert may be called."""
 
 _TOLERANCE = 0.05  # relative; rounding inputs to 8 bits makes a difference of 0.01
 
@@ -83,7 +86,7 @@ def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
         if reason is not None:
             skipped[name] = reason
             continue
-        inputs = tuple((id(call.tensor), call.version) for call in calls[name])
+        inputs = tuple((call.tensor, call.version) for call in calls[name])
         gathered.setdefault((block_of[name], inputs), []).append(name)
     groups = [
         Group(
@@ -101,8 +104,25 @@ def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
 @dataclass(frozen=True)
 class _Call:
     order: int
-    tensor: Tensor | None  # held until the trace ends, so that no other tensor gets the same id
+    tensor: int | None  # number of the input tensor; None if there was none
     version: int
+    width: int
+
+
+class _Numbered:
+    """Numbers for tensors. They are held until `release`, so that no other tensor gets the same id meanwhile."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, int]] = {}
+        self._next = count()
+
+    def number(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._held:
+            self._held[id(tensor)] = (tensor, next(self._next))
+        return self._held[id(tensor)][1]
+
+    def release(self) -> None:
+        self._held.clear()
 
 
 def _candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -135,11 +155,12 @@ def _record_calls(
     calls: dict[str, list[_Call]] = {name: [] for name in candidates}
     wrong: dict[str, str] = {}
     runs: Counter[str] = Counter()
-    clock = count()
+    clock, numbered = count(), _Numbered()
 
     def counter(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             runs[name] += 1
+            numbered.release()  # only modules of one block are grouped
 
         return hook
 
@@ -159,7 +180,8 @@ def _record_calls(
                 )
             # A tensor made in inference mode has no version; outside of that mode PyTorch forbids writing into it.
             version = -1 if tensor is None or tensor.is_inference() else tensor._version
-            calls[name].append(_Call(next(clock), tensor, version))
+            number = None if tensor is None else numbered.number(tensor)
+            calls[name].append(_Call(next(clock), number, version, 0 if tensor is None else tensor.shape[-1]))
 
         return hook
 
@@ -178,7 +200,7 @@ def _record_calls(
             stack.callback(module.register_forward_pre_hook(recorder(name)).remove)
             stack.callback(module.register_forward_hook(checker(name)).remove)
         for name in stops:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(counter(name)).remove)
+            stack.callback(model.get_submodule(name).register_forward_hook(counter(name)).remove)
         model(**example_inputs)
     return calls, runs, wrong
 
@@ -207,9 +229,9 @@ def _not_linear(module: nn.Module, width: int, x: Tensor, output: Any) -> str | 
 
 def _refusal(features: tuple[int, int], calls: list[_Call]) -> str | None:
     if not calls:
-        return "never called in the traced forward (its weight may be read directly): a hook would do nothing"
+        return NEVER_CALLED
     if any(call.tensor is None for call in calls):
         return "called without a positional input tensor"
-    if any(call.tensor is not None and call.tensor.shape[-1] != features[1] for call in calls):
+    if any(call.width != features[1] for call in calls):
         return f"its input is not {features[1]} wide"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration.block_walk import BlockWalk
 from ..calibration.input_moments import MomentCollector
+from ..calibration.pooled_moments import families, moments_of
 from ..calibration.text_gap import TextGap, text_gap
 from ..data.inputs import Samples, batches
 from ..factors.factors import GroupFactors
@@ -24,10 +26,13 @@ from ..runtime.attach import factor_dtype
 from ..solving.methods.base import Method, Statistic
 from ..solving.moments import Moments, OutputMoment, of_divided_outputs
 from ..utils.logging import progress
+from ..utils.names import some_of
 from ..utils.timeline import stage
 from .block_store import Resume
 
 __all__ = ["BlockSolver", "Job", "stops_of"]
+
+_logger = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 4096
 
@@ -66,6 +71,7 @@ class BlockSolver:
     Attributes:
         gaps: group name -> what its ranks gain on other text, of some groups of the middle block, if one correction is
             solved by a method that allocates by gain, and this block was not finished by an earlier run.
+        pooled: names of the groups that got fewer tokens than their rank, and took the moments of all experts.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class BlockSolver:
         self.seed = seed
         self.outputs = outputs
         self.gaps: dict[str, TextGap] = {}
+        self.pooled: dict[str, None] = {}
 
     @stage("blocks")
     def solve(self, stops: Mapping[str, Sequence[Group]], sequences: Samples) -> list[list[GroupFactors]]:
@@ -113,6 +120,12 @@ class BlockSolver:
                     bar.update(len(inputs))
                 for entries, kept in zip(solved, found, strict=True):
                     entries.extend(next(new) if kept is None else kept)
+        if self.pooled:
+            _logger.warning(
+                "%s got fewer tokens than ranks: their input is taken to be that of all experts of their layer. "
+                "More calibration text tells them apart.",
+                some_of(list(self.pooled)),
+            )
         return solved
 
     def _solve_block(
@@ -120,8 +133,12 @@ class BlockSolver:
     ) -> list[list[GroupFactors]]:
         errors = self.weight_errors.errors(groups)
         moments: dict[Statistic, dict[str, Moments]] = {"none": dict.fromkeys(errors, Moments(tokens=0))}
+        many = {group.name for family in families(groups) if len(family) > 1 for group in family}
         collectors = {
-            statistic: [self._collector(group, errors[group.name], statistic) for group in groups]
+            statistic: [
+                self._collector(group, None if group.name in many else errors[group.name], statistic)
+                for group in groups
+            ]
             for statistic in dict.fromkeys(job.method.statistic for job in jobs)
             if statistic != "none"
         }
@@ -131,10 +148,12 @@ class BlockSolver:
             bar.update()
             if halved and done == len(walk.batches) // 2:
                 first = {one.group.name: one.moments() for one in every if one.error is None and one.tokens}
+        ranks = {group.name: max(job.ranks.get(group.name, 0) for job in jobs) for group in groups}
         for statistic, several in collectors.items():
-            moments[statistic] = {one.group.name: one.moments() for one in several}
+            moments[statistic], pooled = moments_of(several, ranks)
+            self.pooled |= {group.name: None for group in pooled}
         solved = [self._factors_of(job, job.groups(groups), errors, moments[job.method.statistic]) for job in jobs]
-        for group in (group for group in groups if group.name in first):
+        for group in (group for group in groups if group.name in first and group.name not in self.pooled):
             self._compare_halves(jobs[0], group, errors[group.name], first[group.name], moments["second"][group.name])
         for job, factors in zip(jobs, solved, strict=True):
             job.resume.save(stop, factors)
@@ -145,7 +164,7 @@ class BlockSolver:
         moment, rows = self.outputs.get(group.name), self.weight_errors.row_scales(group)
         return moment if moment is None or rows is None else of_divided_outputs(moment, rows)
 
-    def _collector(self, group: Group, error: Tensor, statistic: Statistic) -> MomentCollector:
+    def _collector(self, group: Group, error: Tensor | None, statistic: Statistic) -> MomentCollector:
         narrow = sum(group.out_features) < group.in_features  # E S E^T, shape (O, O), is then smaller than S, (d, d)
         scale = self.weight_errors.scales.get(group.members[0])
         divisor = None if scale is None else scale.columns

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..data.inputs import Inputs, Samples
+from ..data.inputs import Inputs, Samples, batches
 from ..errors import UnsupportedModuleError
 from ..models.forward import REFUSALS, to_model
 from ..models.reference import REVISION_TOLERANCE, Reference
 from ..models.samples import refuse_text
-from ..models.tracing import Trace, trace_groups
+from ..models.tracing import NEVER_CALLED, Trace, trace_groups
 from ..models.wrappers import uncompiled
 from ..quantizers.base import Backend
 from ..quantizers.libraries.dense import adopt_dense, dequantized_from
@@ -23,6 +23,7 @@ from ..quantizers.registry import methods
 __all__ = ["opened", "readable_modules", "traced"]
 
 _TRACE_TOKENS = 8
+_MORE = 8  # sequences
 _DENSE_TOLERANCE = 0.5  # GGUF also quantizes the embeddings: 4 bits change them by 0.1; another model differs by 1.4
 
 
@@ -50,12 +51,17 @@ def readable_modules(model: nn.Module, dense: bool) -> dict[str, Backend]:
 def traced(model: nn.Module, sequences: Samples) -> Trace:
     """Find the groups of a model, from a forward of the first tokens, or of the first sample of another kind.
 
+    If it does not call every module, which may be experts, more text is tried.
+
     Raises:
         UnsupportedModuleError: no module can be corrected.
         CalibrationError: the sequences are text, and the model also needs an image or a sound.
     """
     try:
         trace = trace_groups(model, to_model(_example(sequences), model))
+        for batch in (_first(sequences, 1), _first(sequences, _MORE)):
+            if NEVER_CALLED in trace.skipped.values():
+                trace = trace_groups(model, to_model(batch, model))
     except REFUSALS:
         if not isinstance(sequences, Inputs):
             refuse_text(model, failed=True)
@@ -71,6 +77,11 @@ def _example(sequences: Samples) -> dict[str, Any]:
     if isinstance(sequences, Inputs):
         return dict(sequences.samples[0])
     return {"input_ids": sequences[:1, :_TRACE_TOKENS]}
+
+
+def _first(sequences: Samples, count: int) -> dict[str, Any]:
+    """Keyword arguments of a forward of the first sequences, or of at most as many samples of another kind."""
+    return next(iter(batches(sequences, count)))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..models.tracing import Trace
 from ..quantizers.base import Backend
 from ..solving.moments import OutputMoment
 from ..solving.shrinkage import effective_tokens, shrunk
+from ..utils.names import some_of
 from .block_solver import BlockSolver, Job, stops_of
 
 __all__ = ["Problem"]
@@ -102,12 +103,12 @@ class Problem:
 
 
 def _used(job: Job, outputs: Mapping[str, OutputMoment]) -> Job:
-    """A correction without the groups whose outputs the model does not use, if that is known."""
+    """A correction without the groups whose outputs do not matter on this text, if that is known."""
     if not outputs or not job.method.two_sided:
         return job
     unused = sorted(set(job.ranks) - set(outputs))
     if unused:
-        _logger.warning("the model does not use the outputs of %s: left out.", ", ".join(unused))
+        _logger.warning("on this text the model does not use the outputs of %s: left out.", some_of(unused))
     return replace(job, ranks={name: rank for name, rank in job.ranks.items() if name in outputs})
 
 
