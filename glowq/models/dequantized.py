@@ -31,14 +31,14 @@ def dequantized(model: nn.Module) -> Iterator[None]:
 
     The weights are those that the libraries' kernels multiply by, in the model's dtype. They must not change inside of
     the context. Those used last are kept, up to a quarter of the free memory. Layers that also round their inputs, that
-    the model's own code computes, or whose weights are offloaded, run as they are.
+    may compute something else than W x + b, or whose weights are offloaded, run as they are.
     """
     weights = _Weights(int(psutil.virtual_memory().available * _SHARE))
     dtype = getattr(model, "dtype", torch.float32)
     with ExitStack() as stack:
         for name, backend in quantized_modules(model).items():
             module: Any = model.get_submodule(name)
-            has_own = "forward" in vars(module) or backend.runs_own_code(module) or backend.rounds_inputs(module)
+            has_own = "forward" in vars(module) or backend.may_differ(module) or backend.rounds_inputs(module)
             if _on_cpu(module) and not has_own:
                 module.forward = partial(_forward, module, weights, name, backend, dtype)
                 stack.callback(vars(module).pop, "forward", None)

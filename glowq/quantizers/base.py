@@ -155,8 +155,11 @@ class Backend(ABC):
         """Whether the module's kernel also quantizes its inputs. Its output is then not W x, but W times rounded x."""
         return any(detail.startswith("inputs rounded") for detail in self.scheme(module).details)
 
-    def runs_own_code(self, module: Any) -> bool:
-        """Whether code of the model, and not of torch or of the library, computes the module's forward."""
+    def may_differ(self, module: Any) -> bool:
+        """Whether the module may compute something else than W x + b, so that its values are to be compared with it.
+
+        It may where code of the model computes its forward, and not code of torch or of the library.
+        """
         owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
         return owner.__module__.startswith(_MODEL_CODE)
 

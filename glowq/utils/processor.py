@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["float32_is_faster", "forced", "slowdown"]
+__all__ = ["float32_is_faster", "forced", "has_avx512", "slowdown"]
 
 _SLOW = 2.0  # float32 is taken if it is this many times faster; measured: 0.5 (AVX512-BF16), 5 to 40 (AVX2)
 _PROBE = (32, 256, 256)  # rows, inputs and outputs of the products that are timed
@@ -32,6 +32,13 @@ def float32_is_faster(dtype: torch.dtype) -> bool:
         return False
     choice: bool | None = getattr(_state, "forced", None)
     return slowdown(dtype) > _SLOW if choice is None else choice
+
+
+def has_avx512() -> bool:
+    """Whether libraries use AVX512 kernels on this processor."""
+    import torch
+
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import glowq_kernels
 
 from ...errors import BackendError, RepackedWeightError
-from ...utils.processor import float32_is_faster
+from ...utils.processor import float32_is_faster, has_avx512
 from ..base import Backend, FusedProduct, Scheme, StoredModule, Unavailable, changed
 from ..derived import Derived
 from ..registry import register
@@ -75,6 +75,12 @@ class BitsAndBytes4Bit(Backend):
             return False  # GPU kernels do not rewrite the weight
         module.support_avx512bf16_for_cpu = has_avx512bf16()
         return bool(module.support_avx512bf16_for_cpu)
+
+    def may_differ(self, module: Any) -> bool:
+        # Where a row ends inside of a block, bitsandbytes' AVX512 kernel takes the scale of another block.
+        state = getattr(module.weight, "quant_state", None)
+        odd = state is not None and module.in_features % state.blocksize != 0
+        return (odd and module.weight.is_cpu and has_avx512()) or super().may_differ(module)
 
     def fused_product(self, module: Any) -> FusedProduct | None:
         library = sys.modules["bitsandbytes"].nn.Linear4bit
