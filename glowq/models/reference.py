@@ -6,12 +6,11 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,13 +21,12 @@ from ..utils.hub import local_snapshot
 from ..utils.scratch import temporary_folder
 from .disk_mapping import add_weight, compute_on, quiet_loading, unstored
 from .forward import evaluating, input_embeddings, to_model
+from .reference_checks import readable
 
-__all__ = ["REVISION_TOLERANCE", "Reference"]
+__all__ = ["Reference"]
 
 _logger = logging.getLogger(__name__)
 
-REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes a difference of 1.1e-3
-_SAMPLED_ROWS = 1024
 _MARK = "_is_quantized"  # an attribute of configs
 
 
@@ -154,33 +152,6 @@ class Reference:
         for name, shape in shapes.items():
             self._module(name, shape)
 
-    def check_revision(self, model: nn.Module, tolerance: float = REVISION_TOLERANCE) -> None:
-        """Compare the input embeddings, to find a reference that is another revision or a fine-tune.
-
-        Such a model has the same modules and shapes. Quantizers do not change the input embeddings, so they must be
-        equal. (Quantizers may change norms, see `glowq.models.channel_scales`.)
-
-        Args:
-            model: the quantized model.
-            tolerance: largest relative difference, as a root mean square over a sample of rows. Give more than the
-                default only if the embeddings were quantized too and then stored as floats (GGUF).
-
-        Raises:
-            ReferenceMismatchError: the embeddings differ by more.
-        """
-        ours, theirs = (_embedding_rows(side) for side in (model, self.model))
-        if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
-            return
-        common = min(len(ours), len(theirs))  # one of the vocabularies may be padded
-        sample = torch.linspace(0, common - 1, min(common, _SAMPLED_ROWS)).long()
-        quantized, full = ours[sample].float(), theirs[sample].float()
-        found = float((quantized - full).norm() / full.norm().clamp_min(1e-30))
-        if not found <= tolerance:
-            raise ReferenceMismatchError(
-                f"the embeddings differ by {found:.1%}: the reference is another revision or a fine-tune of the model "
-                "that was quantized; give the revision that was quantized, as in reference='org/model@revision'."
-            )
-
     def weight(self, name: str, shape: tuple[int, int]) -> Tensor:
         """Read the full-precision weight of one linear module.
 
@@ -196,7 +167,7 @@ class Reference:
             NonFiniteError: the weight holds NaN or Inf.
         """
         module = self._module(name, shape)
-        with _readable(module):
+        with readable(module):
             weight = module.weight.detach()
             full = (weight.T if isinstance(module, Conv1D) else weight).to(torch.float32, copy=True)
         if not bool(torch.isfinite(full).all()):
@@ -296,22 +267,3 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-
-
-def _readable(module: nn.Module) -> AbstractContextManager[None]:
-    """Inside this context, the weights of a module can be read; offloaded ones are on the CPU."""
-    context: AbstractContextManager[None] = align_module_device(
-        module, torch.device("cpu") if has_offloaded_params(module) else None
-    )
-    return context
-
-
-def _embedding_rows(model: nn.Module) -> Tensor | None:
-    """Return the input embeddings, (vocabulary, width), on the CPU; None if the model has none as plain floats."""
-    layer: Any = input_embeddings(model)
-    weight = getattr(layer, "weight", None)
-    if layer is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
-        return None
-    with _readable(layer):
-        values: Tensor = layer.weight.detach()
-        return values.cpu() if values.is_floating_point() else None

@@ -19,10 +19,10 @@ from ..utils.timeline import stage
 from .blocks import blocks
 from .channel_scales import VISIBLE, Pair, Scales, Slopes, best_match, fit_columns, slopes
 from .reference import Reference
+from .reference_checks import LEAST_SIMILARITY
 
 __all__ = ["WeightErrors", "changed_layers"]
 
-_LEAST_SIMILARITY = 0.5  # cosine; 2-bit rounding of the bundled model keeps 0.90, an unrelated weight has 0
 _ROUNDING = 0.01  # relative; above the rounding error of a norm's weights that were rounded to bfloat16 twice
 _PROBES = 8
 _BIAS_TOLERANCE = 0.2  # of a scale's log; the estimate from the weights is off by a few hundredths
@@ -150,7 +150,7 @@ class WeightErrors:
     def _check(self, name: str, raw: Slopes, rows: Slopes) -> None:
         scale = self.scales.get(name)
         found = rows if scale is None or scale.rows is None else rows.scaled(1 / scale.rows)
-        if found.cosine < _LEAST_SIMILARITY:
+        if found.cosine < LEAST_SIMILARITY:
             raise ReferenceMismatchError(
                 f"{name} of the reference has cosine similarity {found.cosine:.2f} with the quantized weight: the "
                 "shapes agree, but it is another model. Give the full-precision model that the quantized one was made "

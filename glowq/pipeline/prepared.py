@@ -11,7 +11,8 @@ from torch import nn
 from ..data.inputs import Inputs, Samples, batches
 from ..errors import UnsupportedModuleError
 from ..models.forward import REFUSALS, to_model
-from ..models.reference import REVISION_TOLERANCE, Reference
+from ..models.reference import Reference
+from ..models.reference_checks import REVISION_TOLERANCE, check_loaded, check_revision
 from ..models.samples import refuse_text
 from ..models.tracing import NEVER_CALLED, Trace, trace_groups
 from ..models.wrappers import uncompiled
@@ -105,7 +106,8 @@ def opened(
     ):
         source.check({name: shape for group in trace.groups for name, shape in group.shapes.items()})
         source.check_ids(sequences)
-        source.check_revision(model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
+        check_revision(model, source.model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
+        check_loaded(model, source.model)
         source.check_runs(_example(sequences))
         yield source
 

@@ -18,6 +18,7 @@ from glowq.errors import FoldingError, ReferenceMismatchError
 from glowq.evaluation.scores import score_models
 from glowq.models.channel_scales import fit_columns, slopes
 from glowq.models.reference import Reference
+from glowq.models.reference_checks import check_revision
 from glowq.models.tracing import trace_groups
 from glowq.models.weight_errors import WeightErrors, changed_layers
 from glowq.quantizers.model import prepare_model, read_weight
@@ -119,7 +120,7 @@ def test_libraries_that_fold_nothing_are_corrected_as_they_are(base: Base) -> No
     model = base.load()
     backends = prepare_model(model)
     with Reference(small_model(), LlamaForCausalLM) as reference:
-        reference.check_revision(model)
+        check_revision(model, reference.model)
         found = WeightErrors(model, reference, backends)
         groups = trace_groups(model, {"input_ids": IDS}).groups
         errors = found.errors(groups)
@@ -203,19 +204,19 @@ def test_rounded_norms_and_layers_that_cannot_be_probed_are_no_producers() -> No
 def test_another_revision_is_told_by_its_embeddings() -> None:
     model, reference = llama(), llama()
     opened = Reference(reference, LlamaForCausalLM)
-    opened.check_revision(model)
-    opened.check_revision(copy.deepcopy(model).bfloat16())
-    opened.check_revision(copy.deepcopy(model).half())
+    check_revision(model, opened.model)
+    check_revision(copy.deepcopy(model).bfloat16(), opened.model)
+    check_revision(copy.deepcopy(model).half(), opened.model)
     wide = copy.deepcopy(model)
     wide.resize_token_embeddings(80)
-    opened.check_revision(wide)
+    check_revision(wide, opened.model)
     with torch.no_grad():
         noise = torch.randn_like(reference.model.embed_tokens.weight)
         reference.model.embed_tokens.weight += 0.01 * noise * reference.model.embed_tokens.weight.std()
     with pytest.raises(ReferenceMismatchError, match=r"the embeddings differ by 1\.0%: .* give the revision"):
-        opened.check_revision(model)
-    opened.check_revision(model, tolerance=0.02)
-    opened.check_revision(nn.Linear(2, 2))
+        check_revision(model, opened.model)
+    check_revision(model, opened.model, tolerance=0.02)
+    check_revision(nn.Linear(2, 2), opened.model)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ def test_awq_by_its_own_library_is_unfolded(awq_checkpoint: Path) -> None:
     backends = prepare_model(model)
     groups = trace_groups(model, {"input_ids": IDS}).groups
     with Reference(small_model(), LlamaForCausalLM) as reference:
-        reference.check_revision(model)
+        check_revision(model, reference.model)
         found = WeightErrors(model, reference, backends)
         errors = found.errors(groups)
         kept = set()

@@ -29,6 +29,7 @@ from glowq.errors import (
 )
 from glowq.models.forward import to_model
 from glowq.models.reference import Reference
+from glowq.models.reference_checks import check_revision
 from support.bases import Base, rows
 
 Factory = Callable[..., Any]
@@ -119,7 +120,7 @@ def test_it_computes_on_the_device_of_the_quantized_model(tiny_llama: Factory, t
                 )
         assert reference.model(**inputs).logits.device == meta
         assert torch.equal(reference.weight(NAME, (16, 32)), model.get_submodule(NAME).weight)
-        reference.check_revision(model)
+        check_revision(model, reference.model)
     assert set(devices) == {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert set(devices.values()) == {(meta, meta)}
 

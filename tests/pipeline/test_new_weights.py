@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,6 +22,7 @@ from transformers import (
 
 import glowq
 from glowq.errors import BackendError, CalibrationError, ConfigError, ReferenceMismatchError
+from glowq.models.reference_checks import check_loaded
 from support.tiny import CALIBRATION, CHEAP, EXAMPLE, TEXTS, VOCABULARY, correct, quantized, tiny_llama
 
 BERT = BertConfig(
@@ -124,3 +126,27 @@ def test_new_tokens_in_the_calibration_text_are_refused_before_the_work(sources:
     with pytest.raises(CalibrationError, match="token id 4099, and the reference has embeddings for 4096: "):
         glowq.correct(model, reference=sources["llama"], calibration=ids, **{**CHEAP, **CALIBRATION})
     assert len(forwards) == 1  # the trace
+
+
+def test_layers_that_a_quantizer_left_random_are_refused(tmp_path: Path) -> None:
+    """torchao does not split NomicBert's fused weight: k and v stay random, and transformers only reports it."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    AutoModel.from_config(AutoConfig.for_model("nomic_bert", **VOCABULARY, **small)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(EXAMPLE).save_pretrained(tmp_path)
+    with pytest.raises(
+        ReferenceMismatchError, match=r"k_proj, which is not quantized, has cosine similarity -?0\.[012]"
+    ):
+        correct(load(AutoModel, tmp_path), tmp_path)
+
+
+def test_scaled_columns_of_a_layer_in_float_are_accepted() -> None:
+    """AWQ scales a router's columns, too, where it divides the norm before by their scales."""
+    reference, model = (nn.ModuleDict({"router": nn.Linear(32, 8)}) for _ in range(2))
+    with torch.no_grad():
+        scaled = reference["router"].weight * torch.linspace(0.5, 2, 32)
+        model["router"].weight.copy_(scaled)
+    check_loaded(model, reference)
+    with torch.no_grad():
+        model["router"].weight.normal_()
+    with pytest.raises(ReferenceMismatchError, match=r"^router, which is not quantized, "):
+        check_loaded(model, reference)

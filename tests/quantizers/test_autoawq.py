@@ -20,6 +20,7 @@ from glowq.data.tokens import token_sequences
 from glowq.errors import FoldingError
 from glowq.evaluation.scores import score_models
 from glowq.models.reference import Reference
+from glowq.models.reference_checks import check_revision
 from glowq.models.tracing import trace_groups
 from glowq.models.weight_errors import WeightErrors
 from glowq.quantizers.base import Scheme
@@ -137,7 +138,7 @@ def test_unfolding_finds_what_autoawq_folded(tensors: dict[str, Tensor]) -> None
     backends = prepare_model(model)
     groups = trace_groups(model, {"input_ids": IDS}).groups
     with Reference(small_model(), LlamaForCausalLM) as reference:
-        reference.check_revision(model)
+        check_revision(model, reference.model)
         found = WeightErrors(model, reference, backends)
         errors = found.errors(groups)
     for group in groups:
