@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,13 +16,16 @@ if TYPE_CHECKING:
 __all__ = [
     "BASE_NAMES",
     "BUDGET",
+    "EXPORT_NAMES",
     "METHOD_NAMES",
+    "BaseOption",
     "BudgetOption",
     "ClozeOption",
     "DistillOption",
     "FactorDtypeOption",
     "JsonOption",
     "MaxRankOption",
+    "MethodOption",
     "ModelArgument",
     "RankStepOption",
     "RoundedDtype",
@@ -28,11 +33,12 @@ __all__ = [
     "SeedOption",
     "check_budget",
     "distill_steps",
+    "named",
     "rank_request",
 ]
 
-# The names that --help shows for --base and --method. The registries that define them import torch and transformers,
-# which takes seconds. So the names are repeated here, and a test compares them with the registries.
+# The names of --base, --method and --to. The registries that define them import torch and transformers, which takes
+# seconds: --help and a wrong name need none of it. So the names are repeated here, and a test compares them.
 BASE_NAMES = (
     "fp4",
     "fp4-double",
@@ -71,6 +77,17 @@ METHOD_NAMES = (
     "svd",
     "zeroquant",
 )
+EXPORT_NAMES = ("merged", "onnx", "peft")
+_OTHER_BASES = ("none", "dense")  # a model that is quantized already, and one that is in float
+
+
+def named(value: str, names: Sequence[str]) -> str:
+    """The value of an option that takes a name. One that is not known is wrong usage (status 2)."""
+    if value in names:
+        return value
+    near = get_close_matches(value, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise typer.BadParameter(f"{value!r} is none of {', '.join(names)}.{hint}")
 
 
 def check_budget(value: str | None) -> str | None:
@@ -115,6 +132,18 @@ def _check_distill(value: str) -> str:
     return value
 
 
+BaseOption = Annotated[
+    str,
+    typer.Option(
+        callback=lambda value: named(value, (*_OTHER_BASES, *BASE_NAMES)),
+        help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: MODEL's float weights hold "
+        "quantized values.",
+    ),
+]
+MethodOption = Annotated[
+    str,
+    typer.Option(callback=lambda value: named(value, METHOD_NAMES), help=f"Solver method: {', '.join(METHOD_NAMES)}."),
+]
 BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or as many as recover a predicted share of the lost "
 BUDGET += "accuracy ('recover 80%')"
 BudgetOption = Annotated[str | None, typer.Option(help=f"Bytes for the factors: {BUDGET}.")]

@@ -10,8 +10,9 @@ from typing import Any, get_args
 
 import pytest
 
-from glowq.cli.options import BASE_NAMES, METHOD_NAMES, FactorDtypeOption, RoundedDtype
+from glowq.cli.options import BASE_NAMES, EXPORT_NAMES, METHOD_NAMES, FactorDtypeOption, RoundedDtype
 from glowq.factors.form import FACTOR_DTYPES
+from glowq.integrations.export.registry import TARGETS
 from glowq.quantizers.registry import base_names
 from glowq.solving.methods.base import method_names
 
@@ -57,6 +58,9 @@ print("\\n" + json.dumps({**found, "modules": sorted(sys.modules)}))
         (["correct"], 2),
         (["inspect", "a", "--nothing"], 2),
         (["select", "a", "--budget", "much", "--output", "b"], 2),
+        (["correct", "a", "--base", "nf5", "--calibration", "b", "--output", "c"], 2),
+        (["compare", "a", "--methods", "magic", "--calibration", "b", "--data", "c"], 2),
+        (["export", "a", "--to", "onyx", "--output", "b"], 2),
     ],
     ids=str,
 )
@@ -73,6 +77,7 @@ def test_importing_glowq_needs_no_torch() -> None:
 def test_help_names_every_base_and_method() -> None:
     assert list(BASE_NAMES) == base_names()
     assert list(METHOD_NAMES) == method_names()
+    assert list(EXPORT_NAMES) == sorted(TARGETS)
     assert get_args(get_args(FactorDtypeOption)[0]) == ("auto", *FACTOR_DTYPES)
     assert get_args(RoundedDtype) == ("auto", *(name for name, bits in FACTOR_DTYPES.items() if bits))
 

@@ -16,8 +16,8 @@ from ...models.loading import load_config, load_model, reference_name, scores_te
 from ...models.preprocessors import load_tokenizer
 from ...utils.timeline import timeline
 from ..options import (
-    BASE_NAMES,
     METHOD_NAMES,
+    BaseOption,
     ClozeOption,
     DistillOption,
     JsonOption,
@@ -26,6 +26,7 @@ from ..options import (
     SeedOption,
     check_budget,
     distill_steps,
+    named,
 )
 from ..output import command_line, peak_rss_bytes, session
 from ..reports.cloze import cloze_figures
@@ -49,6 +50,13 @@ def _check_list(value: str | None) -> str | None:
     return value
 
 
+def _check_methods(value: str) -> str:
+    _check_list(value)
+    for name in _list(value):
+        named(name, METHOD_NAMES)
+    return value
+
+
 def _check_budgets(value: str) -> str:
     _check_list(value)
     for budget in _list(value):
@@ -68,12 +76,14 @@ def compare(
     model: ModelArgument,
     calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
     data: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on; must not overlap the calibration.")],
-    base: Annotated[str, typer.Option(help=f"Quantizer: {', '.join(BASE_NAMES)}; none; dense.")] = "none",
+    base: BaseOption = "none",
     reference: Annotated[
         str | None,
         typer.Option(metavar="REF", help="Full-precision model; by default MODEL, if MODEL is not quantized."),
     ] = None,
-    methods: Annotated[str, typer.Option(callback=_check_list, help=f"Any of {', '.join(METHOD_NAMES)}.")] = _METHODS,
+    methods: Annotated[
+        str, typer.Option(callback=_check_methods, help=f"Any of {', '.join(METHOD_NAMES)}.")
+    ] = _METHODS,
     budgets: Annotated[
         str, typer.Option(callback=_check_budgets, help="Budgets: shares of the quantized weights' bytes, or sizes.")
     ] = "0.5%,1%,2%",

@@ -11,13 +11,13 @@ import typer
 from ...evaluation.figures import shown, shown_share, undone
 from ...utils.timeline import timeline
 from ..options import (
-    BASE_NAMES,
-    METHOD_NAMES,
+    BaseOption,
     BudgetOption,
     DistillOption,
     FactorDtypeOption,
     JsonOption,
     MaxRankOption,
+    MethodOption,
     ModelArgument,
     RankStepOption,
     SeedOption,
@@ -39,13 +39,7 @@ def correct(
         typer.Option(metavar="FILE", help="Text, or what MODEL reads in its place: a file, folder or datasets name."),
     ],
     output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
-    base: Annotated[
-        str,
-        typer.Option(
-            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: MODEL's float weights "
-            "hold quantized values."
-        ),
-    ] = "none",
+    base: BaseOption = "none",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every group; 32 if no budget is given.")] = None,
     budget: BudgetOption = None,
     rank_step: RankStepOption = 1,
@@ -54,7 +48,7 @@ def correct(
         str | None,
         typer.Option(metavar="REF", help="Full-precision model; by default MODEL, if MODEL is not quantized."),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"Solver method: {', '.join(METHOD_NAMES)}.")] = "glowq",
+    method: MethodOption = "glowq",
     format: Annotated[
         Literal["correction", "full"] | None,
         typer.Option(

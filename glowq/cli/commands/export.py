@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ...errors import ConfigError
-from ..options import JsonOption
+from ..options import EXPORT_NAMES, JsonOption, named
 from ..output import command_line, grid, session
 
 __all__ = ["export"]
@@ -15,7 +15,13 @@ __all__ = ["export"]
 
 def export(
     model: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a corrected model, either form.")],
-    to: Annotated[str, typer.Option(help="peft, onnx, or merged (a dense model with the correction in its weights).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            callback=lambda value: named(value, EXPORT_NAMES),
+            help="peft, onnx, or merged (a dense model with the correction in its weights).",
+        ),
+    ],
     output: Annotated[str, typer.Option(metavar="DIR", help="Folder to write; must be new, empty, or an old export.")],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,

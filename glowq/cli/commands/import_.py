@@ -9,7 +9,7 @@ import typer
 from ...errors import ConfigError, ModelNotFoundError
 from ...models.loading import load_config, load_model
 from ...models.preprocessors import load_tokenizer
-from ..options import BASE_NAMES, JsonOption
+from ..options import BaseOption, JsonOption
 from ..output import command_line, grid, session
 
 __all__ = ["import_"]
@@ -25,13 +25,7 @@ def import_(
         ),
     ],
     output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
-    base: Annotated[
-        str,
-        typer.Option(
-            help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: MODEL's float weights "
-            "hold quantized values."
-        ),
-    ] = "none",
+    base: BaseOption = "none",
     json: JsonOption = False,
 ) -> None:
     """Save a LoRA adapter of EoRA, QERA, LoftQ or `glowq export --to peft` as a correction.
