@@ -68,19 +68,20 @@ def covered(coverage: Coverage | None, groups: Iterable[Group]) -> dict[str, Any
     if not coverage:
         return None
     restored = {member for group in groups for member in group.members}
+    modules, skipped, floats = (coverage.get(name, {}) for name in ("modules", "skipped", "not_quantized"))
     sizes = {
-        "corrected": sum(size for name, size in coverage["modules"].items() if name in restored),
-        "not_restored": sum(size for name, size in coverage["modules"].items() if name not in restored),
-        "skipped": sum(coverage["skipped"].values()),
-        "not_quantized": sum(coverage["not_quantized"].values()),
+        "corrected": sum(size for name, size in modules.items() if name in restored),
+        "not_restored": sum(size for name, size in modules.items() if name not in restored),
+        "skipped": sum(skipped.values()),
+        "not_quantized": sum(floats.values()),
     }
     whole = sum(sizes.values())
     shares = {name: size / whole if whole else 0.0 for name, size in sizes.items()}
     words = {
         "corrected": "corrected",
         "not_restored": "quantized, in groups that got no rank",
-        "skipped": f"quantized, cannot be corrected ({_largest(coverage['skipped'], whole)})",
-        "not_quantized": f"not quantized ({_largest(coverage['not_quantized'], whole)})",
+        "skipped": f"quantized, cannot be corrected ({_largest(skipped, whole)})",
+        "not_quantized": f"not quantized ({_largest(floats, whole)})",
     }
     text = [f"{shares[name]:.1%} {words[name]}" for name in words if sizes[name] or name == "corrected"]
     return {**shares, "text": text}

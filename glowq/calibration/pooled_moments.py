@@ -38,7 +38,7 @@ def moments_of(
 
     Args:
         collectors: those of a block's groups; of a family with several members, without `error`.
-        ranks: group name -> rank.
+        ranks: group name -> rank, 0 for one that is not solved.
 
     Returns:
         Group name -> moments; and the groups that took their family's.
@@ -51,15 +51,14 @@ def moments_of(
     found: dict[str, Moments] = {}
     pooled: list[Group] = []
     for family in families([one.group for one in collectors]):
-        own = {group.name: of_group[group.name] for group in family}
-        lacking = [group for group in family if own[group.name].tokens < ranks.get(group.name, 0)]
-        reached = [one.moments() for one in own.values() if one.tokens]
-        if len(family) == 1 or not reached:
-            lacking = []
-        common = _pooled(reached) if lacking else None
-        for group in family:
-            found[group.name] = common if common is not None and group in lacking else own[group.name].moments()
-        pooled += lacking
+        if not any(of_group[group.name].tokens for group in family):
+            of_group[family[0].name].moments()  # raises the error
+        own = {group.name: of_group[group.name].moments() for group in family if of_group[group.name].tokens}
+        lacking = [group for group in family if of_group[group.name].tokens < ranks[group.name]]
+        found |= own
+        if lacking and len(family) > 1:
+            found |= dict.fromkeys((group.name for group in lacking), _pooled(list(own.values())))
+            pooled += lacking
     return found, pooled
 
 

@@ -31,9 +31,10 @@ def unstored(model: nn.Module) -> list[str]:
         for part in _hooks(module):
             if isinstance(part, AlignDevicesHook) and part.weights_map is not None:
                 stored: Any = part.weights_map
-                known = {*stored.dataset.state_dict, *stored.dataset.index}
                 own = [key for key, value in module.named_parameters(recurse=False) if value.is_meta]
-                found += [f"{name}.{key}" for key in own if f"{stored.prefix}{key}" not in known]
+                keys = {f"{name}.{key}".removeprefix("."): f"{stored.prefix}{key}" for key in own}
+                known = (stored.dataset.state_dict, stored.dataset.index)
+                found += [full for full, key in keys.items() if not any(key in names for names in known)]
     return found
 
 

@@ -94,8 +94,10 @@ class TestCorrect:
                 "improvement",
                 "instead",
                 "mixed",
+                "coverage",
             ),
         }
+        assert result["coverage"]["text"][0] == f"{result['coverage']['corrected']:.1%} corrected"
         assert result["output"] == "out"
         assert result["groups"] == len(result["ranks"]) == 32
         assert set(result["ranks"].values()) == {8}
