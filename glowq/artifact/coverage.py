@@ -68,7 +68,8 @@ def covered(coverage: Coverage | None, groups: Iterable[Group]) -> dict[str, Any
     if not coverage:
         return None
     restored = {member for group in groups for member in group.members}
-    modules, skipped, floats = (coverage.get(name, {}) for name in ("modules", "skipped", "not_quantized"))
+    modules, skipped = coverage.get("modules", {}), coverage.get("skipped", {})
+    floats = coverage.get("not_quantized", {})
     sizes = {
         "corrected": sum(size for name, size in modules.items() if name in restored),
         "not_restored": sum(size for name, size in modules.items() if name not in restored),

@@ -26,6 +26,7 @@ from ..solving.moments import OutputMoment
 from ..utils.logging import progress
 from ..utils.timeline import stage
 from .gradient_sums import SKETCH_RANK, GradientProduct, GradientSketch
+from .pooled_moments import families
 
 __all__ = ["FULL_WIDTH", "output_moments"]
 
@@ -62,7 +63,7 @@ def output_moments(
         Group name -> float32 tensor of shape (O, O). If O is above `full_width`, a diagonal plus a low-rank part of 256
         directions. The unit is nats (for an encoder: squared distance of normalized states) per squared output unit.
         Groups whose outputs the model does not use are left out, such as the last layer of an image tower from which a
-        vision-language model takes the layer before; and experts that get no token.
+        vision-language model takes the layer before; and experts that get no token where others of their layer do.
 
     Raises:
         SensitivityError: the model's output has no gradient, or no gradient reaches a group.
@@ -87,11 +88,23 @@ def output_moments(
         for batch in batches:
             tokens += _backward(model, batch, generator)
             bar.update()
+        spared = _spared(sums)
         unreached = [entry for entry in sums if not entry.was_reached]
-        unused = {one.group.name for one in unreached if not one.was_computed or _is_unused(model, one, batches[0])}
+        unused = {one.group.name for one in unreached if one.group.name in spared or _is_unused(model, one, batches[0])}
     if len(unused) == len(sums):
         unused = set()  # the error of the first of them is raised below
     return {entry.group.name: entry.moment(tokens) for entry in sums if entry.group.name not in unused}
+
+
+def _spared(sums: Sequence[_GroupGradient]) -> set[str]:
+    """Names of the experts that no token reached, where tokens reached others of their layer."""
+    of_group = {entry.group.name: entry for entry in sums}
+    found: set[str] = set()
+    for family in families([entry.group for entry in sums]):
+        members = [of_group[group.name] for group in family]
+        if any(entry.was_reached for entry in members):
+            found.update(entry.group.name for entry in members if not entry.was_computed)
+    return found
 
 
 def _is_unused(model: nn.Module, entry: _GroupGradient, batch: Batch) -> bool:
