@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ConfigError, CorrectionError, NewerFormatWarning, VersionError
 from ..quantizers.settings import base_settings
 from ..utils.checks import check_int, check_text, json_fault, json_object, shown
+from ..utils.names import did_you_mean
 from .provenance import Provenance
 from .request import CorrectionRequest
 from .stored_fields import GROUP_FIELDS, check_base_model, check_group
@@ -243,9 +243,8 @@ def _known_fields(where: str, found: Mapping[str, Any], known: Iterable[str], mi
     known = list(known)
     unknown = sorted(map(str, set(found) - set(known)))
     if unknown and minor <= FORMAT_MINOR:
-        near = get_close_matches(unknown[0][:_LONGEST], known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Known fields: {', '.join(known)}."
-        raise ConfigError(f"unknown field {shown(unknown[0])} in {where}.{hint}")
+        hint = did_you_mean(unknown[0][:_LONGEST], known, f"Known fields: {', '.join(known)}.")
+        raise ConfigError(f"unknown field {shown(unknown[0])} in {where}. {hint}")
     if unknown:
         warnings.warn(
             f"{where} holds {', '.join(map(shown, unknown[:_MOST_SHOWN]))}, which format {FORMAT_VERSION}.{minor} has. "

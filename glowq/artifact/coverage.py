@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..factors.group import Group
     from ..models.tracing import Trace
 
-__all__ = ["coverage_of", "covered"]
+__all__ = ["coverage_of", "covered", "in_words"]
 
 _LEAST = 0.01  # share of the bytes; parts below it are not named
 
@@ -77,15 +77,28 @@ def covered(coverage: Coverage | None, groups: Iterable[Group]) -> dict[str, Any
         "not_quantized": sum(floats.values()),
     }
     whole = sum(sizes.values())
-    shares = {name: size / whole if whole else 0.0 for name, size in sizes.items()}
     words = {
         "corrected": "corrected",
         "not_restored": "quantized, in groups that got no rank",
         "skipped": f"quantized, cannot be corrected ({_largest(skipped, whole)})",
         "not_quantized": f"not quantized ({_largest(floats, whole)})",
     }
-    text = [f"{shares[name]:.1%} {words[name]}" for name in words if sizes[name] or name == "corrected"]
-    return {**shares, "text": text}
+    return in_words(sizes, words)
+
+
+def in_words(sizes: Mapping[str, int], words: Mapping[str, str]) -> dict[str, Any] | None:
+    """Shares of bytes, and "text", the same in words, without empty parts after the first; None if all are empty.
+
+    Args:
+        sizes: name of a part -> bytes.
+        words: the same names -> what is said of the part.
+    """
+    whole = sum(sizes.values())
+    if not whole:
+        return None
+    shares = {name: sizes[name] / whole for name in words}
+    named = [name for number, name in enumerate(words) if number == 0 or sizes[name]]
+    return {**shares, "text": [f"{shares[name]:.1%} {words[name]}" for name in named]}
 
 
 def _largest(sizes: Mapping[str, int], whole: int) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ConfigError
 from ..selection.budget import RankRequest, parse_target
 from ..utils.checks import check_int
+from ..utils.names import did_you_mean
 
 __all__ = ["CorrectionRequest"]
 
@@ -109,8 +109,7 @@ class CorrectionRequest:
             raise ConfigError(f"give either request or its fields ({', '.join(sorted(options))}), not both.")
         unknown = sorted(set(options) - set(cls.names()))
         if unknown:
-            near = get_close_matches(unknown[0], cls.names(), n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(cls.names())}."
+            hint = did_you_mean(unknown[0], cls.names(), f"Known: {', '.join(cls.names())}.")
             raise ConfigError(f"unknown option {unknown[0]!r} of a correction. {hint}")
         return cls(**options) if request is None else request
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import ConfigError
+from ..utils.names import unknown_base, unknown_method
 
 if TYPE_CHECKING:
     from ..selection.budget import RankRequest
@@ -32,8 +31,8 @@ __all__ = [
     "RoundedDtypeOption",
     "SeedOption",
     "check_budget",
+    "check_method",
     "distill_steps",
-    "named",
     "rank_request",
 ]
 
@@ -81,13 +80,18 @@ EXPORT_NAMES = ("merged", "onnx", "peft")
 _OTHER_BASES = ("none", "dense")  # a model that is quantized already, and one that is in float
 
 
-def named(value: str, names: Sequence[str]) -> str:
-    """The value of an option that takes a name. One that is not known is wrong usage (status 2)."""
-    if value in names:
-        return value
-    near = get_close_matches(value, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise typer.BadParameter(f"{value!r} is none of {', '.join(names)}.{hint}")
+def _check_base(value: str) -> str:
+    """Callback of --base. A name that is not known is wrong usage (status 2)."""
+    if value not in (*_OTHER_BASES, *BASE_NAMES):
+        raise typer.BadParameter(unknown_base(value, BASE_NAMES))
+    return value
+
+
+def check_method(value: str) -> str:
+    """Callback of --method. A name that is not known is wrong usage (status 2)."""
+    if value not in METHOD_NAMES:
+        raise typer.BadParameter(unknown_method(value, METHOD_NAMES))
+    return value
 
 
 def check_budget(value: str | None) -> str | None:
@@ -135,14 +139,14 @@ def _check_distill(value: str) -> str:
 BaseOption = Annotated[
     str,
     typer.Option(
-        callback=lambda value: named(value, (*_OTHER_BASES, *BASE_NAMES)),
+        callback=_check_base,
         help=f"Quantizer: {', '.join(BASE_NAMES)}; none: MODEL is quantized already; dense: MODEL's float weights hold "
         "quantized values.",
     ),
 ]
 MethodOption = Annotated[
     str,
-    typer.Option(callback=lambda value: named(value, METHOD_NAMES), help=f"Solver method: {', '.join(METHOD_NAMES)}."),
+    typer.Option(callback=check_method, help=f"Solver method: {', '.join(METHOD_NAMES)}."),
 ]
 BUDGET = "a share of the quantized weights (1.5%), a size (200MB), or as many as recover a predicted share of the lost "
 BUDGET += "accuracy ('recover 80%')"

@@ -7,11 +7,11 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, ModelNotFoundError
+from ..utils.names import did_you_mean
 from .conversations import Document, message_texts
 from .ids import holds_ids
 from .read_inputs import holds_inputs
@@ -170,9 +170,8 @@ def _check_named(name: str) -> None:
         return
     if _DATASET.fullmatch(name) and not name.lower().endswith(SUFFIXES):
         return
-    near = get_close_matches(name, _STDLIB, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else "to give the text itself in Python, give a list of strings"
-    raise ModelNotFoundError(f"no file or folder {name[:200]!r}; {advice}")
+    advice = did_you_mean(name, _STDLIB, "To give the text itself in Python, give a list of strings.")
+    raise ModelNotFoundError(f"no file or folder {name[:200]!r}. {advice}")
 
 
 def _read_stdlib(*, held_out: bool) -> list[str]:

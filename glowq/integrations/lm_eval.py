@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, EvaluationError, one_line
 from ..evaluation.figures import finite
+from ..utils.names import did_you_mean
 from ..utils.timeline import stage
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
     known = _task_manager().all_tasks
     for name in tasks:
         if name not in known and not Path(name).is_file():  # a task can also be the path of a YAML file
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"lm-evaluation-harness has no task {name!r}; `lm-eval ls tasks` lists them all.{hint}")
+            advice = f"`lm-eval ls tasks` lists them all. {did_you_mean(name, known)}".rstrip()
+            raise ConfigError(f"lm-evaluation-harness has no task {name!r}; {advice}")
 
 
 @cache

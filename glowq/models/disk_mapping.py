@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from ..utils.logging import quiet
 
-__all__ = ["add_weight", "compute_on", "quiet_loading", "unstored"]
+__all__ = ["add_weight", "compute_on", "quiet_loading", "readable", "unstored"]
 
 
 def add_weight(model: nn.Module, name: str, value: Tensor) -> None:
@@ -47,6 +48,14 @@ def compute_on(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
+
+
+def readable(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside this context, the weights of a module can be read; offloaded ones are on the CPU."""
+    context: AbstractContextManager[None] = align_module_device(
+        module, torch.device("cpu") if has_offloaded_params(module) else None
+    )
+    return context
 
 
 def _hooks(module: nn.Module) -> Sequence[Any]:

@@ -19,9 +19,8 @@ from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, U
 from ..utils.files import checkpoint_files, read_json, stored_variant
 from ..utils.hub import local_snapshot
 from ..utils.scratch import temporary_folder
-from .disk_mapping import add_weight, compute_on, quiet_loading, unstored
+from .disk_mapping import add_weight, compute_on, quiet_loading, readable, unstored
 from .forward import evaluating, input_embeddings, to_model
-from .reference_checks import readable
 
 __all__ = ["Reference"]
 

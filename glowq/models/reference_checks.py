@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ReferenceMismatchError
 from ..quantizers.model import quantized_modules
+from .disk_mapping import readable
 from .forward import input_embeddings
 
-__all__ = ["LEAST_SIMILARITY", "REVISION_TOLERANCE", "check_loaded", "check_revision", "readable"]
+__all__ = ["LEAST_SIMILARITY", "REVISION_TOLERANCE", "check_loaded", "check_revision"]
 
 REVISION_TOLERANCE = 3e-3  # rounding to bfloat16 makes a difference of 1.1e-3
 LEAST_SIMILARITY = 0.5  # cosine; 2-bit rounding of the bundled model keeps 0.90, an unrelated weight has 0
@@ -80,14 +79,6 @@ def check_loaded(model: nn.Module, reference: nn.Module) -> None:
                 "transformers did not load it (its load report names it as MISSING; another quantizer may load "
                 "it), or the reference is another model."
             )
-
-
-def readable(module: nn.Module) -> AbstractContextManager[None]:
-    """Inside this context, the weights of a module can be read; offloaded ones are on the CPU."""
-    context: AbstractContextManager[None] = align_module_device(
-        module, torch.device("cpu") if has_offloaded_params(module) else None
-    )
-    return context
 
 
 def _sampled_rows(module: Any) -> Tensor | None:

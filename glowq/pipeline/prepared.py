@@ -59,10 +59,7 @@ def traced(model: nn.Module, sequences: Samples) -> Trace:
         CalibrationError: the sequences are text, and the model also needs an image or a sound.
     """
     try:
-        trace = trace_groups(model, to_model(_example(sequences), model))
-        for batch in (_first(sequences, 1), _first(sequences, _MORE)):
-            if NEVER_CALLED in trace.skipped.values():
-                trace = trace_groups(model, to_model(batch, model))
+        trace = _traced(model, sequences)
     except REFUSALS:
         if not isinstance(sequences, Inputs):
             refuse_text(model, failed=True)
@@ -73,16 +70,27 @@ def traced(model: nn.Module, sequences: Samples) -> Trace:
     return trace
 
 
-def _example(sequences: Samples) -> dict[str, Any]:
-    """Keyword arguments of a short forward."""
+def _traced(model: nn.Module, sequences: Samples) -> Trace:
+    """Trace more and more text, as long as modules are not called and more text calls more of them."""
+    trace, before = None, None
+    for example in _examples(sequences):
+        trace = trace_groups(model, to_model(example, model))
+        uncalled = [name for name, reason in trace.skipped.items() if reason == NEVER_CALLED]
+        if not uncalled or uncalled == before:
+            break
+        before = uncalled
+    assert trace is not None
+    return trace
+
+
+def _examples(sequences: Samples) -> Iterator[dict[str, Any]]:
+    """Keyword arguments of longer and longer forwards; a sample of another kind than text is not cut."""
     if isinstance(sequences, Inputs):
-        return dict(sequences.samples[0])
-    return {"input_ids": sequences[:1, :_TRACE_TOKENS]}
-
-
-def _first(sequences: Samples, count: int) -> dict[str, Any]:
-    """Keyword arguments of a forward of the first sequences, or of at most as many samples of another kind."""
-    return next(iter(batches(sequences, count)))
+        yield dict(sequences.samples[0])
+    else:
+        yield {"input_ids": sequences[:1, :_TRACE_TOKENS]}
+        yield next(iter(batches(sequences, 1)))
+    yield next(iter(batches(sequences, _MORE)))
 
 
 @contextmanager
@@ -108,7 +116,7 @@ def opened(
         source.check_ids(sequences)
         check_revision(model, source.model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
         check_loaded(model, source.model)
-        source.check_runs(_example(sequences))
+        source.check_runs(next(_examples(sequences)))
         yield source
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..data.inputs import Inputs, Samples
 from ..errors import ConfigError, UnknownBaseError
+from ..utils.names import unknown_base
 from .base import Backend, Scheme, StoredModule
 
 __all__ = [
@@ -173,9 +173,7 @@ def base_config(name: str) -> Any:
     """
     presets = _presets()
     if name not in presets:
-        near = get_close_matches(name, presets, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownBaseError(f"unknown base quantizer {name!r}; expected one of {', '.join(sorted(presets))}.{hint}")
+        raise UnknownBaseError(unknown_base(name, presets))
     backend = presets[name]
     check_installed(backend, f"base {name!r}")
     return backend.presets[name]()

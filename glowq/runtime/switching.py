@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 
 from torch import nn
 
 from ..errors import ConfigError
+from ..utils.names import did_you_mean
 from .attach import attached
 from .container import SharedCorrection
 
@@ -72,10 +72,8 @@ def _chosen(model: nn.Module, groups: Iterable[str] | None) -> list[SharedCorrec
     names = list(found) if groups is None else list(groups)
     for name in names:
         if name not in found:
-            near = get_close_matches(name, found, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
                 f"the model carries no correction of a group {name!r} (it carries those of {len(found)} groups); the "
-                f"keys of correction.ranks are the names of all groups.{hint}"
+                f"keys of correction.ranks are the names of all groups. {did_you_mean(name, found)}".rstrip()
             )
     return [found[name] for name in names]

@@ -397,11 +397,6 @@ class TestErrors:
             "correct M --base nf4 --calibration F --output O --rank 0",
             "correct M --base nf4 --calibration F --output O --budget much",
             "correct M --base nf4 --calibration F --output O --format zip",
-            "correct M --base nf5 --calibration F --output O",
-            "correct M --base nf4 --calibration F --output O --method magic",
-            "compare M --base nf4 --calibration F --data D --methods lqer,magic",
-            "import A --base-model M --base nf5 --output O",
-            "export C --to onyx --output O",
             "correct M --base nf4 --calibration F --output O --seed -1",
             "correct M --base nf4 --calibration F --output O --distill much",
             "correct M --base nf4 --calibration F --output O --distill -1",
@@ -415,6 +410,22 @@ class TestErrors:
     )
     def test_wrong_usage_is_status_2(self, command):
         assert call(*command.split()).exit_code == 2
+
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("correct M --base nf5 --calibration F --output O", "unknown base quantizer 'nf5'"),
+            ("correct M --base nf4 --calibration F --output O --method magic", "method must be one of"),
+            ("compare M --base nf4 --calibration F --data D --methods lqer,magic", "method must be one of aser, "),
+            ("import A --base-model M --base nf5 --output O", "Did you mean 'nf4'?"),
+            ("export C --to onyx --output O", "no export format 'onyx'. Did you mean 'onnx'?"),
+        ],
+    )
+    def test_a_name_that_is_not_known_is_wrong_usage(self, command, message):
+        done = call(*command.split())
+        assert done.exit_code == 2
+        assert done.stdout == ""
+        assert message in done.stderr
 
     def test_a_bug_is_not_dressed_up(self, monkeypatch):
         monkeypatch.setattr(sys.modules["glowq.cli.commands.groups"], "load_config", lambda name: 1 // 0)

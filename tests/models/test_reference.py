@@ -29,7 +29,7 @@ from glowq.errors import (
 )
 from glowq.models.forward import to_model
 from glowq.models.reference import Reference
-from glowq.models.reference_checks import check_revision
+from glowq.models.reference_checks import check_loaded, check_revision
 from support.bases import Base, rows
 
 Factory = Callable[..., Any]
@@ -188,3 +188,16 @@ def test_folders_that_hold_no_model_are_refused(tiny_llama: Factory, tmp_path: P
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(PickleRefusedError), Reference(tmp_path, LlamaForCausalLM):
         pytest.fail("opened")
+
+
+def test_scaled_columns_of_a_layer_in_float_are_accepted() -> None:
+    """AWQ scales a router's columns, too, where it divides the norm before by their scales."""
+    reference, model = (nn.ModuleDict({"router": nn.Linear(32, 8)}) for _ in range(2))
+    with torch.no_grad():
+        scaled = reference["router"].weight * torch.linspace(0.5, 2, 32)
+        model["router"].weight.copy_(scaled)
+    check_loaded(model, reference)
+    with torch.no_grad():
+        model["router"].weight.normal_()
+    with pytest.raises(ReferenceMismatchError, match=r"^router, which is not quantized, "):
+        check_loaded(model, reference)

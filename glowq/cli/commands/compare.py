@@ -25,8 +25,8 @@ from ..options import (
     RoundedDtype,
     SeedOption,
     check_budget,
+    check_method,
     distill_steps,
-    named,
 )
 from ..output import command_line, peak_rss_bytes, session
 from ..reports.cloze import cloze_figures
@@ -53,7 +53,7 @@ def _check_list(value: str | None) -> str | None:
 def _check_methods(value: str) -> str:
     _check_list(value)
     for name in _list(value):
-        named(name, METHOD_NAMES)
+        check_method(name)
     return value
 
 

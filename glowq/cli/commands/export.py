@@ -7,10 +7,17 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ...errors import ConfigError
-from ..options import EXPORT_NAMES, JsonOption, named
+from ...utils.names import unknown_export
+from ..options import EXPORT_NAMES, JsonOption
 from ..output import command_line, grid, session
 
 __all__ = ["export"]
+
+
+def _check_target(value: str) -> str:
+    if value not in EXPORT_NAMES:
+        raise typer.BadParameter(unknown_export(value, EXPORT_NAMES))
+    return value
 
 
 def export(
@@ -18,7 +25,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            callback=lambda value: named(value, EXPORT_NAMES),
+            callback=_check_target,
             help="peft, onnx, or merged (a dense model with the correction in its weights).",
         ),
     ],

@@ -19,6 +19,11 @@ __all__ = ["inspect"]
 
 _DEQUANTIZED = ("fp8", "mxfp4")  # transformers can dequantize these while loading
 _CURVE = "predicted share of the quantization loss that a cut to these bytes recovers"
+_PARTS = {
+    "correctable": "can be corrected",
+    "skipped": "quantized, cannot be corrected",
+    "not_quantized": "not quantized",
+}
 _WIDEST = 80  # characters of the longest setting that the table shows
 
 
@@ -98,6 +103,7 @@ def _schemes(schemes: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _found(model: str, headers: Headers, settings: Mapping[str, Any] | None, refusal: str | None) -> dict[str, Any]:
+    from ...artifact.coverage import in_words
     from ...models.candidates import find_candidates
 
     found = find_candidates(model, headers, settings, refusal)
@@ -107,22 +113,9 @@ def _found(model: str, headers: Headers, settings: Mapping[str, Any] | None, ref
         "modules": {name: str(scheme) for name, scheme in found.schemes.items()},
         "correctable": found.correctable,
         "skipped": found.skipped,
-        "coverage": _covered(found.sizes),
+        "coverage": in_words(found.sizes, _PARTS),
         "note": found.note,
     }
-
-
-def _covered(sizes: Mapping[str, int]) -> dict[str, Any] | None:
-    """Shares of the bytes in the files, and the same in words; None if no tensor was read."""
-    whole = sum(sizes.values())
-    words = {
-        "correctable": "can be corrected",
-        "skipped": "quantized, cannot be corrected",
-        "not_quantized": "not quantized",
-    }
-    shares = {name: sizes[name] / whole for name in words if whole}
-    text = [f"{share:.1%} {words[name]}" for name, share in shares.items() if share or name == "correctable"]
-    return {**shares, "text": text} if whole else None
 
 
 def _plain(model: str, headers: Headers) -> dict[str, Any]:

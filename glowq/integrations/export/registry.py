@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 from ..._version import __version__
 from ...artifact.card import CARD, export_card
 from ...errors import ConfigError
+from ...utils.names import unknown_export
 from ...utils.output import EXPORT_MANIFEST, Kind, check_output, write_directory
 from .common import stored_correction
 
@@ -80,9 +80,7 @@ def check_options(to: str, options: Mapping[str, Any]) -> Callable[..., dict[str
         ConfigError: unknown target, or an option that the target does not take.
     """
     if to not in TARGETS:
-        near = get_close_matches(to, TARGETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(TARGETS)}."
-        raise ConfigError(f"no export format {to!r}; {hint}")
+        raise ConfigError(unknown_export(to, TARGETS))
     write: Callable[..., dict[str, Any]] = import_module(TARGETS[to], __package__).write
     taken = [name for name, kind in inspect.signature(write).parameters.items() if kind.kind is kind.KEYWORD_ONLY]
     odd = sorted(set(options) - set(taken))

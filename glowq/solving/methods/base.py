@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 from torch import Tensor
 
 from ...errors import CalibrationError, ConfigError
+from ...utils.names import unknown_method
 from ..low_rank import Factors
 from ..moments import Moments
 
@@ -73,9 +73,7 @@ def get_method(name: str) -> Method:
         ConfigError: no method has that name; the message lists the names.
     """
     if name not in _METHODS:
-        near = get_close_matches(name, method_names(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"method must be one of {', '.join(method_names())}; found {name!r}.{hint}")
+        raise ConfigError(unknown_method(name, method_names()))
     return _METHODS[name]
 
 
