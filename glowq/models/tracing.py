@@ -28,10 +28,13 @@ from .blocks import block_index
 from .forward import evaluating
 from .wrappers import uncompiled, underlying
 
-__all__ = ["NEVER_CALLED", "Trace", "find_groups", "trace_groups"]
+__all__ = ["UNREACHED", "Trace", "find_groups", "trace_groups"]
 
-NEVER_CALLED = "never called in the traced forward (its weight may be read directly): a hook would do nothing"
-"""Why a candidate is left out that a forward does not call; on longer text an expert may be called."""
+UNREACHED = (
+    "never called in the traced forward (its weight may be read directly): a hook would do nothing",
+    "no token of the traced text reaches it",
+)
+"""Why a candidate is left out that a forward does not call, or calls with no token; longer text may reach an expert."""
 
 _TOLERANCE = 0.05  # relative; rounding inputs to 8 bits makes a difference of 0.01
 
@@ -107,6 +110,7 @@ class _Call:
     tensor: int | None  # number of the input tensor; None if there was none
     version: int
     width: int
+    is_filled: bool  # it has a token, or no tensor to tell
 
 
 class _Numbered:
@@ -181,7 +185,8 @@ def _record_calls(
             # A tensor made in inference mode has no version; outside of that mode PyTorch forbids writing into it.
             version = -1 if tensor is None or tensor.is_inference() else tensor._version
             number = None if tensor is None else numbered.number(tensor)
-            calls[name].append(_Call(next(clock), number, version, 0 if tensor is None else tensor.shape[-1]))
+            width, is_filled = (0, True) if tensor is None else (tensor.shape[-1], tensor.numel() > 0)
+            calls[name].append(_Call(next(clock), number, version, width, is_filled))
 
         return hook
 
@@ -229,7 +234,9 @@ def _not_linear(module: nn.Module, width: int, x: Tensor, output: Any) -> str | 
 
 def _refusal(features: tuple[int, int], calls: list[_Call]) -> str | None:
     if not calls:
-        return NEVER_CALLED
+        return UNREACHED[0]
+    if not any(call.is_filled for call in calls):
+        return UNREACHED[1]
     if any(call.tensor is None for call in calls):
         return "called without a positional input tensor"
     if any(call.width != features[1] for call in calls):

@@ -14,7 +14,7 @@ from ..models.forward import REFUSALS, to_model
 from ..models.reference import Reference
 from ..models.reference_checks import REVISION_TOLERANCE, check_loaded, check_revision
 from ..models.samples import refuse_text
-from ..models.tracing import NEVER_CALLED, Trace, trace_groups
+from ..models.tracing import UNREACHED, Trace, trace_groups
 from ..models.wrappers import uncompiled
 from ..quantizers.base import Backend
 from ..quantizers.libraries.dense import adopt_dense, dequantized_from
@@ -52,7 +52,7 @@ def readable_modules(model: nn.Module, dense: bool) -> dict[str, Backend]:
 def traced(model: nn.Module, sequences: Samples) -> Trace:
     """Find the groups of a model, from a forward of the first tokens, or of the first sample of another kind.
 
-    If it does not call every module, which may be experts, more text is tried.
+    If it does not reach every module, which may be experts, more text is tried.
 
     Raises:
         UnsupportedModuleError: no module can be corrected.
@@ -71,14 +71,14 @@ def traced(model: nn.Module, sequences: Samples) -> Trace:
 
 
 def _traced(model: nn.Module, sequences: Samples) -> Trace:
-    """Trace more and more text, as long as modules are not called and more text calls more of them."""
+    """Trace more and more text, as long as it does not reach all modules, and more text reaches more of them."""
     trace, before = None, None
     for example in _examples(sequences):
         trace = trace_groups(model, to_model(example, model))
-        uncalled = [name for name, reason in trace.skipped.items() if reason == NEVER_CALLED]
-        if not uncalled or uncalled == before:
+        unreached = [name for name, reason in trace.skipped.items() if reason in UNREACHED]
+        if not unreached or unreached == before:
             break
-        before = uncalled
+        before = unreached
     assert trace is not None
     return trace
 

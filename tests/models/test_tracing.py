@@ -201,6 +201,14 @@ def test_an_uncalled_module_is_skipped_with_a_reason() -> None:
     assert "never called in the traced forward" in skipped["unused"]
 
 
+def test_a_module_that_is_called_with_no_token_is_skipped_with_a_reason() -> None:
+    """As the experts that no token is routed to, and HiggsAudio's layers for sound where there is only text."""
+    groups, skipped = traced(lambda m, x: (m.a(x), m.b(x[:0])))
+    assert groups == {"a"}
+    assert skipped["b"] == "no token of the traced text reaches it"
+    assert traced(lambda m, x: (m.a(x), m.a(x[:0]), m.b(x), m.b(x[:0])))[0] == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     "calls",
     [
