@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..quantizers.experts import ExpertLinear
 from ..quantizers.model import quantized_modules
 from .provenance import Coverage
 
@@ -40,7 +41,8 @@ def coverage_of(model: nn.Module, trace: Trace) -> Coverage:
     for name, reason in trace.skipped.items():
         skipped[reason] += sizes.get(name, 0)
     floats: Counter[str] = Counter()
-    seen: set[int] = set()  # tied weights count once
+    # Tied weights count once. The weights of all experts of a layer are parts of one parameter.
+    seen = {id(part.stack) for part in map(model.get_submodule, quantized) if isinstance(part, ExpertLinear)}
     for module in model.modules():
         for weight in module.parameters(recurse=False) if id(module) not in inside else ():
             if id(weight) not in seen:

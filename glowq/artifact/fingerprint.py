@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..errors import FingerprintError
+from ..quantizers.experts import tensor_holder
 from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend
 from .config import GlowQConfig
@@ -74,7 +75,7 @@ def _hash(model: nn.Module, kind: str, names: Mapping[str, str]) -> str:
         if name not in names:
             continue
         module = model.get_submodule(name)
-        with align_module_device(module):
+        with align_module_device(tensor_holder(module)):
             digest.update(f"{names[name]}|{backend.features(module)}|{backend.scheme(module)}|".encode())
             for codes in backend.codes(module):
                 flat = codes.detach().reshape(-1)

@@ -17,6 +17,7 @@ from ..data.inputs import Samples
 from ..errors import SensitivityError
 from ..factors.group import Group
 from ..models.forward import replaced_forward
+from ..quantizers.experts import tensor_holder
 from ..utils.timeline import stage
 from .measured_changes import Change, measure_changes
 from .path_gains import gains_along_path
@@ -139,7 +140,7 @@ def _replaced(model: nn.Module, weights: Mapping[str, Callable[[], Tensor]]) -> 
     with ExitStack() as stack:
         for name, weight in weights.items():
             module = model.get_submodule(name)
-            with align_module_device(module):
+            with align_module_device(tensor_holder(module)):
                 bias: Any = getattr(module, "bias", None)
                 bias = None if bias is None else bias.detach().clone()
             stack.enter_context(replaced_forward(module, partial(_multiply, weight, bias)))

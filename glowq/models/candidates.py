@@ -11,8 +11,11 @@ from ..quantizers.base import Backend, Scheme, StoredModule
 from ..quantizers.registry import stored_scheme
 from .headers import Headers
 from .loading import load_config, model_class
+from .stored_experts import divide, expert_names, joined
 
 __all__ = ["Candidates", "find_candidates"]
+
+_NO_EXPERTS = "corrected only if its class is torchao's, or it was dequantized on load (--base dense)"
 
 
 @dataclass
@@ -56,22 +59,23 @@ def find_candidates(name: str, headers: Headers, settings: Mapping[str, Any] | N
     except (ConfigError, UnsupportedModuleError) as error:
         model, found.note = None, f"only the files were read, because the architecture cannot be built: {error}"
     rename = renaming(model) if model is not None else str
-    stored = {rename(module.name): module for module in headers.modules().values()}
+    stored = joined(headers.modules().values(), rename)
     layers = linears(model) if model is not None else {}
     experts = _experts(model) if model is not None else {}
+    for name, shape in experts.items():
+        divide(stored, name, shape[0])
     for name, module in stored.items():
         _classify(found, name, module, settings, refusal)
     for name, tied in layers.items():
         if name not in found.schemes and name not in found.skipped:
             found.skipped[name] = _why_not(stored.get(name), tied)
     for name, shape in experts.items():
+        if any(key in found.schemes for key in expert_names(name, shape[0])):
+            continue
         inside = [key for key in found.schemes if key.startswith(f"{name.rpartition('.')[0]}.")]
         for key in inside:
             del found.schemes[key], found.backends[key]
-        found.skipped[name] = (
-            f"one parameter of shape {shape} for all experts, which no linear module multiplies by: glowq corrects "
-            "modules only"
-        )
+        found.skipped[name] = f"one parameter of shape {shape} for all experts, {_NO_EXPERTS}"
     if found.correctable and model is not None:
         _trace(model, found)
     found.sizes = _sizes(found, stored)
@@ -82,7 +86,7 @@ def _sizes(found: Candidates, stored: Mapping[str, StoredModule]) -> dict[str, i
     sizes, correctable = {"correctable": 0, "skipped": 0, "not_quantized": 0}, set(found.correctable)
     for name, module in stored.items():
         kind = "correctable" if name in correctable else "not_quantized" if _is_plain(module) else "skipped"
-        sizes[kind] += module.size
+        sizes[kind] += sum(module.sizes.values())
     return sizes
 
 

@@ -12,6 +12,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
+from ..quantizers.experts import tensor_holder
 from ..utils.logging import quiet
 
 __all__ = ["add_weight", "compute_on", "quiet_loading", "readable", "unstored"]
@@ -52,8 +53,9 @@ def compute_on(model: nn.Module, device: torch.device) -> None:
 
 def readable(module: nn.Module) -> AbstractContextManager[None]:
     """Inside this context, the weights of a module can be read; offloaded ones are on the CPU."""
+    holder = tensor_holder(module)
     context: AbstractContextManager[None] = align_module_device(
-        module, torch.device("cpu") if has_offloaded_params(module) else None
+        holder, torch.device("cpu") if has_offloaded_params(holder) else None
     )
     return context
 

@@ -62,7 +62,7 @@ class Headers:
                 {rest: self.dtypes[name] for rest, name in names.items() if name in self.dtypes},
                 {rest: self.shapes[name] for rest, name in names.items() if name in self.shapes},
                 {rest: self.metadata[name] for rest, name in names.items() if name in self.metadata},
-                sum(self.sizes.get(name, 0) for name in names.values()),
+                {rest: self.sizes[name] for rest, name in names.items() if name in self.sizes},
             )
             for module, names in local.items()
             if module

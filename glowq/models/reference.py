@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..data.inputs import Inputs, Samples
 from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
+from ..quantizers.experts import layers_of, open_experts, stacks
 from ..utils.files import checkpoint_files, read_json, stored_variant
 from ..utils.hub import local_snapshot
 from ..utils.scratch import temporary_folder
@@ -80,7 +81,7 @@ class Reference:
                     f"{folder} is quantized; the reference must be the full-precision model that it was made from."
                 )
             self._model = self._load(folder)
-        self._mark(self._model)
+        self._follow(self._model)
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -114,7 +115,7 @@ class Reference:
         else:
             return
         self._model = self._load(self._folder, in_memory=True)
-        self._mark(self._model)
+        self._follow(self._model)
         size = sum(tensor.nbytes for tensor in self._model.parameters())
         _logger.warning(
             "%s cannot run with its weights on disk: the reference is loaded into memory (%s MB).",
@@ -214,12 +215,15 @@ class Reference:
         loaded: nn.Module = model
         return loaded
 
-    def _mark(self, reference: nn.Module) -> None:
-        """Let the reference call the modules that the quantized model calls, until the context ends.
+    def _follow(self, reference: nn.Module) -> None:
+        """Let the reference call the modules that the quantized model calls.
 
-        transformers marks the configs of quantized models. By this mark the code of some models (FalconMamba, Jamba)
-        calls a linear module of which it otherwise only reads the weight.
+        Its experts get a module each where those of the quantized model have one. transformers marks the configs of
+        quantized models. By this mark, which the reference has until the context ends, the code of some models
+        (FalconMamba, Jamba) calls a linear module of which it otherwise only reads the weight.
         """
+        if self.fresh is not None:
+            _open_as(reference, self.fresh)
         if not hasattr(getattr(self.fresh, "config", None), _MARK):
             return
         for module in reference.modules():
@@ -258,6 +262,16 @@ class Reference:
                 "others were added to the quantized model later. Give text without them, or a reference whose "
                 "embeddings were extended in the same way."
             )
+
+
+def _open_as(reference: nn.Module, model: nn.Module) -> None:
+    """Open the experts of the reference where those of the quantized model are modules of their own."""
+    names = {module: name for name, module in reference.named_modules()}
+    parts = dict(model.named_modules())
+    firsts = {id(getattr(*one)): parts.get(f"{names[one[0]]}.0") for one in stacks(reference)}
+    layers = {stack: layers_of(first) for stack, first in firsts.items() if first is not None}
+    for kind in set(layers.values()):
+        open_experts(reference, lambda stack, kind=kind: layers.get(id(stack), ...) == kind, kind)  # type: ignore[misc]
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

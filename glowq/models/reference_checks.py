@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ReferenceMismatchError
+from ..quantizers.experts import ExpertLinear, stacks
 from ..quantizers.model import quantized_modules
 from .disk_mapping import readable
 from .forward import input_embeddings
@@ -50,10 +51,10 @@ def check_revision(model: nn.Module, reference: nn.Module, tolerance: float = RE
 
 
 def check_loaded(model: nn.Module, reference: nn.Module) -> None:
-    """Compare the linear layers that are not quantized, to find weights that transformers could not load.
+    """Compare the linear layers and experts that are not quantized, to find weights that transformers could not load.
 
-    It leaves them random and only warns, as with NomicBert on torchao. Scaled columns, as AWQ leaves them in the
-    layers of a router, are accepted.
+    It leaves them random and only warns, as with NomicBert on torchao, and with experts that a library has saved one
+    by one. Scaled columns, as AWQ leaves them in the layers of a router, are accepted.
 
     Args:
         model: the quantized model.
@@ -62,14 +63,13 @@ def check_loaded(model: nn.Module, reference: nn.Module) -> None:
     Raises:
         ReferenceMismatchError: a layer's weight has nothing in common with the reference's.
     """
-    quantized, others = quantized_modules(model), dict(reference.named_modules())
-    for name, module in model.named_modules():
-        other: Any = others.get(name)
-        if name in quantized or not all(isinstance(one, nn.Linear | Conv1D) for one in (module, other)):
+    quantized, others = quantized_modules(model), _float_weights(reference)
+    for name, (module, weight) in _float_weights(model).items():
+        if name in quantized or name not in others:
             continue
-        if module.weight.shape != other.weight.shape:
+        if getattr(module, weight).shape != getattr(*others[name]).shape:
             continue  # a head that was resized, or another one
-        ours, theirs = (_sampled_rows(one) for one in (module, other))
+        ours, theirs = _sampled_rows(module, weight), _sampled_rows(*others[name])
         if ours is None or theirs is None:
             continue
         found = float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))
@@ -81,14 +81,24 @@ def check_loaded(model: nn.Module, reference: nn.Module) -> None:
             )
 
 
-def _sampled_rows(module: Any) -> Tensor | None:
-    """Some rows of a module's weight, float32 on the CPU; None if it is no plain float tensor."""
-    weight = module.weight
-    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.dim() != 2:
+def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Linear layer -> itself and "weight"; parameter of all experts of a layer -> their module and its name."""
+    names = {module: name for name, module in model.named_modules()}
+    experts = {f"{names[module]}.{stack}": (module, stack) for module, stack in stacks(model)}
+    kinds = nn.Linear | Conv1D
+    layers = {name: (module, "weight") for module, name in names.items() if isinstance(module, kinds)}
+    return {name: found for name, found in layers.items() if not isinstance(found[0], ExpertLinear)} | experts
+
+
+def _sampled_rows(module: Any, name: str) -> Tensor | None:
+    """Some rows of a module's weight, or of its experts', float32 on the CPU; None if it is no plain float tensor."""
+    weight = getattr(module, name)
+    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.dim() not in (2, 3):
         return None
     with readable(module):
-        rows = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_ROWS), device=module.weight.device).long()
-        values: Tensor = module.weight.detach()[rows].float().cpu()
+        weight = getattr(module, name).detach().flatten(0, -2)
+        rows = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_ROWS), device=weight.device).long()
+        values: Tensor = weight[rows].float().cpu()
     return values
 
 

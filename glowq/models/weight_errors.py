@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import FoldingError, ReferenceMismatchError
 from ..factors.group import Group
 from ..quantizers.base import Backend
+from ..quantizers.experts import tensor_holder
 from ..quantizers.model import read_weight
 from ..utils.timeline import stage
 from .blocks import blocks
@@ -127,7 +128,7 @@ class WeightErrors:
         biases = []
         for model in (self.reference.model, self.model):
             module: Any = model.get_submodule(name)
-            with align_module_device(module):
+            with align_module_device(tensor_holder(module)):
                 bias = getattr(module, "bias", None)
                 if bias is None:
                     return rows

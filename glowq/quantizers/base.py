@@ -51,14 +51,14 @@ class StoredModule:
         dtypes: tensor name under the module ("qweight", "weight.absmax") -> dtype as safetensors writes it ("I32").
         shapes: the same names -> shape.
         metadata: name under the module -> text that the library wrote about it into the header.
-        size: bytes of its tensors.
+        sizes: the names of `shapes` -> bytes.
     """
 
     name: str
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    size: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,14 @@ class Backend(ABC):
         """
         owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
         return owner.__module__.startswith(_MODEL_CODE)
+
+    def holds_experts(self, stack: Tensor) -> bool:
+        """Whether a parameter with the matrices of all experts of a layer is quantized by this library.
+
+        Args:
+            stack: shape (experts, out_features, in_features), or with the last two swapped.
+        """
+        return False
 
     def packed_bytes(self, module: Any) -> int:
         """Bytes of the weight at its nominal bit width plus its scales, independent of the library's storage format."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import BackendError, NonFiniteError
 from ..utils.versions import warn_untested
 from .base import Backend
-from .registry import find_backend, method_of, own_quantizers
+from .experts import open_experts, tensor_holder
+from .registry import find_backend, holds_experts, method_of, own_quantizers
 
 __all__ = ["check_scales", "packed_bytes", "prepare_model", "quantized_modules", "read_weight", "refuse_misloaded"]
 
@@ -44,13 +45,17 @@ def refuse_misloaded(model: nn.Module) -> None:
 
 
 def prepare_model(model: nn.Module) -> dict[str, Backend]:
-    """Make every quantized module of `model` safe to read, run and save; returns `quantized_modules(model)`."""
+    """Make every quantized module of `model` safe to read, run and save; returns `quantized_modules(model)`.
+
+    Quantized experts get a module each, see `open_experts`.
+    """
+    open_experts(model, holds_experts)
     modules = quantized_modules(model)
     dtype = getattr(model, "dtype", torch.float32)
     for name, backend in modules.items():
         warn_untested(backend.package, backend.tested, _MISREAD)
         module = model.get_submodule(name)
-        with _naming(name), align_module_device(module):
+        with _naming(name), align_module_device(tensor_holder(module)):
             backend.prepare(module, dtype)
     return modules
 
@@ -69,7 +74,7 @@ def check_scales(model: nn.Module) -> None:
     """
     for name, backend in quantized_modules(model).items():
         module = model.get_submodule(name)
-        with _naming(name), align_module_device(module):
+        with _naming(name), align_module_device(tensor_holder(module)):
             for scale in backend.scales(module):
                 _check_scales(backend, name, scale)
 
@@ -84,7 +89,7 @@ def read_weight(backend: Backend, name: str, module: nn.Module) -> Tensor:
         BackendError: the weight cannot be read exactly, or a scale is zero although the library never writes zero.
         NonFiniteError: the scales or the weight hold NaN or Inf.
     """
-    with _naming(name), align_module_device(module), torch.no_grad():
+    with _naming(name), align_module_device(tensor_holder(module)), torch.no_grad():
         for scale in backend.scales(module):
             _check_scales(backend, name, scale)
         weight = backend.weight(module).detach().to(torch.float32)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.inputs import Inputs, Samples
 from ..errors import ConfigError, UnknownBaseError
@@ -24,6 +24,7 @@ __all__ = [
     "base_names",
     "check_installed",
     "find_backend",
+    "holds_experts",
     "is_calibrated",
     "is_installed",
     "method_of",
@@ -60,6 +61,11 @@ def _backends() -> Iterator[Backend]:
 def find_backend(module: nn.Module) -> Backend | None:
     """The backend of `module`, or None if `module` is not a quantized linear layer."""
     return next((backend for backend in _backends() if backend.matches(module)), None)
+
+
+def holds_experts(stack: Tensor) -> bool:
+    """Whether a backend reads this parameter, which holds the matrices of all experts of a layer."""
+    return any(backend.holds_experts(stack) for backend in _backends())
 
 
 def method_of(config: Any) -> str:

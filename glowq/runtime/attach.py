@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..factors.integers import Packed, Stored, in_bytes, pack, unpack
+from ..quantizers.experts import tensor_holder
 from ..utils.checks import check_module
 from .container import SharedCorrection
 from .hook import MemberHook
@@ -196,11 +197,12 @@ def _container_name(group: Group, path: str) -> str:
 
 def _execution_device(module: nn.Module) -> torch.device | str:
     """The device that accelerate runs the module on if it is offloaded, otherwise the device of its weight."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    device = getattr(getattr(tensor_holder(module), "_hf_hook", None), "execution_device", None)
     if device is not None:
         if not isinstance(device, int):
             return device
         # A plain number is the index of a device of the current accelerator.
         accelerator = torch.accelerator.current_accelerator()
         return torch.device("cuda" if accelerator is None else accelerator.type, device)
-    return next(chain(module.parameters(), module.buffers())).device  # GPTQ keeps its weight in buffers
+    tensors = chain(tensor_holder(module).parameters(), module.buffers())  # GPTQ keeps its weight in buffers
+    return next(tensors).device

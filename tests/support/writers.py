@@ -111,7 +111,8 @@ def compressed_tensors(source: Path, target: Path, **settings: Any) -> None:
 
     Args:
         **settings: settings of `QuantizationArgs`, for example num_bits, strategy, group_size, symmetric; also
-            `ignore`, the names of modules that are not quantized, and `input_activations`.
+            `ignore`, the names of modules that are not quantized, and `input_activations`. The experts of a mixture
+            are divided into linear layers, as llm-compressor does.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -127,6 +128,10 @@ def compressed_tensors(source: Path, target: Path, **settings: Any) -> None:
     args = QuantizationArgs(**settings)
     scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=inputs)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    if any("expert" in name for name, _ in model.named_parameters()):
+        import defuser
+
+        defuser.convert_model(model, cleanup_original=True)
     apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}, ignore=ignore))
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):

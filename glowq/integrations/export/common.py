@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...artifact.config import GlowQConfig
 from ...errors import ExportError
 from ...models.fast_products import fast_products
 from ...models.loading import load_config, load_model
+from ...quantizers.experts import ExpertLinear
+from ...runtime.attach import attached
 
-__all__ = ["difference", "first_output", "load_corrected", "stored_correction"]
+__all__ = ["difference", "first_output", "load_corrected", "refuse_experts", "stored_correction"]
 
 
 def stored_correction(source: str) -> GlowQConfig:
@@ -38,6 +40,25 @@ def load_corrected(source: str) -> Any:
     """
     stored_correction(source)
     return load_model(source, load_config(source))
+
+
+def refuse_experts(model: nn.Module, cannot: str) -> None:
+    """Refuse a correction of experts whose matrices are stacked in one parameter.
+
+    Args:
+        model: a corrected model.
+        cannot: why they cannot be exported, as a clause.
+
+    Raises:
+        ExportError: a group has such experts.
+    """
+    members = [member for container in attached(model).values() for member in container.group.members]
+    found = next((name for name in members if isinstance(model.get_submodule(name), ExpertLinear)), None)
+    if found is not None:
+        raise ExportError(
+            f"{found} is corrected, and is a part of a parameter that holds the matrices of all experts: {cannot}. "
+            "Export with --to merged, or load the corrected model with transformers."
+        )
 
 
 def first_output(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from ...models.forward import example_inputs
 from ...models.load_errors import loading
 from ...models.loading import load_config, model_class
 from ...models.preprocessors import load_tokenizer
+from ...quantizers.experts import ExpertLinear, open_experts
 from ...quantizers.model import quantized_modules, read_weight
 from ..transformers.merge import cast, running_factors
 from .common import difference, first_output, load_corrected, stored_correction
@@ -108,8 +109,12 @@ def _weight_errors(corrected: nn.Module, merged: nn.Module, dtype: torch.dtype) 
     factors, errors = running_factors(corrected), {}
     single, half = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps / 2
     quantized = quantized_modules(corrected)
+    layers = {name: corrected.get_submodule(name) for name in quantized}
+    compared = {id(layer.stack) for layer in layers.values() if isinstance(layer, ExpertLinear)}
+    if compared:
+        open_experts(merged, lambda stack: True)
     for name, backend in quantized.items():
-        weight = read_weight(backend, name, corrected.get_submodule(name)).double()
+        weight = read_weight(backend, name, layers[name]).double()
         slack = weight.abs() * 2
         if name in factors:
             left, right = (factor.to(weight.device, torch.float64) for factor in factors[name])
@@ -120,10 +125,14 @@ def _weight_errors(corrected: nn.Module, merged: nn.Module, dtype: torch.dtype) 
         # Below the smallest normal number, the bound on the rounding error is absolute and not relative.
         allowed = half * weight.abs() + single * slack + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         errors[name] = float(((found - weight).abs() / allowed).max())
-        bias: Any = corrected.get_submodule(name).bias
+        bias: Any = layers[name].bias
         if bias is not None and not torch.equal(module.bias, bias.to(dtype)):
             errors[f"{name}.bias"] = float("inf")
-    kept = {name: parameter for name, parameter in corrected.named_parameters() if _owner(name) not in quantized}
+    kept = {
+        name: parameter
+        for name, parameter in corrected.named_parameters()
+        if _owner(name) not in quantized and id(parameter) not in compared
+    }
     written = dict(merged.named_parameters())
     for name, parameter in kept.items():
         if name in written and not torch.equal(written[name].to(dtype), parameter.to(dtype)):

@@ -17,7 +17,7 @@ from ...models.preprocessors import load_tokenizer
 from ...runtime.attach import attached, hold_as_floats
 from ...runtime.switching import set_enabled
 from ...utils.versions import warn_untested
-from ..export.common import difference, first_output, load_corrected, stored_correction
+from ..export.common import difference, first_output, load_corrected, refuse_experts, stored_correction
 from .check import check, operator_counts
 from .genai import write_genai_config
 from .graph import describe, export_graph
@@ -81,6 +81,7 @@ def write(source: str, folder: Path) -> dict[str, Any]:
         raise ExportError(f"the correction of {source} restores no group: there is nothing to export.")
     tokenizer = load_tokenizer(source, (correction.base_model or {}).get("name"))
     model = load_corrected(source)
+    refuse_experts(model, "which experts a token goes to is not known before the graph runs")
     hold_as_floats(model)
     interface = describe(model, tokenizer)
     silent = [group for group, container in attached(model).items() if not bool(container.right.factor.any())]

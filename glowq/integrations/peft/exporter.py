@@ -22,7 +22,7 @@ from ...errors import ConfigError, ExportError, one_line
 from ...models.forward import example_inputs
 from ...quantizers.model import quantized_modules
 from ...runtime.attach import attached_factors
-from ..export.common import difference, first_output, load_corrected, stored_correction
+from ..export.common import difference, first_output, load_corrected, refuse_experts, stored_correction
 from .adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEY_PREFIX
 from .base import find_base, load_base
 from .card import adapter_card
@@ -72,6 +72,7 @@ def write(
     _check_ranks(source, config, max_rank)
     base = find_base(source, config, base_model)
     model = load_corrected(source)
+    refuse_experts(model, "PEFT adapts linear modules, and there is none for a single expert")
     factors, dtype = attached_factors(model), model.dtype
     inputs = example_inputs(model)
     expected = first_output(model, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import ExportError, NonFiniteError
 from ...quantizers.base import Backend
+from ...quantizers.experts import ExpertLinear, close_experts
 from ...quantizers.model import quantized_modules, read_weight
 from ...runtime.attach import attached, attached_factors, detach
 
@@ -37,9 +39,32 @@ def merge_into_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None
     factors = running_factors(model)
     detach(model)
     plain = _plain(model)
-    for name, backend in quantized_modules(model).items():
+    modules = quantized_modules(model)
+    for name in _merge_experts(model, modules, factors, dtype):
+        del modules[name]
+    for name, backend in modules.items():
         kind = _dense_class(plain, name) if plain is not None else nn.Linear
         model.set_submodule(name, _dense(backend, name, model.get_submodule(name), factors.get(name), dtype, kind))
+
+
+def _merge_experts(
+    model: nn.Module, modules: Mapping[str, Backend], factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> list[str]:
+    """Merge the experts into the parameters that hold the matrices of all experts of a layer; returns their names."""
+    stacks: dict[tuple[Any, str], list[str]] = {}
+    for name in modules:
+        layer = model.get_submodule(name)
+        if isinstance(layer, ExpertLinear):
+            stacks.setdefault((layer.holder, layer.stack_name), []).append(name)
+    for (holder, stack_name), names in stacks.items():
+        matrices = [
+            cast(name, _merged(modules[name], name, model.get_submodule(name), factors.get(name)), dtype)
+            for name in names
+        ]
+        stack = torch.stack([matrix.T if holder.is_transposed else matrix for matrix in matrices])
+        setattr(holder, stack_name, nn.Parameter(stack, requires_grad=False))
+    close_experts(model)
+    return [name for names in stacks.values() for name in names]
 
 
 def running_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -92,6 +117,15 @@ def _dense_class(plain: nn.Module, name: str) -> type[nn.Module]:
     return kind
 
 
+def _merged(backend: Backend, name: str, module: nn.Module, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Q + A B, shape (o, d), float32."""
+    weight = read_weight(backend, name, module)
+    if factors is None:
+        return weight
+    left, right = (factor.to(weight.device, torch.float32) for factor in factors)
+    return weight + left @ right
+
+
 def _dense(
     backend: Backend,
     name: str,
@@ -100,10 +134,7 @@ def _dense(
     dtype: torch.dtype,
     kind: type[nn.Module],
 ) -> nn.Module:
-    weight = read_weight(backend, name, module)
-    if factors is not None:
-        left, right = (factor.to(weight.device, torch.float32) for factor in factors)
-        weight = weight + left @ right
+    weight = _merged(backend, name, module, factors)
     out_features, in_features = weight.shape
     weight = cast(name, weight, dtype)
     bias: Any = module.bias

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.quantizer_awq import AwqQuantizer
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, Scheme, StoredModule
+from ..experts import loading_experts
 from ..registry import register
 from ._gptqmodel import keep_readable, let_rewrite
+
+_QUANTIZER = loading_experts(AwqQuantizer)
 
 
 @register
@@ -30,6 +34,9 @@ class AWQ(Backend):
     tested = ">=7.6,<7.7"
     methods = ("awq",)
     saves = "files"  # in memory, the module rounds its scales to the dtype of its input
+
+    def quantizers(self) -> dict[str, type]:
+        return {"awq": _QUANTIZER}
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get("gptqmodel.nn_modules.qlinear")

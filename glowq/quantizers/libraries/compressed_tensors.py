@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, Scheme, StoredModule
+from ..experts import loading_experts
 from ..registry import register
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -39,7 +40,7 @@ class CompressedTensors(Backend):
     saves = "files"  # after its first forward the model's own state is dense
 
     def quantizers(self) -> dict[str, type]:
-        return {"compressed-tensors": PackedZeroPointsHfQuantizer}
+        return {"compressed-tensors": _QUANTIZER}
 
     def matches(self, module: nn.Module) -> bool:
         if type(module).__name__ == "CompressedTensorsFP8Linear":
@@ -249,3 +250,6 @@ class PackedZeroPointsHfQuantizer(CompressedTensorsHfQuantizer):
                 rows = -(-zeros.shape[0] * scheme.weights.num_bits // 32)
                 packed = zeros.new_empty((rows, *zeros.shape[1:]), dtype=torch.int32)
                 module.weight_zero_point = nn.Parameter(packed, requires_grad=False)
+
+
+_QUANTIZER = loading_experts(PackedZeroPointsHfQuantizer)

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import ConfigError, UnsupportedModuleError
 from ..base import Backend, Scheme
+from ..experts import open_experts
 from ..model import quantized_modules
 from ..registry import find_backend, method_of, register
 
@@ -122,11 +123,14 @@ def adopt_dense(model: nn.Module) -> None:
 def mark_dense(model: nn.Module) -> None:
     """Mark every linear layer of `model` except its head, so that `find_backend` returns this backend for them.
 
+    Experts get a module each, see `open_experts`.
+
     The head is left out because quantizers do not quantize it.
 
     Raises:
         UnsupportedModuleError: the model holds no linear layer with a plain float weight.
     """
+    open_experts(model, _is_plain)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     found = [module for module in model.modules() if module is not head and _is_dense(module)]
     if not found:
@@ -153,14 +157,19 @@ def dequantized_from(model: nn.Module) -> str | None:
 
 
 def _is_dense(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
     return (
         isinstance(module, nn.Linear | Conv1D)
-        and isinstance(weight, Tensor)
+        and _is_plain(getattr(module, "weight", None))
+        and _has_no_other_backend(module)
+    )
+
+
+def _is_plain(weight: Any) -> bool:
+    return (
+        isinstance(weight, Tensor)
         and type(weight.data) is Tensor
         and weight.is_floating_point()
         and weight.itemsize in _BITS
-        and _has_no_other_backend(module)
     )
 
 

@@ -10,16 +10,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
 import glowq_kernels
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, FusedProduct, Scheme, StoredModule, Unavailable, changed
 from ..derived import Derived
+from ..experts import loading_experts
 from ..registry import register
 from ._gptqmodel import keep_readable, let_rewrite
 
 GROUP_SIZE = 128
+_QUANTIZER = loading_experts(GptqHfQuantizer)
 _LEAST_GROUP = 16
 _NEXT_BITS = {2: 3, 3: 4, 4: 8}
 
@@ -144,6 +147,9 @@ class GPTQ(Backend):
         config = copy.copy(config)
         config.dataset = config.tokenizer = None
         return config
+
+    def quantizers(self) -> dict[str, type]:
+        return {"gptq": _QUANTIZER}
 
     @staticmethod
     def _check(module: Any) -> None:

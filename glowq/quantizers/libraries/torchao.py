@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import BackendError
 from ..base import Backend, Scheme, StoredModule, Unavailable
+from ..experts import ExpertLinear
 from ..registry import register
 from ._torchao_mixing import NEXT_BITS, finer, mixed, wider
 
@@ -80,11 +81,12 @@ class TorchAO(Backend):
         return mixed(config, wider(config), wide, others)
 
     def matches(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or "torchao" not in sys.modules:
+        if not isinstance(module, nn.Linear):
             return False
-        from torchao.utils import TorchAOBaseTensor
+        return _is_packed(module.stack if isinstance(module, ExpertLinear) else module.weight)
 
-        return isinstance(module.weight, TorchAOBaseTensor)
+    def holds_experts(self, stack: Tensor) -> bool:
+        return _is_packed(stack)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
         _known(module)
@@ -127,7 +129,8 @@ class TorchAO(Backend):
         settings = kind["_data"]
         outputs, inputs = module.shapes["_weight_qdata"]
         inputs *= 2 if name == "Int4Tensor" else 1
-        rows, block = _block(settings["block_size"], (outputs, inputs))
+        block_size = settings["block_size"]
+        rows, block = _block(block_size and block_size[-2:], (outputs, inputs))
         group = None if block == inputs else block
         if name == "Float8Tensor":
             return _float8(_FLOAT8[module.dtypes["_weight_qdata"]], group, rows, outputs)
@@ -166,6 +169,14 @@ class TorchAO(Backend):
 
 
 _FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # dtype in safetensors -> dtype in torch
+
+
+def _is_packed(weight: Tensor) -> bool:
+    if "torchao" not in sys.modules:
+        return False
+    from torchao.utils import TorchAOBaseTensor
+
+    return isinstance(weight, TorchAOBaseTensor)
 
 
 def _known(module: Any) -> Any:
