@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    TorchAoConfig,
+)
 
 import glowq
 from glowq.errors import CorrectionError, ExportError, ReferenceMismatchError
@@ -23,7 +30,7 @@ from glowq.integrations.export.registry import export
 from glowq.models.candidates import find_candidates
 from glowq.models.headers import read_headers
 from glowq.models.tracing import find_groups
-from support import tiny
+from support import tiny, writers
 from support.fresh_process import run_python
 from support.tiny import EXAMPLE, TEXTS, VOCABULARY, seeded
 
@@ -187,6 +194,29 @@ class TestDense:
             with pytest.raises(ExportError, match=r"experts\.\d+\.\w+ is corrected, and is a part of a parameter"):
                 export(str(tmp_path / "full"), target, tmp_path / target)
             assert not (tmp_path / target).exists()
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_experts_that_transformers_dequantizes_are_corrected(kind: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", "gpt_oss" if kind == "mxfp4" else "qwen3_moe")
+    (writers.mxfp4 if kind == "mxfp4" else writers.fp8)(source, tmp_path / kind)
+    asked = Mxfp4Config(dequantize=True) if kind == "mxfp4" else FineGrainedFP8Config(dequantize=True)
+
+    def load() -> Any:
+        return Auto.from_pretrained(tmp_path / kind, dtype=torch.float32, quantization_config=asked)
+
+    model, full = load(), logits(Auto.from_pretrained(source))
+    before = logits(model)
+    correction = corrected(model, source, dense=True)
+    assert expert_names(correction) == EXPERTS
+    found = logits(model)
+    assert (found - full).norm() < (before - full).norm() < 0.5 * full.norm()
+    correction.save_pretrained(tmp_path / "correction")
+    model.save_pretrained(tmp_path / "full")
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "full")), found)
+    again = load()
+    glowq.load_correction(again, tmp_path / "correction")
+    assert torch.equal(logits(again), found)
 
 
 def test_torchaos_experts_are_found_in_memory_and_in_the_files(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from glowq.data.text import read_texts
 from glowq.models.fast_products import fast_products
@@ -146,6 +148,53 @@ def compressed_tensors(source: Path, target: Path, **settings: Any) -> None:
     model.save_pretrained(target)
     compressor.update_config(str(target))
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def mxfp4(source: Path, target: Path) -> None:
+    """Write a GPT-OSS as its files are: the experts in mxfp4, 32 values of 4 bits with a power of two as their scale."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+
+    def packed(weight: Tensor) -> dict[str, Tensor]:
+        blocks = weight.transpose(1, 2).float().unflatten(-1, (-1, 32))
+        exponents = (blocks.abs().amax(-1) / 6).clamp_min(2.0**-20).log2().ceil()
+        codes = (blocks / exponents.exp2()[..., None])[..., None].sub(values).abs().argmin(-1).to(torch.uint8)
+        return {"_blocks": codes[..., 0::2] | codes[..., 1::2] << 4, "_scales": (exponents + 127).to(torch.uint8)}
+
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    _rewrite(source, target, settings, lambda name: name.endswith(("gate_up_proj", "down_proj")), packed)
+
+
+def fp8(source: Path, target: Path) -> None:
+    """Write linear layers in float8, with a scale for each block of 32 x 32, as in files of DeepSeek and Qwen."""
+
+    def scaled(weight: Tensor) -> dict[str, Tensor]:
+        blocks = weight.unflatten(0, (-1, 32)).unflatten(2, (-1, 32))
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
+        return {"": codes, "_scale_inv": scales}
+
+    settings = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    _rewrite(source, target, settings, lambda name: name.endswith("proj.weight"), scaled)
+
+
+def _rewrite(
+    source: Path,
+    target: Path,
+    settings: dict[str, Any],
+    chosen: Callable[[str], bool],
+    rewritten: Callable[[Tensor], dict[str, Tensor]],
+) -> None:
+    """Copy a model, with other tensors in the place of some: the ends of their names -> values."""
+    shutil.copytree(source, target)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        parts = rewritten(tensor) if chosen(name) else {"": tensor}
+        tensors |= {f"{name}{end}": value.contiguous() for end, value in parts.items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
 
 
 def gguf(source: Path, file: Path, kind: str) -> None:
