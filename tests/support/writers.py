@@ -151,7 +151,7 @@ def compressed_tensors(source: Path, target: Path, **settings: Any) -> None:
 
 
 def mxfp4(source: Path, target: Path) -> None:
-    """Write a GPT-OSS as its files are: the experts in mxfp4, 32 values of 4 bits with a power of two as their scale."""
+    """Write a GPT-OSS as its files are: experts in mxfp4, each 32 values of 4 bits with a power of two as scale."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([values, -values])
 
