@@ -1,14 +1,14 @@
 """Find the groups of modules that read the same tensor, by tracing one forward.
 
 Two modules are in the same group if they are in the same decoder block, and all their calls received, in the same
-order, the same tensor object at the same version (the number of in-place writes). Names and values are not compared:
-different inputs can hold equal values, and a name does not show what a module reads.
+order, the same tensor at the same version (the number of in-place writes), or views of the same part of it. Names and
+values are not compared: different inputs can hold equal values, and a name does not show what a module reads.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -24,6 +24,7 @@ from ..factors.group import Group, group_name
 from ..quantizers.experts import open_experts
 from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend, holds_experts
+from ..utils.places import place
 from ..utils.timeline import stage
 from .blocks import block_index
 from .forward import evaluating
@@ -116,16 +117,21 @@ class _Call:
 
 
 class _Numbered:
-    """Numbers for tensors. They are held until `release`, so that no other tensor gets the same id meanwhile."""
+    """Numbers for tensors, the same for views of the same values.
+
+    Tensors are held until `release`, so that no other one gets the same id meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Tensor, int]] = {}
+        self._held: dict[tuple[int, Hashable], tuple[Tensor, int]] = {}
         self._next = count()
 
     def number(self, tensor: Tensor) -> int:
-        if id(tensor) not in self._held:
-            self._held[id(tensor)] = (tensor, next(self._next))
-        return self._held[id(tensor)][1]
+        root, layout = place(tensor)
+        key = (id(root), layout)
+        if key not in self._held:
+            self._held[key] = (root, next(self._next))
+        return self._held[key][1]
 
     def release(self) -> None:
         self._held.clear()

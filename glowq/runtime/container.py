@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..factors.form import dtype_name
 from ..factors.group import Group
 from ..factors.integers import Stored
+from ..utils.places import place
 from . import operators
 from .factor_modules import JoinedLefts, LeftFactor, RightFactor, is_watched
 from .products import FEW
@@ -33,6 +34,7 @@ class _Slot(NamedTuple):
     """
 
     source: Any  # weak reference to the input (eager), or the input itself (while tracing)
+    view: tuple[Any, Hashable] | None  # of an input that is a view: weak reference to the whole, and how it lies in it
     state: tuple[Any, ...]  # see `_state`
     product: Tensor | None  # the right product, if each member computes its own left product
     additions: tuple[Tensor, ...]  # otherwise the correction of each member
@@ -42,8 +44,9 @@ class _Slot(NamedTuple):
 class SharedCorrection(nn.Module):
     """The factors of one group, and a slot in which its members share what is computed from one input.
 
-    A member uses the slot only if its input is the same tensor object, at the same version, under the same grad and
-    autocast mode, and if it has not used the slot yet. The last member empties the slot, and so does a backward pass.
+    A member uses the slot only if its input is the same tensor object, or a view of the same part of one tensor, at the
+    same version, under the same grad and autocast mode, and if it has not used the slot yet. The last member empties
+    the slot, and so does a backward pass.
     Under `torch.inference_mode` tensors have no version counter, so that a write in place could not be noticed: there
     every member computes its own product. Under `torch.no_grad`, which `generate` and pipelines use, members share.
 
@@ -162,10 +165,30 @@ class SharedCorrection(nn.Module):
     def _found(self, index: int, x: Tensor, gradients: bool) -> _Slot | None:
         """The slot, if another member has computed it from this input and this member may use it."""
         slot = self._slot[0]
-        if slot is None or slot.source() is not x or slot.used & (1 << index) or slot.state != _state(x, gradients):
+        if slot is None or slot.used & (1 << index) or slot.state != _state(x, gradients):
             return None
+        if slot.source() is not x:
+            return self._found_for_view(slot, index, x)
         self._slot[0] = self._used(slot, index)
         return slot
+
+    def _found_for_view(self, slot: _Slot, index: int, x: Tensor) -> _Slot | None:
+        """The slot in the shape of `x`, if its input and `x` are views of the same values."""
+        source = slot.source()
+        if slot.view is not None:
+            root, layout = slot.view[0](), slot.view[1]
+        else:
+            root, layout = (None, None) if source is None else place(source)
+        whole, own = place(x)
+        if root is None or root is not whole or layout is None or layout != own:
+            return None
+        self._slot[0] = self._used(slot, index)
+
+        def shaped(value: Tensor) -> Tensor:
+            return value.reshape(*x.shape[:-1], value.shape[-1])
+
+        product = None if slot.product is None else shaped(slot.product)
+        return slot._replace(product=product, additions=tuple(map(shaped, slot.additions)))
 
     def _compute(self, index: int, x: Tensor, gradients: bool, at_once: bool = True) -> _Slot:
         """Compute what the members need from this input, and keep it in the slot for the other members."""
@@ -185,8 +208,10 @@ class SharedCorrection(nn.Module):
             if product.requires_grad:
                 product.register_hook(self._forget)  # a later member must not share a graph that backward has freed
         if self._members == 1 or countless:
-            return _Slot(None, (), product, additions, 0)
-        slot = _Slot(weakref.ref(x), _state(x, gradients), product, additions, 1 << index)
+            return _Slot(None, None, (), product, additions, 0)
+        whole, layout = place(x) if x._base is not None else (None, None)
+        view = None if whole is None else (weakref.ref(whole), layout)
+        slot = _Slot(weakref.ref(x), view, _state(x, gradients), product, additions, 1 << index)
         self._slot[0] = slot
         return slot
 
@@ -202,14 +227,14 @@ class SharedCorrection(nn.Module):
             self._traced[0] = self._used(slot, index)
         else:
             if apart:
-                slot = _Slot(x, (), self.right(x), (), 1 << index)
+                slot = _Slot(x, None, (), self.right(x), (), 1 << index)
             else:
                 whole, *buffers = self._together.tensors()
                 right = self.right
                 total = operators.correction(
                     x, right.factor, whole, right.scale, buffers[0], right.multipliers, buffers[1]
                 )
-                slot = _Slot(x, (), None, self._together.split(total), 1 << index)
+                slot = _Slot(x, None, (), None, self._together.split(total), 1 << index)
             if self._members > 1:
                 self._traced[0] = slot
         if slot.product is None:
@@ -222,7 +247,7 @@ class SharedCorrection(nn.Module):
         used = slot.used | (1 << index)
         if used == (1 << self._members) - 1:
             return None
-        return _Slot(slot.source, slot.state, slot.product, slot.additions, used)
+        return slot._replace(used=used)
 
     def _check_device(self, x: Tensor, factor: Any) -> None:
         if x.device != factor.device:

@@ -206,7 +206,7 @@ def test_a_module_that_is_called_with_no_token_is_skipped_with_a_reason() -> Non
     groups, skipped = traced(lambda m, x: (m.a(x), m.b(x[:0])))
     assert groups == {"a"}
     assert skipped["b"] == "no token of the traced text reaches it"
-    assert traced(lambda m, x: (m.a(x), m.a(x[:0]), m.b(x), m.b(x[:0])))[0] == {"a", "b"}
+    assert traced(lambda m, x: (m.a(x), m.a(x[:0]), m.b(x), m.b(x[:0])))[0] == {"a+b"}
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,31 @@ def test_a_module_that_is_called_with_no_token_is_skipped_with_a_reason() -> Non
     [
         pytest.param(lambda m, x: (m.a(x), m.b(x.add_(1))), id="written in between"),
         pytest.param(lambda m, x: (m.a(x), m.b(x.clone())), id="equal values"),
-        pytest.param(lambda m, x: (m.a(x), m.b(x.view(2, 4))), id="a view"),
+        pytest.param(lambda m, x: (m.a(x), m.b(x[1:])), id="a part"),
+        pytest.param(lambda m, x: (m.a(x[:1]), m.b(x[1:])), id="another part"),
+        pytest.param(lambda m, x: (m.a(x), m.b(x.expand(3, 2, 4))), id="repeated"),
+        pytest.param(lambda m, x: (m.a(y := x[None].expand(2, 2, 4)), m.b(y.transpose(0, 1))), id="another order"),
+        pytest.param(lambda m, x: (m.a(y := x.view(1, 2, 4)), y.add_(1), m.b(x)), id="written through a view"),
         pytest.param(lambda m, x: (m.a(x), m.b(x), m.a(x * 2)), id="one of them again"),
         pytest.param(lambda m, x: (m.a(y := x * 2), m.b(x), m.a(x), m.b(y)), id="other order"),
     ],
 )
 def test_what_is_not_one_input_is_not_one_group(calls: Callable[[Toy, Tensor], Any]) -> None:
     assert traced(calls)[0] == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        pytest.param(lambda m, x: (m.a(x), m.b(x.view(1, 2, 4))), id="a view"),
+        pytest.param(lambda m, x: (m.a(x.reshape(-1, 4)), m.b(x[None, :, None])), id="two views"),
+        pytest.param(lambda m, x: (m.a(x[1:]), m.b(x[1:])), id="the same part"),
+        pytest.param(lambda m, x: (m.a((y := x * 2).view(-1, 4)), m.b(y.to(y.dtype))), id="of a product"),
+    ],
+)
+def test_views_of_one_input_are_one_group(calls: Callable[[Toy, Tensor], Any]) -> None:
+    """As the routers of HunYuan, which flatten what the shared experts read."""
+    assert traced(calls)[0] == {"a+b"}
 
 
 def test_the_same_inputs_in_the_same_order_are_one_group() -> None:

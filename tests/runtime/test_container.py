@@ -159,11 +159,42 @@ def test_two_inputs_that_alternate(trio: nn.Module) -> None:
             assert is_correct(trio, member, x, trio.get_submodule(member)(x))
 
 
-def test_a_view_of_the_input_is_another_input(trio: nn.Module) -> None:
-    x = torch.randn(4, 8)
+def test_a_part_or_another_order_of_the_input_is_another_input(trio: nn.Module) -> None:
+    x = torch.randn(4, 4, 8)
     trio.q(x)
     assert is_correct(trio, "k", x[1:], trio.k(x[1:]))
+    trio.q(x)
+    assert is_correct(trio, "k", x.transpose(0, 1), trio.k(x.transpose(0, 1)))
     assert is_correct(trio, "v", x.flip(0), trio.v(x.flip(0)))
+
+
+@pytest.mark.parametrize("tokens", [3, 300])  # few tokens take one call for all members
+@pytest.mark.parametrize("gradients", [False, True])
+def test_views_of_one_input_share_the_product(trio: nn.Module, tokens: int, gradients: bool) -> None:
+    x = torch.randn(2, tokens, 8)
+    inputs = {"q": x.view(-1, 8), "k": x, "v": x[None]}
+    for order in ("qkv", "vkq", "kvq"):
+        with products(trio) as seen, torch.set_grad_enabled(gradients):
+            found = {member: trio.get_submodule(member)(inputs[member]) for member in order}
+        assert len(seen) == 1
+        assert all(is_correct(trio, member, inputs[member], y) for member, y in found.items())
+        with torch.set_grad_enabled(gradients):  # without the hooks that count
+            found = {member: trio.get_submodule(member)(inputs[member]) for member in order}
+        assert all(is_correct(trio, member, inputs[member], y) for member, y in found.items())
+    assert container(trio)._slot == [None]
+
+
+def test_a_write_through_a_view_is_seen(trio: nn.Module) -> None:
+    x = torch.randn(2, 3, 8)
+    trio.q(x)
+    x.view(-1, 8).mul_(2)
+    assert is_correct(trio, "k", x.view(-1, 8), trio.k(x.view(-1, 8)))
+
+
+def test_views_of_a_tensor_that_is_gone_are_compared_with_nothing(trio: nn.Module) -> None:
+    trio.q(torch.randn(2, 3, 8).view(-1, 8))
+    x = torch.randn(2, 3, 8).view(-1, 8)
+    assert is_correct(trio, "k", x, trio.k(x))
 
 
 def test_inference_mode_shares_nothing_and_is_right(trio: nn.Module) -> None:
