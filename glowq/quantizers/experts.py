@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 __all__ = [
     "ExpertLinear",
@@ -138,6 +137,7 @@ def open_experts(model: nn.Module, chosen: Callable[[Tensor], bool], layers: Lay
         names.setdefault(experts, []).append(name)
     opened = [experts for experts in names if any(chosen(getattr(experts, name)) for name in names[experts])]
     if opened:
+        _implementations()
         _remember_implementations(names)
     for experts in opened:
         if not _is_open(experts):
@@ -218,6 +218,15 @@ def tensor_holder(module: nn.Module) -> nn.Module:
     return module.holder if isinstance(module, ExpertLinear) else module
 
 
+def _implementations() -> Any:
+    """The implementations that transformers knows, with glowq's among them. Their import is slow, and so made late."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if _IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _run)
+    return ALL_EXPERTS_FUNCTIONS
+
+
 def _remember_implementations(layers: Iterable[Any]) -> None:
     """Note the implementation that each config has chosen; layers with the same config share one list."""
     noted = {id(experts.config): vars(experts)[_EARLIER] for experts in layers if _EARLIER in vars(experts)}
@@ -231,7 +240,8 @@ def _is_open(experts: Any) -> bool:
 
 
 def _choose_implementation(experts: Any, args: Any) -> None:
-    """Let transformers call `_run`, also after the user has chosen another implementation."""
+    """Let transformers call `_run`, also after the user has chosen another implementation, and in another process."""
+    _implementations()
     found = getattr(experts.config, _FIELD, None)
     if found != _IMPLEMENTATION:
         vars(experts)[_EARLIER][0] = found
@@ -253,7 +263,7 @@ def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     """
     if not (_is_open(experts) and any(map(_is_changed, _linears(experts)))):
         own = type(experts).forward.__wrapped__
-        compute = ALL_EXPERTS_FUNCTIONS.get_interface(vars(experts).get(_EARLIER, ["eager"])[0], own)
+        compute = _implementations().get_interface(vars(experts).get(_EARLIER, ["eager"])[0], own)
         unchanged: Tensor = compute(experts, hidden_states, top_k_index, top_k_weights)
         return unchanged
     total = torch.zeros_like(hidden_states)
@@ -300,6 +310,3 @@ def _is_changed(layer: nn.Module) -> bool:
     return type(layer) is not ExpertLinear or bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
     )
-
-
-ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _run)
