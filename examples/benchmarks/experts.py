@@ -36,7 +36,7 @@ from glowq.data.tokens import token_sequences
 from glowq.evaluation.scores import perplexity, score_models, undone
 from glowq.factors.group import Group
 from glowq.models.tracing import find_groups
-from glowq.quantizers.experts import ExpertLinear, open_experts
+from glowq.quantizers.experts import WHOLE, ExpertLinear, open_experts
 from glowq.runtime.attach import applied
 from glowq.selection.budget import RankRequest
 from glowq.selection.ranks import choose_ranks
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace, bits: int) -> dict[str, Any]:
 @torch.no_grad()
 def round_weights(model: nn.Module, bits: int) -> int:
     """Round the matrices of attention and experts in place; returns their bytes with 16-bit scales."""
-    open_experts(model, lambda stack: True)
+    open_experts(model, lambda stack: WHOLE)
     total = 0
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and (isinstance(layer, ExpertLinear) or ".self_attn." in name):

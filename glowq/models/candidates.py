@@ -15,7 +15,10 @@ from .stored_experts import divide, expert_names, joined
 
 __all__ = ["Candidates", "find_candidates"]
 
-_NO_EXPERTS = "corrected only if its class is torchao's, or it was dequantized on load (--base dense)"
+_NO_EXPERTS = (
+    "corrected only if torchao has quantized it, if it was dequantized on load (--base dense), or if the files hold "
+    "each expert quantized by GPTQ, AWQ or compressed-tensors"
+)
 
 
 @dataclass
@@ -73,6 +76,8 @@ def find_candidates(name: str, headers: Headers, settings: Mapping[str, Any] | N
         if any(key in found.schemes for key in expert_names(name, shape[0])):
             continue
         inside = [key for key in found.schemes if key.startswith(f"{name.rpartition('.')[0]}.")]
+        if inside and all(found.backends[key].loads_experts for key in inside):
+            continue
         for key in inside:
             del found.schemes[key], found.backends[key]
         found.skipped[name] = f"one parameter of shape {shape} for all experts, {_NO_EXPERTS}"

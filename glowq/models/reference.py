@@ -268,10 +268,9 @@ def _open_as(reference: nn.Module, model: nn.Module) -> None:
     """Open the experts of the reference where those of the quantized model are modules of their own."""
     names = {module: name for name, module in reference.named_modules()}
     parts = dict(model.named_modules())
-    firsts = {id(getattr(*one)): parts.get(f"{names[one[0]]}.0") for one in stacks(reference)}
+    firsts = {id(getattr(experts, stack)): parts.get(f"{names[experts]}.0") for experts, stack in stacks(reference)}
     layers = {stack: layers_of(first) for stack, first in firsts.items() if first is not None}
-    for kind in set(layers.values()):
-        open_experts(reference, lambda stack, kind=kind: layers.get(id(stack), ...) == kind, kind)  # type: ignore[misc]
+    open_experts(reference, lambda stack: layers.get(id(stack)))
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -21,9 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import NonFiniteError, UnsupportedModuleError
 from ..factors.group import Group, group_name
-from ..quantizers.experts import open_experts
-from ..quantizers.model import quantized_modules
-from ..quantizers.registry import find_backend, holds_experts
+from ..quantizers.model import open_quantized_experts, quantized_modules
+from ..quantizers.registry import find_backend
 from ..utils.places import place
 from ..utils.timeline import stage
 from .blocks import block_index
@@ -81,7 +80,7 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
 def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
     """Like `find_groups`, with the reasons why candidates were left out."""
     model = underlying(model)
-    open_experts(model, holds_experts)
+    open_quantized_experts(model)
     candidates = _candidates(model)
     block_of = block_index(model, candidates)
     calls, runs, wrong = _record_calls(model, candidates, set(block_of.values()), example_inputs)

@@ -91,6 +91,7 @@ class Backend(ABC):
             (saving is exact); "files" for the checkpoint that was loaded (the library rewrites the tensors in memory);
             "never" if the library cannot load what it would save.
         zero_scales: whether the library itself writes scales of zero (for blocks of zeros).
+        loads_experts: whether glowq loads experts that the library has quantized one by one, see `loading_experts`.
     """
 
     name: ClassVar[str]
@@ -101,6 +102,7 @@ class Backend(ABC):
     presets: ClassVar[Mapping[str, Callable[[], Any]]] = MappingProxyType({})
     saves: ClassVar[Literal["state", "files", "never"]] = "state"
     zero_scales: ClassVar[bool] = False
+    loads_experts: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:

@@ -11,24 +11,22 @@ experts of its layer run one by one, each by its modules.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 __all__ = [
+    "HALVES",
+    "WHOLE",
     "ExpertLinear",
     "Layers",
     "close_experts",
-    "divide_experts",
     "every_token_everywhere",
     "layers_of",
-    "loading_experts",
     "open_experts",
     "stacks",
     "tensor_holder",
@@ -36,36 +34,25 @@ __all__ = [
 
 
 class Layers(NamedTuple):
-    """Names of the three linear layers of an expert."""
+    """Names of the linear layers of an expert; `gate` and `up` are the same if one layer holds both."""
 
     gate: str
     up: str
     down: str
 
 
+WHOLE = Layers("gate_up_proj", "gate_up_proj", "down_proj")
+"""A layer for each matrix, named as the parameter that holds it (`up_proj` in the place of `gate_up_proj` in some)."""
+HALVES = (Layers("gate_proj", "up_proj", "down_proj"), Layers("w1", "w3", "w2"))
+"""A layer for each half of `gate_up_proj`: the names that libraries use which quantize experts one by one."""
+
 _IMPLEMENTATION = "glowq"  # an `experts_implementation` of transformers
 _FIELD = "_experts_implementation_internal"  # of the experts' config; it is not saved
 _EARLIER = "_glowq_earlier"  # of the experts: a list with the implementation chosen by the user, one for each config
 _HANDLE = "_glowq_handle"
 _ALL = slice(None)
-_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_NAMES = (Layers("gate_proj", "up_proj", "down_proj"), Layers("w1", "w3", "w2"))
-_QUANTIZED = re.compile(r"(.*experts?)\.0\.((?:gate|up|down)_proj|w[123])\.(?!weight$|bias$)\w+$")
 _every_token_everywhere = ContextVar("every_token_everywhere", default=False)
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def loading_experts(quantizer: Any) -> Any:
-    """A subclass of a quantizer of transformers that also loads experts which were quantized one by one."""
-
-    class Quantizer(quantizer):  # type: ignore[misc]
-        def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
-            if self.pre_quantized:
-                divide_experts(model, kwargs.get("checkpoint_files") or ())
-            return super()._process_model_before_weight_loading(model, **kwargs)
-
-    Quantizer.__name__ = Quantizer.__qualname__ = f"Experts{quantizer.__name__}"
-    return Quantizer
 
 
 class ExpertLinear(nn.Linear):
@@ -124,22 +111,23 @@ def stacks(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                     yield module, name
 
 
-def open_experts(model: nn.Module, chosen: Callable[[Tensor], bool], layers: Layers | None = None) -> None:
-    """Add a linear module for every expert's matrix, for all experts of a layer if one of their parameters is chosen.
+def open_experts(model: nn.Module, choose: Callable[[Tensor], Layers | None]) -> None:
+    """Add a linear module for every expert's matrix, or half of one.
 
     Args:
         model: a model of transformers; a layer of experts that is open already stays as it is.
-        chosen: whether to open the experts that a parameter belongs to.
-        layers: names of the layers of an expert whose `gate_up_proj` is divided into its halves; None leaves it whole.
+        choose: parameter with the matrices of all experts -> the names of the layers of an expert, or None to leave it.
+            All parameters of a layer's experts are opened if one of them is.
     """
     names: dict[Any, list[str]] = {}
     for experts, name in stacks(model):
         names.setdefault(experts, []).append(name)
-    opened = [experts for experts in names if any(chosen(getattr(experts, name)) for name in names[experts])]
+    chosen = {experts: [choose(getattr(experts, name)) for name in names[experts]] for experts in names}
+    opened = {experts: next(filter(None, found)) for experts, found in chosen.items() if any(found)}
     if opened:
         _implementations()
         _remember_implementations(names)
-    for experts in opened:
+    for experts, layers in opened.items():
         if not _is_open(experts):
             for index in range(experts.num_experts):
                 expert = nn.Module()
@@ -150,14 +138,14 @@ def open_experts(model: nn.Module, chosen: Callable[[Tensor], bool], layers: Lay
             vars(experts)[_HANDLE] = experts.register_forward_pre_hook(_choose_implementation)
 
 
-def layers_of(expert: nn.Module) -> Layers | None:
-    """The names of an expert's layers, if it holds one for each half of `gate_up_proj`; None if it holds others."""
-    return next((names for names in _NAMES if all(name in expert._modules for name in names)), None)
+def layers_of(expert: nn.Module) -> Layers:
+    """The names of an expert's layers."""
+    return next((names for names in HALVES if all(name in expert._modules for name in names)), WHOLE)
 
 
-def _parts(experts: Any, stack: str, layers: Layers | None) -> dict[str, slice]:
+def _parts(experts: Any, stack: str, layers: Layers) -> dict[str, slice]:
     """Name of each layer that a matrix is divided into -> its rows."""
-    if layers is None:
+    if layers == WHOLE:
         return {stack: _ALL}
     if stack != "gate_up_proj":
         return {layers.down if stack == "down_proj" else layers.up: _ALL}
@@ -165,33 +153,6 @@ def _parts(experts: Any, stack: str, layers: Layers | None) -> dict[str, slice]:
         return {layers.gate: slice(0, None, 2), layers.up: slice(1, None, 2)}
     half = experts.gate_up_proj.shape[2 if experts.is_transposed else 1] // 2
     return {layers.gate: slice(0, half), layers.up: slice(half, None)}
-
-
-def divide_experts(model: nn.Module, files: Iterable[str]) -> None:
-    """Replace the parameters of all experts by linear layers, where a checkpoint stores each expert quantized.
-
-    transformers finds no place for such tensors, and leaves its own parameters random.
-
-    Args:
-        model: a model on the meta device, before a library replaces its linear layers.
-        files: the checkpoint's safetensors files.
-    """
-    stored: dict[tuple[str, ...], Layers] = {}  # numbers in the name of a layer's experts -> names of their layers
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for match in filter(None, map(_QUANTIZED.match, tensors.keys())):
-                stored[tuple(_NUMBERS.findall(match[1]))] = next(names for names in _NAMES if match[2] in names)
-    places = {module: name for name, module in model.named_modules()}
-    chosen = {id(getattr(*one)): stored.get(tuple(_NUMBERS.findall(places[one[0]]))) for one in stacks(model)}
-    for names in _NAMES:
-        open_experts(model, lambda stack, names=names: chosen[id(stack)] is names, names)  # type: ignore[misc]
-    for name, layer in [(name, layer) for name, layer in model.named_modules() if isinstance(layer, ExpertLinear)]:
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta", layer.weight.dtype)
-        model.set_submodule(name, linear)
-    for experts, stack in [one for one in stacks(model) if chosen[id(getattr(*one))] is not None]:
-        for parameter in (stack, f"{stack}_bias"):
-            experts._parameters.pop(parameter, None)
-        vars(experts)["_is_hf_initialized"] = True  # transformers would initialize the parameters
 
 
 def close_experts(model: nn.Module) -> None:
@@ -231,7 +192,8 @@ def _remember_implementations(layers: Iterable[Any]) -> None:
     """Note the implementation that each config has chosen; layers with the same config share one list."""
     noted = {id(experts.config): vars(experts)[_EARLIER] for experts in layers if _EARLIER in vars(experts)}
     for experts in layers:
-        chosen = [getattr(experts.config, _FIELD, None)]
+        found = getattr(experts.config, _FIELD, None)  # glowq's own in a copy of the config of an open model
+        chosen = ["eager" if found == _IMPLEMENTATION else found]
         vars(experts)[_EARLIER] = noted.setdefault(id(experts.config), chosen)
 
 
@@ -274,17 +236,17 @@ def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
             names = layers_of(expert)
             inner = _first_product(experts, expert, names, hidden_states[token])
             inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-            output = expert._modules[names.down if names else "down_proj"](inner)
+            output = expert._modules[names.down](inner)
             if getattr(experts, "has_post_expert_norm", False):
                 output = experts.post_expert_norm(output)
             total.index_add_(0, token, (output * top_k_weights[token, position, None]).to(total.dtype))
     return total
 
 
-def _first_product(experts: Any, expert: Any, names: Layers | None, x: Tensor) -> Tensor:
+def _first_product(experts: Any, expert: Any, names: Layers, x: Tensor) -> Tensor:
     """Both halves of what an expert's gate needs, in the order in which the parameter holds them."""
-    if names is None:
-        product: Tensor = (expert.gate_up_proj if experts.has_gate else expert.up_proj)(x)
+    if names == WHOLE:
+        product: Tensor = expert._modules["gate_up_proj" if experts.has_gate else "up_proj"](x)
         return product
     gate, up = expert._modules[names.gate](x), expert._modules[names.up](x)
     return torch.cat([gate, up], -1) if experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)

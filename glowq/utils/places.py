@@ -17,14 +17,15 @@ def place(x: Tensor) -> tuple[Tensor, Hashable]:
     order; the other dimensions may be divided differently, as in hidden states of shape (1, n, d) and (n, d).
 
     Args:
-        x: any tensor of at least one dimension.
+        x: any tensor.
 
     Returns:
-        `x` itself if it is no view, and a value to compare.
+        `x` itself if it is no view, and a value to compare; `x` and None if its place cannot be told (no strides, no
+        dimension, or values that are only negated or conjugated when they are read).
     """
+    if x.layout is not torch.strided or x.dim() == 0 or x.is_neg() or x.is_conj():
+        return x, None
     root = x if x._base is None else x._base
-    if x.layout is not torch.strided or x.dim() == 0:
-        return root, None
     sizes: list[int] = []
     strides: list[int] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):

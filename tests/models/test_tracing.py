@@ -241,6 +241,18 @@ def test_views_of_one_input_are_one_group(calls: Callable[[Toy, Tensor], Any]) -
     assert traced(calls)[0] == {"a+b"}
 
 
+def test_negated_views_are_other_inputs() -> None:
+    def calls(model: Toy, x: Tensor) -> None:
+        whole = torch.view_as_complex(torch.stack([x, x * 2], -1))
+        negated = whole.conj().imag
+        assert negated.is_neg()
+        assert negated._base is whole.imag._base
+        model.a(whole.imag)
+        model.b(negated)
+
+    assert traced(calls)[0] == {"a", "b"}
+
+
 def test_the_same_inputs_in_the_same_order_are_one_group() -> None:
     assert traced(lambda m, x: (m.a(x), m.b(x), m.a(y := x * 2), m.b(y)))[0] == {"a+b"}
 

@@ -30,6 +30,8 @@ from glowq.integrations.export.registry import export
 from glowq.models.candidates import find_candidates
 from glowq.models.headers import read_headers
 from glowq.models.tracing import find_groups
+from glowq.quantizers.divided_experts import divide_experts
+from glowq.quantizers.libraries.dense import mark_dense
 from support import tiny, writers
 from support.fresh_process import run_python
 from support.tiny import EXAMPLE, TEXTS, VOCABULARY, seeded
@@ -178,6 +180,18 @@ class TestDense:
         implementation = "batched_mm" if how == "another implementation" else None
         fresh = Auto.from_pretrained(rounded, experts_implementation=implementation)
         assert torch.equal(logits(model), logits(fresh))
+
+    def test_another_model_with_a_copy_of_its_config_runs(self, source: Path, rounded: Path) -> None:
+        """The config says that glowq runs the experts; it called itself without end."""
+        model = Auto.from_pretrained(rounded)
+        corrected(model, source, dense=True, method="qera")
+        model(IDS)
+        other = Auto.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+        other.load_state_dict(Auto.from_pretrained(rounded).state_dict())
+        expected = logits(Auto.from_pretrained(rounded, experts_implementation="eager"))
+        assert torch.equal(logits(other), expected)
+        mark_dense(other)
+        assert torch.equal(logits(other), expected)
 
     def test_it_exports_as_a_dense_model_and_is_refused_where_experts_are_no_modules(
         self, source: Path, rounded: Path, tmp_path: Path
@@ -330,6 +344,10 @@ def test_experts_that_were_quantized_one_by_one_are_loaded_and_corrected(
     first, last = ("w1+w3", "w2") if kind == "gptq-w123" else ("gate_proj+up_proj", "down_proj")
     expected = {name.replace("gate_up_proj", first).replace("down_proj", last) for name in EXPERTS}
     assert expert_names(correction) == expected
+    headers = read_headers(str(checkpoint))
+    stored = find_candidates(str(checkpoint), headers, headers.config["quantization_config"], None)
+    assert set(stored.correctable) == {member for entry in correction.factors for member in entry.group.members}
+    assert not any("experts" in name for name in stored.skipped)
     found = logits(model)
     assert (found - full).norm() < (before - full).norm()
     correction.save_pretrained(tmp_path / "correction")
@@ -347,6 +365,16 @@ def test_gptqmodels_experts_are_those_that_gptqmodel_loads(one_by_one: dict[str,
     theirs = torch.load(checkpoint / "logits")
     found = tiny.logits(Auto.from_pretrained(checkpoint, dtype=torch.bfloat16))
     assert (found.float() - theirs.float()).norm() < 0.02 * theirs.float().norm()
+
+
+def test_files_without_quantized_experts_leave_a_model_as_it_is(tmp_path: Path) -> None:
+    source = saved(tmp_path / "mixtral", "mixtral")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle is not looked into")
+    with torch.device("meta"):
+        model = Auto.from_config(AutoConfig.from_pretrained(source))
+    names = [name for name, _ in model.named_modules()]
+    divide_experts(model, [str(source / "model.safetensors"), str(tmp_path / "pytorch_model.bin")])
+    assert [name for name, _ in model.named_modules()] == names
 
 
 def test_experts_that_were_not_loaded_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ...models.forward import example_inputs
 from ...models.load_errors import loading
 from ...models.loading import load_config, model_class
 from ...models.preprocessors import load_tokenizer
-from ...quantizers.experts import ExpertLinear, open_experts
+from ...quantizers.experts import WHOLE, ExpertLinear, open_experts
 from ...quantizers.model import quantized_modules, read_weight
 from ..transformers.merge import cast, running_factors
 from .common import difference, first_output, load_corrected, stored_correction
@@ -112,7 +112,7 @@ def _weight_errors(corrected: nn.Module, merged: nn.Module, dtype: torch.dtype) 
     layers = {name: corrected.get_submodule(name) for name in quantized}
     compared = {id(layer.stack) for layer in layers.values() if isinstance(layer, ExpertLinear)}
     if compared:
-        open_experts(merged, lambda stack: True)
+        open_experts(merged, lambda stack: WHOLE)
     for name, backend in quantized.items():
         weight = read_weight(backend, name, layers[name]).double()
         slack = weight.abs() * 2

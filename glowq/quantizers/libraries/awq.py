@@ -12,7 +12,7 @@ from transformers.quantizers.quantizer_awq import AwqQuantizer
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, Scheme, StoredModule
-from ..experts import loading_experts
+from ..divided_experts import loading_experts
 from ..registry import register
 from ._gptqmodel import keep_readable, let_rewrite
 
@@ -34,6 +34,7 @@ class AWQ(Backend):
     tested = ">=7.6,<7.7"
     methods = ("awq",)
     saves = "files"  # in memory, the module rounds its scales to the dtype of its input
+    loads_experts = True
 
     def quantizers(self) -> dict[str, type]:
         return {"awq": _QUANTIZER}

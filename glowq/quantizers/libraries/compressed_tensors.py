@@ -21,7 +21,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, Scheme, StoredModule
-from ..experts import loading_experts
+from ..divided_experts import loading_experts
 from ..registry import register
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -38,6 +38,7 @@ class CompressedTensors(Backend):
     tested = ">=0.20,<0.21"
     methods = ("compressed-tensors",)
     saves = "files"  # after its first forward the model's own state is dense
+    loads_experts = True
 
     def quantizers(self) -> dict[str, type]:
         return {"compressed-tensors": _QUANTIZER}

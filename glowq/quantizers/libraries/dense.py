@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import ConfigError, UnsupportedModuleError
 from ..base import Backend, Scheme
-from ..experts import open_experts
+from ..experts import WHOLE, open_experts
 from ..model import quantized_modules
 from ..registry import find_backend, method_of, register
 
@@ -130,7 +130,7 @@ def mark_dense(model: nn.Module) -> None:
     Raises:
         UnsupportedModuleError: the model holds no linear layer with a plain float weight.
     """
-    open_experts(model, _is_plain)
+    open_experts(model, lambda stack: WHOLE if _is_plain(stack) else None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     found = [module for module in model.modules() if module is not head and _is_dense(module)]
     if not found:

@@ -17,7 +17,7 @@ import glowq_kernels
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, FusedProduct, Scheme, StoredModule, Unavailable, changed
 from ..derived import Derived
-from ..experts import loading_experts
+from ..divided_experts import loading_experts
 from ..registry import register
 from ._gptqmodel import keep_readable, let_rewrite
 
@@ -50,6 +50,7 @@ class GPTQ(Backend):
     # gptqmodel converts the zero points of AutoGPTQ's format in memory. If the converted ones were saved, the next load
     # would convert them again.
     saves = "files"
+    loads_experts = True
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get("gptqmodel.nn_modules.qlinear")
