@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -10,12 +10,15 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.utils import logging as hf_logging
 
 from ..quantizers.experts import tensor_holder
 from ..utils.logging import quiet
 
-__all__ = ["add_weight", "compute_on", "quiet_loading", "readable", "unstored"]
+__all__ = ["add_weight", "compute_on", "keep_read_elsewhere", "quiet_loading", "readable", "unstored"]
 
 
 def add_weight(model: nn.Module, name: str, value: Tensor) -> None:
@@ -58,6 +61,78 @@ def readable(module: nn.Module) -> AbstractContextManager[None]:
         holder, torch.device("cpu") if has_offloaded_params(holder) else None
     )
     return context
+
+
+def keep_read_elsewhere(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
+    """Keep in memory the weights that are used while the layer they belong to is not called.
+
+    accelerate brings the weights of a layer into memory for the layer's own forward. The code of some models reads a
+    weight of another layer, which is a meta tensor then: torch refuses some operations on it, and others, such as the
+    product of a matrix with it, return memory that nothing was written to. The code of others moves a tensor to the
+    device of such a weight; which weight it was cannot be told, so that all are kept.
+
+    Args:
+        model: a model whose weights are on disk.
+        run: runs the model; called again until nothing on disk is read.
+
+    Returns:
+        The weights that are in memory now.
+
+    Raises:
+        Exception: what `run` raised without such a weight.
+    """
+    kept: list[Tensor] = []
+    while True:
+        failure = None
+        with _ReadsElsewhere(model) as reads:
+            try:
+                run()
+            except Exception as error:
+                failure = error
+        if not reads.owners:
+            if failure is not None:
+                raise failure
+            return kept
+        for module in reads.owners:
+            for part in _offloading(module):
+                part.pre_forward(module)
+                part.offload = False
+            kept += module.parameters(recurse=False)
+
+
+class _ReadsElsewhere(TorchDispatchMode):
+    """Finds the modules whose weights an operation reads while they are on disk.
+
+    Attributes:
+        owners: these modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.owners: list[nn.Module] = []
+        self._model = model
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:  # a view reads no values
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and value.is_meta:
+                    self._add_owners(StorageWeakRef(value.untyped_storage()))
+        return func(*args, **(kwargs or {}))
+
+    def _add_owners(self, storage: StorageWeakRef) -> None:
+        """Add the modules with a weight in `storage`. If it is no weight's, it was moved there: add all modules."""
+        on_disk = [module for module in self._model.modules() if _offloading(module)]
+        found = [module for module in on_disk if any(_lies_in(storage, weight) for weight in module.parameters(False))]
+        self.owners += [module for module in found or on_disk if module not in self.owners]
+
+
+def _lies_in(storage: StorageWeakRef, weight: Tensor) -> bool:
+    return weight.is_meta and StorageWeakRef(weight.untyped_storage()) == storage
+
+
+def _offloading(module: nn.Module) -> list[AlignDevicesHook]:
+    """The hook that brings the weights of a module into memory for its forward, if it has one."""
+    return [part for part in _hooks(module) if isinstance(part, AlignDevicesHook) and part.offload]
 
 
 def _hooks(module: nn.Module) -> Sequence[Any]:

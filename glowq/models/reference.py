@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..quantizers.experts import layers_of, open_experts, stacks
 from ..utils.files import checkpoint_files, read_json, stored_variant
 from ..utils.hub import local_snapshot
 from ..utils.scratch import temporary_folder
-from .disk_mapping import add_weight, compute_on, quiet_loading, readable, unstored
+from .disk_mapping import add_weight, compute_on, keep_read_elsewhere, quiet_loading, readable, unstored
 from .forward import evaluating, input_embeddings, to_model
 
 __all__ = ["Reference"]
@@ -96,32 +95,21 @@ class Reference:
         return self._model
 
     def check_runs(self, example: Mapping[str, Any]) -> None:
-        """Run the reference once, and load it into the CPU's memory if it cannot run from its files.
-
-        accelerate brings the weights of a layer into memory for the layer's own forward. The code of some models reads
-        a weight of another layer.
+        """Run the reference once, and keep in memory the weights that cannot stay on disk.
 
         Args:
             example: keyword arguments of one short forward.
         """
         if self._folder is None:
             return
-        try:
-            with torch.no_grad(), evaluating(self.model):
-                self.model(**to_model(example, self.model))
-        except RuntimeError as error:  # also NotImplementedError
-            if not re.search(r"\bmeta\b", str(error)):
-                raise
-        else:
-            return
-        self._model = self._load(self._folder, in_memory=True)
-        self._follow(self._model)
-        size = sum(tensor.nbytes for tensor in self._model.parameters())
-        _logger.warning(
-            "%s cannot run with its weights on disk: the reference is loaded into memory (%s MB).",
-            self.model_class.__name__,
-            f"{size / 1e6:,.0f}",
-        )
+        with torch.no_grad(), evaluating(self.model):
+            kept = keep_read_elsewhere(self.model, lambda: self.model(**to_model(example, self.model)))
+        if kept:
+            _logger.warning(
+                "%s uses weights of layers that it does not call: %s MB of the reference stay in memory.",
+                self.model_class.__name__,
+                f"{sum(weight.nbytes for weight in kept) / 1e6:,.1f}",
+            )
 
     def identity(self) -> str:
         """What tells these weights from others: an interrupted run continues only with the same reference.
@@ -196,21 +184,22 @@ class Reference:
             )
         return module
 
-    def _load(self, folder: Path, in_memory: bool = False) -> nn.Module:
-        options: dict[str, Any] = {"use_safetensors": True, "variant": self.variant, "output_loading_info": True}
-        if not in_memory:
-            offload = self._exit.enter_context(temporary_folder("reference"))
-            options |= {"device_map": {"": "disk"}, "offload_folder": offload}
+    def _load(self, folder: Path) -> nn.Module:
+        offload = self._exit.enter_context(temporary_folder("reference"))
         with quiet_loading():
-            model, found = self.model_class.from_pretrained(folder, dtype="auto", **options)  # type: ignore[attr-defined]
+            model, found = self.model_class.from_pretrained(  # type: ignore[attr-defined]
+                folder,
+                dtype="auto",
+                device_map={"": "disk"},
+                offload_folder=offload,
+                use_safetensors=True,
+                variant=self.variant,
+                output_loading_info=True,
+            )
         self.missing = sorted(found["missing_keys"])
-        for name in dict.fromkeys([*self.missing, *(() if in_memory else unstored(model))]):
-            value = self._fresh_value(name)
-            if in_memory:
-                _named_tensors(model)[name].data = value.clone()
-            else:
-                add_weight(model, name, value)
-        if self.device is not None and not in_memory:
+        for name in dict.fromkeys([*self.missing, *unstored(model)]):
+            add_weight(model, name, self._fresh_value(name))
+        if self.device is not None:
             compute_on(model, self.device)
         loaded: nn.Module = model
         return loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from glowq.models.forward import to_model
 from glowq.models.reference import Reference
 from glowq.models.reference_checks import check_loaded, check_revision
 from support.bases import Base, rows
+from support.shrunk import auto_class, inputs_of, save_shrunk
 
 Factory = Callable[..., Any]
 NAME = "model.layers.0.self_attn.k_proj"
@@ -70,6 +72,35 @@ def test_the_reference_can_be_run_and_then_put_away(tiny_llama: Factory, tiny_id
         torch.testing.assert_close(reference.model(tiny_ids).logits, model(tiny_ids).logits)
     with pytest.raises(RuntimeError, match="inside its `with` block"):
         _ = reference.model
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        ("neomme", ["unembedding_projection.weight"]),  # hidden_states @ self.unembedding_projection.weight
+        ("llama4_text", None),  # input_ids.to(self.embed_tokens.weight.device): any weight; all stay in memory
+    ],
+)
+def test_weights_that_other_layers_read_stay_in_memory(
+    kind: str, kept: list[str] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch multiplies by a meta tensor without an error; what comes out is memory that nothing was written to."""
+    save_shrunk(kind, tmp_path)
+    model = auto_class(kind).from_pretrained(tmp_path).eval()
+    inputs = inputs_of(model)
+    with Reference(tmp_path, type(model)) as reference, torch.no_grad():
+        with caplog.at_level(logging.WARNING, logger="glowq"):
+            reference.check_runs(inputs)
+        torch.testing.assert_close(reference.model(**inputs).logits, model(**inputs).logits)
+        named = list(reference.model.named_parameters(remove_duplicate=False))
+        found = [name for name, weight in named if not weight.is_meta]
+    assert found == (kept or [name for name, _ in named])
+    (line,) = [record.getMessage() for record in caplog.records]
+    size = sum(weight.nbytes for name, weight in named if name in found)
+    assert line == (
+        f"{type(model).__name__} uses weights of layers that it does not call: {size / 1e6:,.1f} MB of the reference "
+        "stay in memory."
+    )
 
 
 def test_weights_that_are_computed_and_not_stored(tmp_path: Path) -> None:

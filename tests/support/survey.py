@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import glowq
+from glowq.models.reference import Reference
 from glowq.quantizers.model import quantized_modules
 from glowq.runtime.attach import attached, attached_factors
 from support import shrunk
@@ -109,6 +110,10 @@ def examined(kind: str, base: str, folder: Path) -> dict[str, Any]:
     options = {"rank": 2, "force": True, "calibration_tokens": 1024, "sequence_length": 32, "tokenizer": tokenizer}
     correction = glowq.correct(model, reference=folder / "source", calibration=_calibration(model), **options)
     model.eval()
+    dense = auto.from_pretrained(folder / "source").eval()
+    with Reference(folder / "source", type(model), fresh=model) as reference:
+        reference.check_runs(inputs)
+        _same(_answers(reference.model, inputs), _answers(dense, inputs))
     _check_products(model, inputs)
     found = _answers(model, inputs)
     if can_generate:
@@ -123,7 +128,6 @@ def examined(kind: str, base: str, folder: Path) -> dict[str, Any]:
     _same(_answers(small, inputs), found)
     groups = [entry.group for entry in attached_factors(model)]
     corrected = sum(group.in_features * sum(group.out_features) for group in groups)
-    dense = auto.from_pretrained(folder / "source")
     words = {id(part) for module in dense.modules() if isinstance(module, nn.Embedding) for part in module.parameters()}
     matrices = sum(part.numel() for part in dense.parameters() if part.dim() >= 2 and id(part) not in words)
     return {
