@@ -147,7 +147,7 @@ def test_symmetric_three_bits_are_called_symmetric() -> None:
 
 
 def test_quantized_and_corrected_while_loading_it_is_saved_in_one_piece_without_the_text(tmp_path: Path) -> None:
-    config = glowq.GlowQConfig(base="gptq-4", rank=4, calibration=TEXTS, **CALIBRATION)
+    config = glowq.GlowQConfig(base="gptq-4", rank=4, calibration=TEXTS, force=True, **CALIBRATION)
     model = load(small_model(), quantization_config=config)
     expected = logits(model)
     model.save_pretrained(tmp_path)
