@@ -102,8 +102,9 @@ def test_a_model_beyond_the_range_of_its_dtype_is_refused_by_name(tmp_path: Path
 
 
 @pytest.mark.parametrize("length", [32, 31])
-def test_the_split_into_batches_does_not_matter(length: int, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_split_into_batches_does_not_matter(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The labels of the gradients are drawn in the same order, whatever is in one batch."""
+    source = tiny_llama(tmp_path, dtype=torch.float32)  # products in bfloat16 round differently in other batches
 
     def made() -> tuple[dict[str, Tensor], Any]:
         model = quantized(source, "nf4", dtype=torch.float32)
@@ -117,6 +118,6 @@ def test_the_split_into_batches_does_not_matter(length: int, source: Path, monke
     monkeypatch.setattr("glowq.evaluation.improvement._BATCH_TOKENS", 1)
     found, second = made()
     for name, matrix in expected.items():
-        assert float((found[name] - matrix).norm() / matrix.norm()) < 1e-3
+        assert float((found[name] - matrix).norm() / matrix.norm()) < 1e-5
     before, after = (part.config.provenance.improvement["benefit"] for part in (first, second))
     assert after["value"] == pytest.approx(before["value"], rel=0.02)
