@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import NonFiniteError, UnsupportedModuleError
 from ..factors.group import Group, group_name
-from ..quantizers.model import open_quantized_experts, quantized_modules
+from ..quantizers.model import prepare_model, quantized_modules
 from ..quantizers.registry import find_backend
 from ..utils.places import place
 from ..utils.timeline import stage
@@ -59,6 +59,8 @@ class Trace:
 def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Group]:
     """Find the groups of linear modules that read the same tensor, by running `model` once.
 
+    Quantized modules are prepared first, so that their weights can still be read afterwards.
+
     Args:
         model: any model, also a compiled one. Its quantized modules are the candidates, or its linear layers if no
             module is quantized.
@@ -80,7 +82,7 @@ def find_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Gro
 def trace_groups(model: nn.Module, example_inputs: Mapping[str, Any]) -> Trace:
     """Like `find_groups`, with the reasons why candidates were left out."""
     model = underlying(model)
-    open_quantized_experts(model)
+    prepare_model(model)  # bitsandbytes can repack weights in a forward: they could not be read after this one
     candidates = _candidates(model)
     block_of = block_index(model, candidates)
     calls, runs, wrong = _record_calls(model, candidates, set(block_of.values()), example_inputs)

@@ -54,3 +54,13 @@ def test_a_right_kernel_is_not_refused(model: Any, monkeypatch: pytest.MonkeyPat
         assert trace_groups(model, INPUTS).skipped == {}
     monkeypatch.setattr(backend, "has_avx512", lambda: False)
     assert trace_groups(model, INPUTS).skipped == {}
+
+
+def test_weights_can_be_read_after_groups_were_found(model: Any) -> None:
+    """On AVX512-BF16, bitsandbytes repacks a weight in the first forward that needs no gradients."""
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    assert len(glowq.find_groups(model, INPUTS)) == 4
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
