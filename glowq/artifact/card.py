@@ -13,8 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..errors import GlowQError
-from ..evaluation.figures import has_gap, shown, shown_share, undone
-from ..evaluation.improvement import interval_ends, is_better
+from ..evaluation.figures import has_gap, interval_ends, is_better, shown, shown_share, undone
 from ..evaluation.plots import can_plot, draw_budgets
 from ..factors.units import GainUnit
 from ..quantizers.registry import method_of

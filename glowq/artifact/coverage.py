@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..quantizers.experts import ExpertLinear
-from ..quantizers.model import quantized_modules
 from .provenance import Coverage
 
 if TYPE_CHECKING:
@@ -34,6 +32,9 @@ def coverage_of(model: nn.Module, trace: Trace) -> Coverage:
         "not_quantized" (class of a module -> bytes of the weights that it holds in float: embeddings, norms, fused
         experts).
     """
+    from ..quantizers.experts import ExpertLinear
+    from ..quantizers.model import quantized_modules
+
     quantized = quantized_modules(model)
     sizes = {name: backend.packed_bytes(model.get_submodule(name)) for name, backend in quantized.items()}
     inside = {id(part) for name in quantized for part in model.get_submodule(name).modules()}

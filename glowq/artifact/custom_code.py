@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from transformers.dynamic_module_utils import custom_object_save, get_relative_imports
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelNotFoundError
 from ..utils.files import check_regular
 from ..utils.scratch import temporary_folder
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["code_in", "code_of", "of_repository"]
 
@@ -27,6 +27,8 @@ def code_of(model: nn.Module) -> dict[str, bytes]:
     parts = [part for part in (model, getattr(model, "config", None)) if getattr(part, "_auto_class", None)]
     if not parts:
         return {}
+    from transformers.dynamic_module_utils import custom_object_save
+
     with temporary_folder("code") as folder:
         for part in parts:
             custom_object_save(part, folder)
@@ -54,6 +56,8 @@ def code_in(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
             continue
         if check_regular(file) is None:
             raise ModelNotFoundError(f"{file} is missing: config.json or another file names its code.")
+        from transformers.dynamic_module_utils import get_relative_imports
+
         found[file.name] = file.read_bytes()
         wanted += get_relative_imports(file)
     return dict(sorted(found.items()))

@@ -6,7 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["NO_GAP", "finite", "has_gap", "shown", "shown_share", "undone"]
+__all__ = [
+    "NO_GAP",
+    "finite",
+    "has_gap",
+    "interval_ends",
+    "is_better",
+    "is_worse",
+    "not_better",
+    "shown",
+    "shown_share",
+]
+__all__ += ["undone"]
 
 NO_GAP = "no gap to recover"
 _LEAST_GAP = 1e-3  # of the reference's perplexity; the share of a smaller gap is mostly noise of the text
@@ -55,3 +66,32 @@ def undone(figures: Mapping[str, Any] | None) -> dict[str, float] | None:
     if not figures or figures["quantized"] <= 0:
         return None
     return {name: 1 - figures[name] / figures["quantized"] for name in ("rounded", "same_bytes", "same_ranks")}
+
+
+def is_better(found: Mapping[str, Any]) -> bool:
+    """Whether an `improvement` is one beyond chance; on too little text for an interval, whether it is one at all."""
+    benefit = found["benefit"]
+    return bool(benefit["value"] > 0 and (benefit["low"] is None or benefit["low"] > 0))
+
+
+def is_worse(found: Mapping[str, Any]) -> bool:
+    """Whether an `improvement` is negative beyond chance."""
+    high = found["benefit"]["high"]
+    return high is not None and bool(high < 0)
+
+
+def interval_ends(found: Mapping[str, Any]) -> tuple[str, str]:
+    """The ends of the interval of an `improvement` as text."""
+    low, high = (found["benefit"][end] for end in ("low", "high"))
+    return ("unknown", "unknown") if low is None else (f"{low:.2g}", f"{high:.2g}")
+
+
+def not_better(found: Mapping[str, Any]) -> str:
+    """Words for an error about an `improvement` that is none: its figures, and what to do."""
+    low, high = interval_ends(found)
+    return (
+        f"on {found['tokens']:,} tokens that it was not calibrated on, the divergence from the reference is "
+        f"{found['corrected']:.4g} with it and {found['quantized']:.4g} without (95% interval of the difference: "
+        f"{low} to {high}). Nothing is kept. Calibrate on more text, or on text that is more similar to the "
+        "model's task; or keep it all the same with force=True (--force)."
+    )

@@ -20,7 +20,7 @@ from .divergence import answer, divergences
 from .figures import finite
 from .intervals import mean_interval, text_parts
 
-__all__ = ["improvement", "interval_ends", "is_better", "is_worse", "measured_divergences", "not_better"]
+__all__ = ["improvement", "measured_divergences"]
 
 _BATCH_TOKENS = 1024
 
@@ -45,35 +45,6 @@ def improvement(
     benefit = asdict(mean_interval(text_parts(found["quantized"] - found["corrected"])))
     means = {name: float(values.mean()) for name, values in found.items()}
     return {"tokens": sequences.numel(), **means, "benefit": {name: finite(value) for name, value in benefit.items()}}
-
-
-def is_better(found: Mapping[str, Any]) -> bool:
-    """Whether an `improvement` is one beyond chance; on too little text for an interval, whether it is one at all."""
-    benefit = found["benefit"]
-    return bool(benefit["value"] > 0 and (benefit["low"] is None or benefit["low"] > 0))
-
-
-def is_worse(found: Mapping[str, Any]) -> bool:
-    """Whether an `improvement` is negative beyond chance."""
-    high = found["benefit"]["high"]
-    return high is not None and bool(high < 0)
-
-
-def interval_ends(found: Mapping[str, Any]) -> tuple[str, str]:
-    """The ends of the interval of an `improvement` as text."""
-    low, high = (found["benefit"][end] for end in ("low", "high"))
-    return ("unknown", "unknown") if low is None else (f"{low:.2g}", f"{high:.2g}")
-
-
-def not_better(found: Mapping[str, Any]) -> str:
-    """Words for an error about an `improvement` that is none: its figures, and what to do."""
-    low, high = interval_ends(found)
-    return (
-        f"on {found['tokens']:,} tokens that it was not calibrated on, the divergence from the reference is "
-        f"{found['corrected']:.4g} with it and {found['quantized']:.4g} without (95% interval of the difference: "
-        f"{low} to {high}). Nothing is kept. Calibrate on more text, or on text that is more similar to the "
-        "model's task; or keep it all the same with force=True (--force)."
-    )
 
 
 @stage("comparing with the reference")

@@ -18,7 +18,8 @@ from ..calibration.text_gap import lost_to_sampling
 from ..data.inputs import Samples
 from ..errors import ConfigError, NoImprovementError, SensitivityError, UnsupportedModuleError
 from ..evaluation.change import answer_change
-from ..evaluation.improvement import improvement, is_worse, not_better
+from ..evaluation.figures import is_worse, not_better
+from ..evaluation.improvement import improvement
 from ..factors.factors import GroupFactors
 from ..factors.form import FactorForm, bits_of
 from ..factors.group import Group

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 import glowq
 from glowq.errors import NoImprovementError, SensitivityError
-from glowq.evaluation.improvement import improvement, is_better, is_worse
+from glowq.evaluation.figures import is_better, is_worse
+from glowq.evaluation.improvement import improvement
 from glowq.pipeline.block_solver import BlockSolver
 from glowq.runtime.attach import attached
 from support.cli import call, result_of

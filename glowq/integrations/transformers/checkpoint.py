@@ -14,8 +14,8 @@ from ...artifact.request import CorrectionRequest
 from ...data.inputs import Inputs
 from ...data.media import read_media
 from ...errors import NoImprovementError
+from ...evaluation.figures import is_better, not_better
 from ...evaluation.held_out import held_out_figures, parted_sequences, reference_score
-from ...evaluation.improvement import is_better, not_better
 from ...models.fast_products import slow_here
 from ...models.loading import load_config, load_model, main_input, reference_name, scores_text
 from ...models.preprocessors import load_processor, load_tokenizer
