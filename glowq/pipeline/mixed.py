@@ -23,7 +23,7 @@ from ..selection.budget import parse_budget
 from ..selection.mixing import divide
 from ..solving.methods.base import get_method
 from .correct import correct
-from .prepared import traced
+from .prepared import examples, traced
 from .sequences import calibration_sequences, split_sequences
 from .wider_groups import measure_wider, mixed_config
 
@@ -127,6 +127,7 @@ def plan_mixture(
     wider = None if partner is None else load(partner)
     device = getattr(model, "device", None)
     with Reference(reference, type(model), device, fresh=model, variant=place.get("variant")) as source:
+        source.check_runs(next(examples(held)))
         measured = measure_wider(model, wider, source, groups, held)
     steps = {entry.group.name: Step(entry.group.name, 1, entry.bytes, entry.gain) for entry in measured}
     # The correction that follows needs one step of ranks, or it would be refused.

@@ -21,7 +21,7 @@ from ..quantizers.libraries.dense import adopt_dense, dequantized_from
 from ..quantizers.model import check_scales, prepare_model, refuse_misloaded
 from ..quantizers.registry import methods
 
-__all__ = ["opened", "readable_modules", "traced"]
+__all__ = ["examples", "opened", "readable_modules", "traced"]
 
 _TRACE_TOKENS = 8
 _MORE = 8  # sequences
@@ -73,7 +73,7 @@ def traced(model: nn.Module, sequences: Samples) -> Trace:
 def _traced(model: nn.Module, sequences: Samples) -> Trace:
     """Trace more and more text, as long as it does not reach all modules, and more text reaches more of them."""
     trace, before = None, None
-    for example in _examples(sequences):
+    for example in examples(sequences):
         trace = trace_groups(model, to_model(example, model))
         unreached = [name for name, reason in trace.skipped.items() if reason in UNREACHED]
         if not unreached or unreached == before:
@@ -83,7 +83,7 @@ def _traced(model: nn.Module, sequences: Samples) -> Trace:
     return trace
 
 
-def _examples(sequences: Samples) -> Iterator[dict[str, Any]]:
+def examples(sequences: Samples) -> Iterator[dict[str, Any]]:
     """Keyword arguments of longer and longer forwards; a sample of another kind than text is not cut."""
     if isinstance(sequences, Inputs):
         yield dict(sequences.samples[0])
@@ -116,7 +116,7 @@ def opened(
         source.check_ids(sequences)
         check_revision(model, source.model, _DENSE_TOLERANCE if dense else REVISION_TOLERANCE)
         check_loaded(model, source.model)
-        source.check_runs(next(_examples(sequences)))
+        source.check_runs(next(examples(sequences)))
         yield source
 
 

@@ -20,6 +20,7 @@ from glowq.runtime.attach import attached_factors
 from glowq.selection.mixing import Division
 from support.bases import small_model
 from support.cli import call, result_of
+from support.shrunk import save_shrunk
 from support.tiny import TEXTS, gap, library_texts, load, logits
 
 SIZES: dict[str, Any] = {"calibration_tokens": 2048, "sequence_length": 64}
@@ -204,6 +205,15 @@ def test_where_bits_win_everywhere_it_says_so(tmp_path: Path, monkeypatch: pytes
     done = call(*command(tmp_path, "torchao-int3", "--output", tmp_path / "out"))
     assert done.exit_code == 0
     assert "bits gain more than ranks everywhere" in " ".join(done.stdout.split())
+
+
+def test_a_reference_whose_weights_cannot_all_stay_on_disk(tmp_path: Path) -> None:
+    """Llama 4 moves its inputs to the device of a weight that accelerate has left on disk."""
+    pytest.importorskip("torchao")
+    save_shrunk("llama4_text", tmp_path)
+    options = {"calibration": TEXTS, "calibration_tokens": 1024, "sequence_length": 32, "force": True}
+    config = glowq.GlowQConfig(base="torchao-int3", mixed=True, budget="20%", **options)
+    assert attached_factors(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config))
 
 
 class TestRefused:
