@@ -47,6 +47,10 @@ def code_in(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
         ReadError: a file is no regular file.
     """
     wanted = _modules(config.get("auto_map"))
+    if not wanted:
+        return {}
+    from transformers.dynamic_module_utils import get_relative_imports
+
     found: dict[str, bytes] = {}
     while wanted:
         module = wanted.pop()
@@ -56,8 +60,6 @@ def code_in(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
             continue
         if check_regular(file) is None:
             raise ModelNotFoundError(f"{file} is missing: config.json or another file names its code.")
-        from transformers.dynamic_module_utils import get_relative_imports
-
         found[file.name] = file.read_bytes()
         wanted += get_relative_imports(file)
     return dict(sorted(found.items()))

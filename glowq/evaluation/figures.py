@@ -1,4 +1,4 @@
-"""Format figures for people, with words for undefined figures and for shares of a gap that is too small."""
+"""What figures say, and how they are shown: words for undefined ones, for a gap that is too small, for chance."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = [
     "not_better",
     "shown",
     "shown_share",
+    "undone",
 ]
-__all__ += ["undone"]
 
 NO_GAP = "no gap to recover"
 _LEAST_GAP = 1e-3  # of the reference's perplexity; the share of a smaller gap is mostly noise of the text

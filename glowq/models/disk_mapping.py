@@ -89,11 +89,12 @@ def keep_read_elsewhere(model: nn.Module, run: Callable[[], object]) -> list[Ten
                 run()
             except Exception as error:
                 failure = error
-        if not reads.owners:
+        found = reads.owners or ([module for module in model.modules() if _offloading(module)] if reads.others else [])
+        if not found:
             if failure is not None:
                 raise failure
             return kept
-        for module in reads.owners:
+        for module in found:
             for part in _offloading(module):
                 part.pre_forward(module)
                 part.offload = False
@@ -105,11 +106,13 @@ class _ReadsElsewhere(TorchDispatchMode):
 
     Attributes:
         owners: these modules.
+        others: whether a meta tensor was read that is no weight: what was computed from one, or moved to its device.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owners: list[nn.Module] = []
+        self.others = False
         self._model = model
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,14 +123,15 @@ class _ReadsElsewhere(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _add_owners(self, storage: StorageWeakRef) -> None:
-        """Add the modules with a weight in `storage`. If it is no weight's, it was moved there: add all modules."""
-        on_disk = [module for module in self._model.modules() if _offloading(module)]
-        found = [module for module in on_disk if any(_lies_in(storage, weight) for weight in module.parameters(False))]
-        self.owners += [module for module in found or on_disk if module not in self.owners]
+        """Add the modules with a weight in `storage`."""
+        found = [module for module in self._model.modules() if _lies_in(storage, module)]
+        self.owners += [module for module in found if module not in self.owners]
+        self.others |= not found
 
 
-def _lies_in(storage: StorageWeakRef, weight: Tensor) -> bool:
-    return weight.is_meta and StorageWeakRef(weight.untyped_storage()) == storage
+def _lies_in(storage: StorageWeakRef, module: nn.Module) -> bool:
+    on_disk = [weight for weight in module.parameters(recurse=False) if weight.is_meta]
+    return any(StorageWeakRef(weight.untyped_storage()) == storage for weight in on_disk)
 
 
 def _offloading(module: nn.Module) -> list[AlignDevicesHook]:

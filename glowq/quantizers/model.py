@@ -16,15 +16,7 @@ from .base import Backend
 from .experts import WHOLE, open_experts, tensor_holder
 from .registry import find_backend, holds_experts, method_of, own_quantizers
 
-__all__ = [
-    "check_scales",
-    "open_quantized_experts",
-    "packed_bytes",
-    "prepare_model",
-    "quantized_modules",
-    "read_weight",
-    "refuse_misloaded",
-]
+__all__ = ["check_scales", "packed_bytes", "prepare_model", "quantized_modules", "read_weight", "refuse_misloaded"]
 
 _MISREAD = "if weights are read back wrongly, please report it"
 
@@ -33,11 +25,6 @@ def quantized_modules(model: nn.Module) -> dict[str, Backend]:
     """Every quantized linear layer of `model`, name -> backend, in module order."""
     found = ((name, find_backend(module)) for name, module in model.named_modules())
     return {name: backend for name, backend in found if backend is not None}
-
-
-def open_quantized_experts(model: nn.Module) -> None:
-    """Give a module to each expert of the layers whose experts a library has quantized, see `open_experts`."""
-    open_experts(model, lambda stack: WHOLE if holds_experts(stack) else None)
 
 
 def refuse_misloaded(model: nn.Module) -> None:
@@ -60,9 +47,9 @@ def refuse_misloaded(model: nn.Module) -> None:
 def prepare_model(model: nn.Module) -> dict[str, Backend]:
     """Make every quantized module of `model` safe to read, run and save; returns `quantized_modules(model)`.
 
-    Quantized experts get a module each, see `open_quantized_experts`.
+    Quantized experts get a module each, see `open_experts`.
     """
-    open_quantized_experts(model)
+    open_experts(model, lambda stack: WHOLE if holds_experts(stack) else None)
     modules = quantized_modules(model)
     dtype = getattr(model, "dtype", torch.float32)
     for name, backend in modules.items():

@@ -78,6 +78,8 @@ def test_the_reference_can_be_run_and_then_put_away(tiny_llama: Factory, tiny_id
     ("kind", "kept"),
     [
         ("neomme", ["unembedding_projection.weight"]),  # hidden_states @ self.unembedding_projection.weight
+        # torch.cat([self.decoder.weight.t(), self.dense.weight], dim=0), from which a meta tensor is computed
+        ("mobilebert", [f"cls.predictions.{name}" for name in ("dense.weight", "decoder.weight", "decoder.bias")]),
         ("llama4_text", None),  # input_ids.to(self.embed_tokens.weight.device): any weight; all stay in memory
     ],
 )
