@@ -61,12 +61,16 @@ class Benefit(TypedDict, total=False):
 
 
 class Improvement(TypedDict, total=False):
-    """Mean divergence from the reference without and with the correction; see `glowq.evaluation.improvement`."""
+    """Mean divergence from the reference without and with the correction; see `glowq.evaluation.improvement`.
+
+    "predicted" is the share of it that the gains predicted to be undone, before it was measured.
+    """
 
     tokens: int
     quantized: float
     corrected: float
     benefit: Benefit
+    predicted: float | None
 
 
 class Mixed(TypedDict, total=False):
@@ -109,7 +113,8 @@ class Provenance:
         measured_tokens: number of tokens that each group's benefit was measured on.
         not_restored: group name -> measured benefit, for groups that a budget left out because they made answers worse.
         total: loss of the quantized model in the unit of the gains: its divergence from the reference where groups were
-            measured, or else the sum of what the solver predicts for all groups.
+            measured, or else the sum of what the solver predicts for all groups. Once the whole correction was
+            measured, the loss of which its gains are the measured share.
         distilled_steps: steps of gradient descent on the chosen factors.
         factor_dtype: "int8", "int4" or "int3" if the factors were rounded to it.
         rounding: measured loss of accuracy by rounding.

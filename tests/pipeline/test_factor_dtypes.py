@@ -57,7 +57,7 @@ def test_where_rounding_loses_too_much_the_factors_stay_floats(
     assert found.config.provenance.factor_dtype is None
     assert found.ranks == floats.ranks
     for name, tensor in floats.tensors().items():
-        assert torch.equal(found.tensors()[name], tensor), name
+        torch.testing.assert_close(found.tensors()[name], tensor)  # solved beside more ranks, with other roundings
 
 
 def test_text_for_fewer_ranks_than_4_bits_would_hold(source: Path) -> None:
@@ -73,8 +73,7 @@ def test_text_for_fewer_ranks_than_4_bits_would_hold(source: Path) -> None:
 def test_a_target_is_reached_by_the_rounded_factors(source: Path) -> None:
     correction = tiny.corrected(source, "nf4", rank=None, budget="recover 70%")[1]
     assert {entry.bits for entry in correction.factors} == {4}
-    assert correction.predicted is not None
-    assert 0.7 <= correction.predicted < 0.8
+    assert 0.7 <= correction.config.provenance.improvement["predicted"] < 0.8
 
 
 def test_select_cuts_what_has_these_bits_already(source: Path, tmp_path: Path) -> None:
