@@ -153,7 +153,7 @@ def distill_entries(
     seed: int = 0,
     cells: Cells | None = None,
 ) -> list[Entry]:
-    """Distill the factors of the first method that allocates by gain, and its last rounded ones, at every budget.
+    """Distill the factors of the first method that allocates by gain, at every budget: the last rounded ones, if any.
 
     Args:
         model: quantized model without a correction.
@@ -165,7 +165,7 @@ def distill_entries(
         cells: store what is finished.
 
     Returns:
-        New entries, whose method is for example "glowq+distilled" or "glowq+int4+distilled".
+        New entries, whose method is for example "glowq+distilled", or "glowq+int4+distilled".
 
     Raises:
         GlowQError: see `glowq.calibration.distillation.distill`.
@@ -174,9 +174,9 @@ def distill_entries(
 
     cells = cells or Cells()
     first = next(entry.method for entry in entries if entry.allocation == "gain")
-    last = [entry.method for entry in entries if entry.method.startswith(f"{first}+")][-1:]
+    *_, chosen = [first, *(entry.method for entry in entries if entry.method.startswith(f"{first}+"))]
     found = []
-    for entry in (entry for entry in entries if entry.method in (first, *last)):
+    for entry in (entry for entry in entries if entry.method == chosen):
         distilled = replace(entry, method=f"{entry.method}+distilled", predicted=None, gains=None)
         kept = cells.entry(distilled.label)
         if kept is None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glowq import Correction, GlowQConfig
-from glowq.artifact.factor_layout import describe_groups
+from glowq.artifact.factor_tensors import describe_groups
 from glowq.factors.factors import GroupFactors
 from glowq.factors.form import FactorForm
 from glowq.factors.group import Group

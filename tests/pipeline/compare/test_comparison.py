@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from glowq.errors import EvaluationError
 from glowq.evaluation.scores import perplexity, score_models
 from glowq.factors.form import FactorForm
 from glowq.factors.group import Group
+from glowq.factors.rounding import round_group
 from glowq.pipeline.compare.budgets import Entry, uniform_rank_within
 from glowq.pipeline.compare.comparison import Comparison, compare_methods, distill_entries, score_entries
 from glowq.quantizers.model import prepare_model, read_weight
@@ -90,8 +92,10 @@ class TestMeasuring:
         correction = glowq.correct(model, reference=folder / "model", **options)
         glowq.detach(model)
         predicted = {entry.label: entry.predicted for entry in found.entries}
-        assert predicted["glowq at 24%"] == correction.predicted
-        assert predicted["glowq at 9%"] == correction.cut(budget="9%").predicted
+        before = correction.config.provenance.improvement["predicted"]  # before the whole correction was measured
+        assert predicted["glowq at 24%"] == before
+        part = correction.cut(budget="9%").predicted / correction.predicted
+        assert predicted["glowq at 9%"] == pytest.approx(part * before)
         assert predicted["svd at 9%"] is predicted["qera at 24%"] is None
 
     def test_better_methods_come_closer_to_the_reference(
@@ -149,6 +153,22 @@ class TestWholeGroups:
         following = ordered[len(chosen)]
         size = 2 * grouped[1].rank * sum((following.in_features, *following.out_features))
         assert grouped[1].factor_bytes <= grouped[1].budget_bytes < grouped[1].factor_bytes + size
+
+
+def test_of_several_forms_only_the_last_is_distilled(
+    measured: tuple[Any, Comparison, torch.Tensor], folder: Path
+) -> None:
+    model, found, sequences = measured
+    plain = [entry for entry in found.entries if entry.method == "glowq"][-1:]
+    forms = [
+        replace(entry, method=f"glowq+int{bits}", factors=tuple(round_group(one, bits) for one in entry.factors))
+        for bits in (8, 4)
+        for entry in plain
+    ]
+    reference = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    learned = distill_entries(model, reference, [*plain, *forms], sequences, steps=1)
+    assert [entry.label for entry in learned] == ["glowq+int4+distilled at 9%"]
+    assert all(one.bits == 4 for entry in learned for one in entry.factors)
 
 
 def test_distilled_entries_are_those_of_the_first_that_allocates_by_gain(
