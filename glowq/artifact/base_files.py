@@ -17,7 +17,7 @@ from ..errors import ConfigError, CorrectionError, FingerprintError, GlowQError,
 from ..models.model_config import read_model_config
 from ..quantizers.registry import method_of
 from ..utils.files import check_regular, checkpoint_files, refuse_pickles
-from ..utils.hub import local_snapshot
+from ..utils.snapshots import local_snapshot
 from .config import GlowQConfig
 from .factor_layout import FACTOR_KEYS
 from .saved import FACTORS_FILE

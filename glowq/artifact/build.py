@@ -19,7 +19,7 @@ from ..utils.names import split_revision
 from .config import GlowQConfig
 from .correction import Correction
 from .custom_code import code_of
-from .factor_layout import describe_groups
+from .factor_tensors import describe_groups
 from .fingerprint import backbone_fingerprint, fingerprint
 from .provenance import Provenance
 from .stored_fields import BASE_PLACE

@@ -20,7 +20,7 @@ from ..quantizers.registry import method_of
 from ..selection.allocation import GroupGains
 from ..selection.curve import CurvePoint, budget_curve
 from ..utils.files import read_json
-from .config import GlowQConfig
+from .correction_config import CorrectionConfig
 from .coverage import covered
 
 __all__ = ["CARD", "PICTURE", "base_license", "card_files", "export_card", "license_of"]
@@ -34,7 +34,7 @@ _PERPLEXITIES = {"reference": "full precision", "quantized": "quantized", "corre
 
 
 def card_files(
-    config: GlowQConfig,
+    config: CorrectionConfig,
     group_gains: Sequence[GroupGains],
     *,
     license: Mapping[str, Any] | None = None,

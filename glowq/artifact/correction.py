@@ -29,9 +29,10 @@ from ..utils.scratch import temporary_folder
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
 from .custom_code import code_in
-from .factor_layout import describe_groups, factor_tensors, with_checksums
+from .factor_files import read_factors
+from .factor_tensors import describe_groups, factor_tensors, with_checksums
 from .provenance import Selected
-from .saved import FACTORS_FILE, SavedCorrection, open_saved
+from .saved import FACTORS_FILE, SavedCorrection, read_saved
 
 __all__ = ["Correction"]
 
@@ -309,22 +310,24 @@ class Correction:
                 holds no measured gains.
         """
         request = RankRequest(rank, budget, rank_step, max_rank)
-        with open_saved(path, **hub_kwargs) as saved:
-            return cls.from_saved(saved, None if rank is None and budget is None else saved.choose(request))
+        saved = read_saved(path, **hub_kwargs)
+        return cls.from_saved(saved, None if rank is None and budget is None else saved.choose(request))
 
     @classmethod
     def from_saved(cls, saved: SavedCorrection, ranks: Mapping[str, int] | None = None) -> Correction:
-        """Read the factors of an open correction.
+        """Read the factors of a saved correction.
 
         Args:
-            saved: see `glowq.artifact.saved.open_saved`.
+            saved: see `glowq.artifact.saved.read_saved`.
             ranks: group name -> rank to keep, see `SavedCorrection.choose`; None keeps everything.
 
         Raises:
             NonFiniteError: a factor that was read holds NaN or Inf.
         """
-        factors = saved.factors.read(ranks)
-        config = saved.config if ranks is None else _config_of_part(saved.config, factors, saved.factors.factor_bytes)
+        config = GlowQConfig(**saved.config.to_dict())
+        factors = read_factors([saved.folder / FACTORS_FILE], config.groups or {}, ranks)
+        if ranks is not None:
+            config = _config_of_part(config, factors, saved.headers.factor_bytes)
         tokenizer = generation = None
         if (saved.folder / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(saved.folder))

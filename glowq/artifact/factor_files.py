@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CorrectionError, NonFiniteError
@@ -20,8 +18,8 @@ from ..factors.factors import GroupFactors
 from ..factors.group import Group
 from ..factors.integers import Packed, Stored, unpack
 from ..selection.allocation import GroupGains
-from ..utils.files import check_regular
-from .factor_layout import FACTOR_KEYS, ITEMSIZES, bits_of_header, digest, layout, stored_group
+from .factor_headers import read_factor_headers
+from .factor_tensors import digest
 
 __all__ = ["StoredFactors", "open_factors", "read_factors"]
 
@@ -34,20 +32,17 @@ class StoredFactors:
 
     Attributes:
         group_gains: one entry per group, with one gain per stored rank.
+        bits: group name -> bits per value of its factors; None for floats.
         totals: group name -> error without a correction.
         tensors: factor name -> the open file that holds it, and the file's path.
         checksums: factor name -> SHA-256 of its values; empty for files of glowq 0.1, which are not checked.
     """
 
     group_gains: list[GroupGains]
+    bits: Mapping[str, int | None]
     totals: Mapping[str, float]
     tensors: Mapping[str, tuple[Any, Path]]
     checksums: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(len(item.gains) * item.rank_bytes for item in self.group_gains)
 
     def read(self, ranks: Mapping[str, int] | None = None) -> list[GroupFactors]:
         """Read only the first ranks of the given groups.
@@ -70,7 +65,7 @@ class StoredFactors:
             first = slice(None if rank == held else rank)
             right = self._take_factor(f"{group.name}.right", 0, first)
             lefts = {member: self._take_factor(f"{member}.left", 1, first) for member in group.members}
-            bits = _bits(self.tensors, f"{group.name}.right")
+            bits = self.bits[group.name]
             if bits is None:
                 floats = right.values, {member: left.values for member, left in lefts.items()}
             else:
@@ -140,77 +135,23 @@ def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]])
         CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
         ReadError: a file is no regular file.
     """
+    headers = read_factor_headers(files, groups)
+    totals = {name: float(stored["total"]) for name, stored in groups.items()}
+    digests = {name: digest for stored in groups.values() for name, digest in stored.get("sha256", {}).items()}
     with ExitStack() as stack:
-        tensors = _open(files, stack)
-        unmatched = dict(tensors)
-        group_gains = [_checked_gains(stored_group(name, stored), stored, unmatched) for name, stored in groups.items()]
-        extra = sorted(unmatched)
-        if extra:
-            raise CorrectionError(
-                f"extra factor {extra[0]!r} ({len(extra)} in all) that no group of config.json names; the file and "
-                "its config.json do not belong together. Download or correct again."
-            )
-        totals = {name: float(stored["total"]) for name, stored in groups.items()}
-        digests = {name: digest for stored in groups.values() for name, digest in stored.get("sha256", {}).items()}
-        yield StoredFactors(group_gains, totals, tensors, digests)
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        tensors = {name: (opened[file], file) for name, file in headers.files.items()}
+        yield StoredFactors(headers.group_gains, headers.bits, totals, tensors, digests)
 
 
-def read_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> list[GroupFactors]:
-    """Read and check all factors of `groups` from safetensors files; see `open_factors`.
+def read_factors(
+    files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, int] | None = None
+) -> list[GroupFactors]:
+    """Read and check factors of `groups` from safetensors files; see `open_factors` and `StoredFactors.read`.
 
     Raises:
         CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
         NonFiniteError: a factor holds NaN or Inf.
     """
     with open_factors(files, groups) as stored:
-        return stored.read()
-
-
-def _open(files: Sequence[Path], stack: ExitStack) -> dict[str, tuple[Any, Path]]:
-    tensors: dict[str, tuple[Any, Path]] = {}
-    for file in files:
-        if check_regular(file) is None:
-            raise CorrectionError(f"{file} is missing; download the correction again.")
-        try:
-            opened = stack.enter_context(safe_open(file, framework="pt"))
-        except SafetensorError as error:
-            raise CorrectionError(
-                f"{file} is corrupt or truncated ({error}); download the correction again."
-            ) from error
-        names = opened.keys()
-        tensors.update({name: (opened, file) for name in names if re.search(FACTOR_KEYS, name)})
-    return tensors
-
-
-def _checked_gains(group: Group, stored: Mapping[str, Any], unmatched: dict[str, tuple[Any, Path]]) -> GroupGains:
-    """Check that a group's factors in the headers fit its description, and return its gains.
-
-    The group's factors are removed from `unmatched`.
-    """
-    rank, found = int(stored["rank"]), 0
-    bits = _bits(unmatched, f"{group.name}.right")
-    for name, (shape, dtypes) in layout(group, rank, bits).items():
-        found += prod(shape) * ITEMSIZES[_dtype(unmatched, name, shape, dtypes)]
-    return GroupGains(group, found // rank, [float(gain) for gain in stored["gains"]])
-
-
-def _bits(tensors: Mapping[str, tuple[Any, Path]], right: str) -> int | None:
-    """The bits per value of factors, by the header of the right factor; None if it is missing, or of floats."""
-    if right not in tensors:
-        return None
-    header = tensors[right][0].get_slice(right)
-    return bits_of_header(str(header.get_dtype()), header.get_shape())
-
-
-def _dtype(unmatched: dict[str, tuple[Any, Path]], name: str, shape: tuple[int, ...], dtypes: Sequence[str]) -> str:
-    opened, file = unmatched.pop(name, (None, None))
-    if opened is None:
-        raise CorrectionError(f"factor {name!r} is missing; the correction is incomplete. Download or correct again.")
-    header = opened.get_slice(name)
-    found, dtype = tuple(header.get_shape()), str(header.get_dtype())
-    if found != shape or dtype not in dtypes:
-        raise CorrectionError(
-            f"factor {name!r} in {file} has shape {found} and dtype {dtype}, expected {' or '.join(dtypes)} of shape "
-            f"{shape}. Download or correct again."
-        )
-    return dtype
+        return stored.read(ranks)

@@ -15,7 +15,7 @@ from ..quantizers.model import quantized_modules
 from ..quantizers.registry import find_backend
 from .config import GlowQConfig
 
-__all__ = ["backbone_fingerprint", "fingerprint", "same_weights", "shortened", "verify_fingerprint"]
+__all__ = ["backbone_fingerprint", "fingerprint", "same_weights", "verify_fingerprint"]
 
 _SAMPLED_CODES = 4096
 _CODES_ONLY = "sha256"
@@ -60,12 +60,6 @@ def same_weights(model: nn.Module, expected: str) -> bool:
             "upgrade glowq."
         )
     return _hash(model, kind, {name: name for name in quantized_modules(model)}) == expected
-
-
-def shortened(stored: str) -> str:
-    """A fingerprint with its first twelve digits, for people to read."""
-    kind, _, digits = stored.partition(":")
-    return f"{kind}:{digits[:12]}..."
 
 
 def _hash(model: nn.Module, kind: str, names: Mapping[str, str]) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,34 @@ from ..selection.budget import RankRequest, parse_budget, parse_target
 from ..selection.ranks import check_measured, choose_ranks
 from ..selection.rounding import stored_as
 from ..utils.files import refuse_pickles
-from ..utils.hub import local_snapshot
 from ..utils.names import split_revision
-from .config import GlowQConfig
+from ..utils.snapshots import local_snapshot
+from .correction_config import CorrectionConfig
 from .custom_code import of_repository
-from .factor_files import StoredFactors, open_factors
+from .factor_headers import FactorHeaders, read_factor_headers
 
-__all__ = ["FACTORS_FILE", "SavedCorrection", "open_saved"]
+__all__ = ["FACTORS_FILE", "SavedCorrection", "read_saved"]
 
 FACTORS_FILE = "glowq.safetensors"
 
 
 @dataclass(frozen=True)
 class SavedCorrection:
-    """The open folder of a saved correction.
+    """A saved correction without the values of its factors.
 
     Attributes:
         name: folder or Hub name, as it was given.
         folder: local folder of its files.
         config: what config.json stores about the correction.
         model_config: the other fields of config.json, which describe the quantized model.
-        factors: the factors in open files; their values are read later.
+        headers: what the header of its file says about the factors.
     """
 
     name: str
     folder: Path
-    config: GlowQConfig
+    config: CorrectionConfig
     model_config: dict[str, Any]
-    factors: StoredFactors
+    headers: FactorHeaders
 
     @property
     def base_bytes(self) -> int:
@@ -63,7 +62,7 @@ class SavedCorrection:
             ConfigError: the budget is larger than the correction, too small for any rank, or a target that the factors
                 cannot reach; or the correction holds no measured gains.
         """
-        group_gains = stored_as(self.factors.group_gains, factor_dtype)
+        group_gains = stored_as(self.headers.group_gains, factor_dtype)
         if request.budget is not None:
             self._check_budget(request.budget, group_gains, f" in {factor_dtype}" if bits_of(factor_dtype) else "")
         return choose_ranks(group_gains, request, self.base_bytes, self.config.total)
@@ -81,9 +80,8 @@ class SavedCorrection:
             )
 
 
-@contextmanager
-def open_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> Iterator[SavedCorrection]:
-    """Open the folder of a correction: read config.json and check the headers of the factors, but read no factor.
+def read_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> SavedCorrection:
+    """Read config.json of a saved correction, and check the headers of its factors. No factor is read.
 
     Args:
         path: a folder that `Correction.save_pretrained` wrote, or a Hub name.
@@ -99,7 +97,7 @@ def open_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> Iterator[Save
     stored = model_config.pop("quantization_config", None)
     if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
         raise ModelNotFoundError(f"{path}: its config.json names no glowq correction.")
-    config = GlowQConfig.of_file(os.fspath(path), stored)
+    config = CorrectionConfig.of_file(os.fspath(path), stored)
     if config.format != "correction":
         raise ModelNotFoundError(
             f"{path} is a self-contained glowq model, not a correction: load it with from_pretrained."
@@ -107,5 +105,5 @@ def open_saved(path: str | os.PathLike[str], **hub_kwargs: Any) -> Iterator[Save
     model_config.pop("transformers_weights", None)
     if "auto_map" in model_config and not os.path.isdir(path):
         model_config["auto_map"] = of_repository(model_config["auto_map"], split_revision(os.fspath(path))[0])
-    with open_factors([folder / FACTORS_FILE], config.groups or {}) as factors:
-        yield SavedCorrection(os.fspath(path), folder, config, model_config, factors)
+    headers = read_factor_headers([folder / FACTORS_FILE], config.groups or {})
+    return SavedCorrection(os.fspath(path), folder, config, model_config, headers)

@@ -10,19 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BLOCK", "block_bytes", "fits_numbers", "pack_blocks", "round_blocks", "unpack_blocks"]
+from .form import BLOCK
 
-BLOCK = 32
-"""Numbers that share one multiplier."""
+__all__ = ["fits_numbers", "pack_blocks", "round_blocks", "unpack_blocks"]
 
 _FRACTIONS = tuple(part / 20 for part in range(12, 29, 2))  # multipliers to try, as shares of the largest number
 _SHIFTS = {4: ((0, 4),), 3: ((0, 2, 4, 6), (0, 1, 2, 3, 4, 5, 6, 7))}  # of the parts of a block's bytes
 _WIDTHS = {4: (4,), 3: (2, 1)}  # bits of a code that each part holds, the lowest first
-
-
-def block_bytes(width: int, bits: int) -> int:
-    """Bytes of `width` numbers of one rank: their codes, and one byte for the multiplier of each block."""
-    return -(-width // BLOCK) * (4 * bits + 1)
 
 
 def round_blocks(numbers: Tensor, bits: int) -> Tensor:

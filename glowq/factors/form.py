@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .blocks import block_bytes
 
-__all__ = ["FACTOR_DTYPES", "FactorForm", "bits_of", "dtype_name"]
+__all__ = ["BLOCK", "FACTOR_DTYPES", "FactorForm", "bits_of", "block_bytes", "dtype_name"]
+
+BLOCK = 32
+"""Numbers that share one multiplier."""
 
 FACTOR_DTYPES: Mapping[str, int | None] = {"float": None, "int8": 8, "int4": 4, "int3": 3}
 """Names of the forms, and their bits per value; None for "float", the model's own dtype."""
@@ -39,6 +41,11 @@ class FactorForm:
         if self.bits == 8:
             return sum(widths) + _SCALE_BYTES
         return sum(block_bytes(width, self.bits) for width in widths) + _SCALE_BYTES
+
+
+def block_bytes(width: int, bits: int) -> int:
+    """Bytes of `width` numbers of one rank: their codes, and one byte for the multiplier of each block."""
+    return -(-width // BLOCK) * (4 * bits + 1)
 
 
 def bits_of(factor_dtype: str) -> int | None:

@@ -197,7 +197,7 @@ def _trace(model: Any, found: Candidates) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ..quantizers.experts import every_token_everywhere
-    from ..quantizers.libraries.dense import mark_dense
+    from ..quantizers.loading.dense import mark_dense
     from .forward import example_inputs
     from .tracing import trace_groups
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CorrectionError, ModelNotFoundError
 from ..quantizers.base import StoredModule
 from ..utils.files import check_regular, checkpoint_files, refuse_irregular, refuse_pickles
-from ..utils.hub import local_snapshot
+from ..utils.snapshots import local_snapshot
 from .model_config import read_model_config
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ class Headers:
     metadata: dict[str, str] = field(default_factory=dict)
     gguf: tuple[str, ...] = ()
     hqq: bool = False
+
+    def add(self, name: str, shape: Sequence[int], dtype: str, offsets: Sequence[int]) -> None:
+        """Add a tensor, as the header of a safetensors file describes it."""
+        self.shapes[name], self.dtypes[name] = tuple(shape), dtype
+        self.sizes[name] = offsets[1] - offsets[0]
 
     def modules(self) -> dict[str, StoredModule]:
         """Module name -> its tensors. The tensor "m.weight.absmax" of bitsandbytes belongs to m, as "m.weight" does."""
@@ -91,7 +97,7 @@ def read_headers(name: str) -> Headers:
         return Headers(config, hqq=True)
     refuse_pickles(path)
     files = [Path(file) for file in checkpoint_files(path)] if (path / _INDEX).is_file() else []
-    return _merge(config, [_header(file) for file in files or sorted(path.glob("*.safetensors"))])
+    return _merge(config, [_of_file(file) for file in files or sorted(path.glob("*.safetensors"))])
 
 
 def _read_hub(name: str) -> Headers:
@@ -108,7 +114,8 @@ def _read_hub(name: str) -> Headers:
         config = read_model_config(Path(hf_hub_download(name, "config.json")))
         if _HQQ_PICKLE in files:
             return Headers(config, hqq=True)
-        found = [api.parse_safetensors_file_metadata(name, file) for file in files if file.endswith(".safetensors")]
+        weights = [file for file in files if file.endswith(".safetensors")]
+        found = [_of_hub(api.parse_safetensors_file_metadata(name, file)) for file in weights]
     except HFValidationError as error:
         raise ModelNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
@@ -121,25 +128,36 @@ def _gguf_files(names: Iterable[str]) -> tuple[str, ...]:
     return () if "config.json" in names else tuple(sorted(name for name in names if name.endswith(".gguf")))
 
 
-def _header(file: Path) -> SafetensorsFileMetadata:
-    from huggingface_hub import parse_local_safetensors_file_metadata
+def _of_hub(header: SafetensorsFileMetadata) -> Headers:
+    """The tensors of a file on the Hub."""
+    found = Headers({}, metadata=header.metadata or {})
+    for name, info in header.tensors.items():
+        found.add(name, info.shape, info.dtype, info.data_offsets)
+    return found
+
+
+def _of_file(file: Path) -> Headers:
+    """The tensors of a local file."""
     from safetensors import SafetensorError, safe_open
 
     if check_regular(file) is None:
         raise ModelNotFoundError(f"{file} is missing; download the model again.")
     try:
-        with safe_open(file, framework="numpy"):  # checks the header against the file's size
+        with safe_open(file, framework="numpy"):  # checks the header, also against the file's size
             pass
     except SafetensorError as error:
         raise CorrectionError(f"{file} is corrupt or truncated ({error}); download it again.") from error
-    return parse_local_safetensors_file_metadata(file)
+    with file.open("rb") as stream:  # importing huggingface_hub, which can do this too, takes longer
+        stored = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    found = Headers({}, metadata=stored.pop("__metadata__", None) or {})
+    for name, info in stored.items():
+        found.add(name, info["shape"], info["dtype"], info["data_offsets"])
+    return found
 
 
-def _merge(config: dict[str, Any], headers: Iterable[SafetensorsFileMetadata]) -> Headers:
+def _merge(config: dict[str, Any], files: Iterable[Headers]) -> Headers:
     merged = Headers(config)
-    for header in headers:
-        merged.metadata.update(header.metadata or {})
-        for name, info in header.tensors.items():
-            merged.shapes[name], merged.dtypes[name] = tuple(info.shape), info.dtype
-            merged.sizes[name] = info.data_offsets[1] - info.data_offsets[0]
+    for file in files:
+        for fields in ("shapes", "dtypes", "sizes", "metadata"):
+            getattr(merged, fields).update(getattr(file, fields))
     return merged

@@ -17,8 +17,8 @@ from ..data.inputs import Inputs, Samples
 from ..errors import CalibrationError, NonFiniteError, ReferenceMismatchError, UnsupportedModuleError
 from ..quantizers.experts import layers_of, open_experts, stacks
 from ..utils.files import checkpoint_files, read_json, stored_variant
-from ..utils.hub import local_snapshot
 from ..utils.scratch import temporary_folder
+from ..utils.snapshots import local_snapshot
 from .disk_mapping import add_weight, compute_on, keep_read_elsewhere, quiet_loading, readable, unstored
 from .forward import evaluating, input_embeddings, to_model
 

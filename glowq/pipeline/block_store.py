@@ -25,7 +25,7 @@ from safetensors.torch import save
 from .._version import __version__
 from ..artifact.config import GlowQConfig
 from ..artifact.factor_files import read_factors
-from ..artifact.factor_layout import describe_groups, factor_tensors, with_checksums
+from ..artifact.factor_tensors import describe_groups, factor_tensors, with_checksums
 from ..data.inputs import Inputs, Samples
 from ..errors import OutputError
 from ..factors.factors import GroupFactors

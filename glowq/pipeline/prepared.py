@@ -17,7 +17,7 @@ from ..models.samples import refuse_text
 from ..models.tracing import UNREACHED, Trace, trace_groups
 from ..models.wrappers import uncompiled
 from ..quantizers.base import Backend
-from ..quantizers.libraries.dense import adopt_dense, dequantized_from
+from ..quantizers.loading.dense import adopt_dense, dequantized_from
 from ..quantizers.model import check_scales, prepare_model, refuse_misloaded
 from ..quantizers.registry import methods
 

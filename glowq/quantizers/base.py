@@ -7,16 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 __all__ = ["Backend", "FusedProduct", "Scheme", "StoredModule", "Unavailable", "changed"]
 
 _MODEL_CODE = ("transformers.models.", "transformers_modules.")  # the second is custom code from the Hub
 
-FusedProduct = Callable[[Any, Tensor], Callable[..., Tensor] | None]
+FusedProduct = Callable[[Any, "Tensor"], "Callable[..., Tensor] | None"]
 """See `Backend.fused_product`."""
 
 

@@ -9,14 +9,16 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from ..data.inputs import Inputs, Samples
 from ..errors import ConfigError, UnknownBaseError
 from ..utils.names import unknown_base
 from .base import Backend, Scheme, StoredModule
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..data.inputs import Samples
 
 __all__ = [
     "backend_of",
@@ -104,6 +106,8 @@ def with_calibration(config: Any, sequences: Samples) -> Any:
     Raises:
         ConfigError: the base calibrates on text, and the samples are of another kind.
     """
+    from ..data.inputs import Inputs
+
     backend = backend_of(config)
     if backend is None or not is_calibrated(config):
         return config

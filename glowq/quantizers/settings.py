@@ -7,11 +7,10 @@ A config.json comes from whoever uploaded it, and the libraries take what it hol
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
-
-import torch
 
 from ..errors import ConfigError, UnknownBaseError, one_line
 from ..utils.checks import is_number, shown
@@ -40,6 +39,10 @@ _PATTERNS = frozenset(
 _RAW = ("llm_int8_skip_modules", "modules_to_not_convert")  # transformers uses these texts as they are
 _PREFIXES = ("re:", "+:", "-:")  # of compressed-tensors, torchao and gptqmodel: a regular expression follows
 _DTYPES = ("dtype", "bnb_4bit_quant_storage")  # ends of the names of fields that hold a dtype
+# torch is not imported to check these. It has had all of them since before the oldest version that glowq runs with.
+_COMMON_DTYPES = frozenset(
+    {"bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "uint8"} | {f"int{bits}" for bits in range(1, 9)}
+)
 # The number of steps that matching a pattern may take on a name of _NAME letters. It allows three ".*" in one pattern.
 _MOST_STEPS = 2**20
 _NAME = 64
@@ -80,7 +83,7 @@ def check_values(where: str, settings: Mapping[str, Any]) -> None:
                 steps += _steps_of(path, value if name in _RAW else _unprefixed(value))
         elif name in _PATTERNS and value is not None and not isinstance(value, bool):
             raise ConfigError(f"{path} must hold names of modules, found {shown(value)}.")
-        elif not (value is None or isinstance(value, bool | torch.dtype | Enum) or is_number(value)):
+        elif not (value is None or isinstance(value, bool | Enum) or is_number(value) or _is_dtype(value)):
             raise ConfigError(f"{path} holds {shown(value)}, which no quantization config does.")
     if steps > _MOST_STEPS:
         raise ConfigError(f"the patterns of module names in {where} could take very long to match; refused.")
@@ -115,9 +118,18 @@ def check_dtype(path: str, value: str) -> None:
     Raises:
         ConfigError: the message names the field.
     """
-    found = getattr(torch, value.removeprefix("torch."), None) if value.removeprefix("torch.").isidentifier() else None
-    if value != "auto" and not isinstance(found, torch.dtype):
+    name = value.removeprefix("torch.")
+    if value == "auto" or name in _COMMON_DTYPES:
+        return
+    import torch
+
+    if not name.isidentifier() or not _is_dtype(getattr(torch, name, None)):
         raise ConfigError(f"{path} must be a dtype of torch, found {shown(value)}.")
+
+
+def _is_dtype(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # no value is a dtype of torch before torch is imported
+    return torch is not None and isinstance(value, torch.dtype)
 
 
 def _steps_of(path: str, pattern: str) -> int:
@@ -182,7 +194,7 @@ def base_settings(base: Any) -> Any:
     if isinstance(base, str):
         return base_config(base)
     if isinstance(base, Mapping):
-        from .libraries.dense import DenseConfig
+        from .loading.dense import DenseConfig
 
         check_settings("base", base)
         if method_of(base) == "dense":  # a method that transformers does not have

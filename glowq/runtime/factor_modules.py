@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..factors.blocks import BLOCK
+from ..factors.form import BLOCK
 from ..factors.integers import LEFT_UNIT, Stored
 from . import operators
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import glowq
-from glowq.artifact.config import FORMAT_MINOR, FORMAT_VERSION
+from glowq.artifact.correction_config import FORMAT_MINOR, FORMAT_VERSION
 from glowq.errors import NewerFormatWarning, VersionError
 from glowq.quantizers.model import quantized_modules
 from support.cli import call, result_of

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import glowq
 from glowq.artifact import factor_files
-from glowq.artifact.saved import open_saved
+from glowq.artifact.saved import read_saved
 from glowq.errors import ConfigError, CorrectionError, NonFiniteError, UnknownBaseError
 from glowq.selection.budget import RankRequest
 from support.corrections import changed
@@ -134,9 +134,10 @@ def test_nothing_else_is_read_or_kept_in_memory(
 
 def test_opening_reads_no_factor(rank_8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = glowq.Correction.from_pretrained(rank_8)
-    with watched(monkeypatch) as seen, open_saved(rank_8) as saved:
+    with watched(monkeypatch) as seen:
+        saved = read_saved(rank_8)
         assert saved.choose(RankRequest(budget="5%")) == whole.cut(budget="5%").ranks
-        assert saved.factors.factor_bytes == whole.factor_bytes
+        assert saved.headers.factor_bytes == whole.factor_bytes
     assert seen == []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import glowq
-from glowq.artifact.config import FORMAT_MINOR
+from glowq.artifact.correction_config import FORMAT_MINOR
 from glowq.errors import ConfigError, NewerFormatWarning, VersionError
 from support.corrections import changed
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +16,7 @@ from glowq.factors.form import FACTOR_DTYPES
 from glowq.integrations.export.registry import TARGETS
 from glowq.quantizers.registry import base_names
 from glowq.solving.methods.base import method_names
+from support.tiny import CHEAP, corrected, tiny_llama
 
 HEAVY = ("accelerate", "datasets", "huggingface_hub", "numpy", "torch", "transformers")
 # The only module outside glowq that `import glowq` adds to the imports of transformers' registry. It holds Conv1D, a
@@ -68,6 +70,31 @@ def test_an_answer_needs_no_torch(arguments: list[str], status: int) -> None:
     found = after(RUN.format(arguments=arguments))
     assert found["status"] == status
     assert not set(HEAVY) & set(found["modules"])
+
+
+@pytest.fixture(scope="module")
+def correction(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("startup")
+    tiny_llama(folder / "model", num_hidden_layers=1)
+    _, found = corrected(folder / "model", "torchao-int4", **CHEAP)
+    found.save_pretrained(folder / "correction")
+    return folder / "correction"
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["inspect", "FOLDER"], 0),
+        (["verify", "FOLDER", "--headers"], 0),
+        (["select", "FOLDER", "--budget", "90%", "--output", "b"], 1),  # more than it has
+        (["push", "FOLDER", "org/name"], 1),  # its base is a local folder
+    ],
+    ids=str,
+)
+def test_reading_a_saved_correction_needs_no_torch(correction: Path, command: list[str], status: int) -> None:
+    found = after(RUN.format(arguments=[word.replace("FOLDER", str(correction)) for word in command]))
+    assert found["status"] == status
+    assert not {"accelerate", "datasets", "torch", "transformers"} & set(found["modules"])
 
 
 def test_importing_glowq_needs_no_torch() -> None:

@@ -43,6 +43,26 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, Any], dict[s
 
 
 @pytest.mark.parametrize("form", ["correction", "full"])
+def test_headers_alone_tell_what_is_there(saved: Path, form: str) -> None:
+    found, whole = result_of("verify", saved / form, "--headers"), result_of("verify", saved / form)
+    same = ("groups", "factor_bytes", "base_model", "fingerprint")
+    assert [found[name] for name in same] == [whole[name] for name in same]
+    assert (found["headers_only"], whole["headers_only"]) == (True, False)
+
+
+def test_headers_alone_show_a_factor_that_is_missing_and_one_of_another_rank(saved: Path, tmp_path: Path) -> None:
+    name = next(name for name in load_file(saved / "correction" / "glowq.safetensors") if name.endswith(".left"))
+
+    def cut(_: Any, tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name][:, :-1].contiguous()
+
+    missing = changed(saved / "correction", tmp_path / "missing", lambda _, tensors: tensors.pop(name))
+    misshaped = changed(saved / "correction", tmp_path / "misshaped", cut)
+    assert f"factor {name!r} is missing" in call("verify", missing, "--headers").stderr
+    assert f"factor {name!r} in" in call("verify", misshaped, "--headers").stderr
+
+
+@pytest.mark.parametrize("form", ["correction", "full"])
 def test_a_whole_correction_changes_as_much_as_when_it_was_made(saved: Path, form: str) -> None:
     found = result_of("verify", saved / form)
     assert found["change"] > 1e-4

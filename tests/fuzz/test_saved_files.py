@@ -9,8 +9,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from glowq.artifact.config import GlowQConfig
+from glowq.artifact.correction_config import CorrectionConfig
 from glowq.artifact.factor_files import read_factors
-from glowq.artifact.saved import open_saved
+from glowq.artifact.saved import read_saved
 from glowq.errors import ModelNotFoundError
 from glowq.models.headers import read_headers
 from glowq.models.model_config import read_model_config
@@ -23,7 +24,7 @@ from support.mutations import byte_changes, header_changes, json_changes
 REQUESTS = [RankRequest(1), RankRequest(None, "2%"), RankRequest(None, "recover 50%"), RankRequest(None, 600, 2, 64)]
 
 
-def read(folder: Path, saved: Saved) -> tuple[GlowQConfig, dict[str, Any]]:
+def read(folder: Path, saved: Saved) -> tuple[CorrectionConfig, dict[str, Any]]:
     """Read a form as its doors do, and return its config and the factors that it applies."""
     if saved.weights == "model.safetensors":
         stored = read_model_config(folder / "config.json").get("quantization_config")
@@ -31,12 +32,12 @@ def read(folder: Path, saved: Saved) -> tuple[GlowQConfig, dict[str, Any]]:
             raise ModelNotFoundError("transformers would load this as a model without a correction")
         config = GlowQConfig.of_file(str(folder), stored)
         return config, applied(read_factors([folder / saved.weights], config.groups or {}))
-    with open_saved(folder) as opened:
-        found = applied(opened.factors.read())
-        for request in REQUESTS:
-            refusal(lambda request=request: opened.choose(request))
-        budget_curve(opened.factors.group_gains, opened.config.total, opened.base_bytes)
-        return opened.config, found
+    opened = read_saved(folder)
+    found = applied(read_factors([folder / saved.weights], opened.config.groups or {}))
+    for request in REQUESTS:
+        refusal(lambda request=request: opened.choose(request))
+    budget_curve(opened.headers.group_gains, opened.config.total, opened.base_bytes)
+    return opened.config, found
 
 
 def check(folder: Path, saved: Saved) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import glowq
-from glowq.artifact.factor_layout import factor_tensors
+from glowq.artifact.factor_tensors import factor_tensors
 from glowq.errors import UnsupportedModuleError
 from glowq.models.forward import example_inputs
 from glowq.models.tracing import trace_groups
@@ -96,7 +96,7 @@ def test_values_are_compared_where_the_models_own_code_computes(tmp_path: Path) 
     model = AutoModel.from_pretrained(save(AutoConfig.for_model("llama", **SIZES), AutoModel, tmp_path))
     layer = model.layers[0].self_attn.q_proj
     layer.__class__ = Doubled
-    from glowq.quantizers.libraries.dense import mark_dense
+    from glowq.quantizers.loading.dense import mark_dense
 
     mark_dense(model)
     skipped = trace_groups(model, example_inputs(model)).skipped

@@ -213,7 +213,7 @@ def test_blocks_of_bitsandbytes_that_the_operator_does_not_take() -> None:
 def test_dense_weights_need_no_operator() -> None:
     from transformers import AutoModelForCausalLM
 
-    from glowq.quantizers.libraries.dense import mark_dense
+    from glowq.quantizers.loading.dense import mark_dense
 
     model = AutoModelForCausalLM.from_pretrained(small_model())
     mark_dense(model)

@@ -30,8 +30,8 @@ from glowq.integrations.export.registry import export
 from glowq.models.candidates import find_candidates
 from glowq.models.headers import read_headers
 from glowq.models.tracing import find_groups
-from glowq.quantizers.divided_experts import divide_experts
-from glowq.quantizers.libraries.dense import mark_dense
+from glowq.quantizers.loading.dense import mark_dense
+from glowq.quantizers.loading.divided_experts import divide_experts
 from support import tiny, writers
 from support.fresh_process import run_python
 from support.tiny import EXAMPLE, TEXTS, VOCABULARY, seeded

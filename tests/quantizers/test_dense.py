@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import glowq
 from glowq.cli.app import app
 from glowq.errors import ConfigError, FingerprintError, ReferenceMismatchError, UnsupportedModuleError
-from glowq.quantizers.libraries.dense import adopt_dense, mark_dense
+from glowq.quantizers.loading.dense import adopt_dense, mark_dense
 from glowq.quantizers.model import prepare_model, quantized_modules, read_weight
 from glowq.quantizers.registry import find_backend
 from support import writers

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import glowq
-from glowq.artifact.factor_layout import factor_tensors
+from glowq.artifact.factor_tensors import factor_tensors
 from glowq.factors.factors import GroupFactors
 from support.tiny import CHEAP, load, quantized, seeded
 

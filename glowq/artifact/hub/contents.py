@@ -13,9 +13,9 @@ from ...selection.allocation import GroupGains
 from ...utils.files import PICKLES, checkpoint_files, read_json, safe_join
 from ...utils.manifest import MANIFEST
 from ...utils.output import EXPORT_MANIFEST
-from ..config import GlowQConfig
+from ..correction_config import CorrectionConfig
 from ..custom_code import code_in
-from ..factor_files import open_factors
+from ..factor_headers import read_factor_headers
 from ..saved import FACTORS_FILE
 
 __all__ = ["SavedResult", "read_result", "stored_gains"]
@@ -57,7 +57,7 @@ class SavedResult:
     kind: str
     files: Mapping[str, Path | bytes]
     left_out: list[str]
-    config: GlowQConfig | None
+    config: CorrectionConfig | None
     base: tuple[str, str | None] | None
 
     @property
@@ -90,7 +90,7 @@ def read_result(folder: Path) -> SavedResult:
         raise PickleRefusedError(f"{folder / pickles[0]} is a pickle, which glowq does not upload; remove it.")
     if is_export:
         return _read_export(folder, set(found))
-    config = GlowQConfig.from_dict(stored or {})
+    config = CorrectionConfig.from_dict(stored or {})
     code = code_in(folder, read_model_config(config_file))
     stored_gains(folder, config)  # raises an error if a factor file is damaged
     files = {name: path for name, path in found.items() if name in code or _is_named(name, _RESULT_FILES + _TERMS)}
@@ -122,12 +122,11 @@ def _read_export(folder: Path, found: set[str]) -> SavedResult:
     )
 
 
-def stored_gains(folder: Path, config: GlowQConfig) -> list[GroupGains]:
+def stored_gains(folder: Path, config: CorrectionConfig) -> list[GroupGains]:
     """The gains and bytes of the groups in a saved correction or a full model.
 
     Raises:
         CorrectionError: a file is corrupt, or a factor is missing, extra or misshaped.
     """
     names = [folder / FACTORS_FILE] if config.format == "correction" else map(Path, checkpoint_files(folder))
-    with open_factors(list(names), config.groups or {}) as factors:
-        return factors.group_gains
+    return read_factor_headers(list(names), config.groups or {}).group_gains

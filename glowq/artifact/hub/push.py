@@ -23,7 +23,7 @@ from ...errors import ConfigError, HubError, ModelNotFoundError, one_line
 from ...utils.files import checkpoint_files, read_json
 from ...utils.hub import asking_hub
 from ..card import CARD, PICTURE, base_license, card_files, license_of
-from ..config import GlowQConfig
+from ..correction_config import CorrectionConfig
 from ..saved import FACTORS_FILE
 from .contents import SavedResult, read_result, stored_gains
 
@@ -207,7 +207,7 @@ def _files_to_upload(result: SavedResult, repository: str, base: _Base | None) -
     if (named["name"], named["revision"]) != (name, published):
         named.update(name=name, revision=published)
         changed["config.json"] = json.dumps(stored, indent=2, sort_keys=True).encode() + b"\n"
-        config = GlowQConfig.from_dict(stored["quantization_config"])
+        config = CorrectionConfig.from_dict(stored["quantization_config"])
     if base is not None:
         license = license_of(base.info.card_data.to_dict() if base.info.card_data else {}) or license
     if earlier is None or made[CARD] == mine.read_bytes():

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CorrectionError
 from ..options import JsonOption, ModelArgument
 from ..output import grid, session
 
 if TYPE_CHECKING:
     from ...models.headers import Headers
+    from ...selection.allocation import GroupGains
 
 __all__ = ["inspect"]
 
@@ -166,7 +166,7 @@ def _gguf(model: str, files: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _hqq() -> dict[str, Any]:
-    from ...quantizers.libraries.hqq import LOAD
+    from ...quantizers.loading.hqq import LOAD
 
     advice = f"HQQ saved its weights as a pickle, which can run code and which glowq does not read; {LOAD}."
     return {**_unread("hqq"), "kind": "quantized", "next": advice}
@@ -185,19 +185,13 @@ def _unread(method: str) -> dict[str, Any]:
 
 
 def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[str, Any]:
-    from ...artifact.config import GlowQConfig
     from ...artifact.coverage import covered
-    from ...artifact.factor_layout import stored_group
-    from ...selection.allocation import GroupGains
+    from ...artifact.factor_headers import read_stored
     from ...selection.curve import budget_curve
 
-    config = GlowQConfig.of_file(model, stored)
-    groups = [_group(model, name, group, headers) for name, group in (config.groups or {}).items()]
-    factor_bytes = sum(group["bytes"] for group in groups)
-    group_gains = [
-        GroupGains(stored_group(group["name"], group), group["bytes"] // group["rank"], group["gains"])
-        for group in groups
-    ]
+    config, factors = read_stored(model, headers)
+    group_gains = factors.group_gains
+    groups = [_group(item, (config.groups or {})[item.group.name]) for item in group_gains]
     # Only a full model has quantized modules: a correction's base is another model, and dense weights are floats.
     base = stored.get("base") or {}
     whole = config.format == "full" and base.get("quant_method") != "dense"
@@ -208,8 +202,8 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
         **found,
         "base_model": config.base_model,
         "base_bytes": config.base_bytes,
-        "factor_bytes": factor_bytes,
-        "overhead": factor_bytes / config.base_bytes if config.base_bytes else None,
+        "factor_bytes": factors.factor_bytes,
+        "overhead": factors.factor_bytes / config.base_bytes if config.base_bytes else None,
         "method": config.method,
         "seed": config.seed,
         "coverage": covered(config.provenance.coverage, (item.group for item in group_gains)),
@@ -219,21 +213,9 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
     }
 
 
-def _group(model: str, name: str, group: Mapping[str, Any], headers: Headers) -> dict[str, Any]:
-    from ...artifact.factor_layout import bits_of_header, layout, stored_group
-
-    right = f"{name}.right"
-    bits = bits_of_header(headers.dtypes.get(right, ""), headers.shapes.get(right, ()))
-    expected = layout(stored_group(name, group), group["rank"], bits)
-    shapes = {tensor: shape for tensor, (shape, _) in expected.items()}
-    for tensor, shape in shapes.items():
-        found = headers.shapes.get(tensor)
-        if found != shape:
-            what = "missing" if found is None else f"of shape {found}"
-            raise CorrectionError(f"factor {tensor!r} of {model} is {what}, expected shape {shape}; correct again.")
-    sizes = sum(headers.sizes[tensor] for tensor in shapes)
-    parameters = group["rank"] * (group["in_features"] + sum(group["out_features"]))
-    return {"name": name, "bytes": sizes, "parameters": parameters, **group, "gain": sum(group["gains"])}
+def _group(item: GroupGains, stored: Mapping[str, Any]) -> dict[str, Any]:
+    size, parameters = item.rank_bytes * len(item.gains), stored["rank"] * sum(item.group.widths)
+    return {"name": item.group.name, "bytes": size, "parameters": parameters, **stored, "gain": sum(item.gains)}
 
 
 def _tables(result: dict[str, Any]) -> Any:

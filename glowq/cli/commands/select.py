@@ -14,7 +14,7 @@ from ..output import command_line, grid, session
 from ..output import note as print_note
 
 if TYPE_CHECKING:
-    from ...artifact.config import GlowQConfig
+    from ...artifact.correction_config import CorrectionConfig
 
 __all__ = ["select"]
 
@@ -41,8 +41,7 @@ def select(
     """
     request = rank_request(None, budget, rank_step, max_rank)
     with session(json) as show:
-        from ...artifact.correction import Correction
-        from ...artifact.saved import open_saved
+        from ...artifact.saved import read_saved
         from ...factors.form import bits_of
         from ...utils.output import check_output, output_path, write_directory
 
@@ -50,16 +49,19 @@ def select(
         if Path(correction).is_dir() and target == Path(correction).resolve():
             raise OutputError(f"{target} is the correction itself, which would be lost; choose another folder.")
         check_output(target)
-        with open_saved(correction) as whole:
-            cut = Correction.from_saved(whole, whole.choose(request, factor_dtype))
+        whole = read_saved(correction)
+        ranks = whole.choose(request, factor_dtype)
+        from ...artifact.correction import Correction  # imports torch, which reading headers does not take
+
+        cut = Correction.from_saved(whole, ranks)
         if factor_dtype != "auto" and any(entry.bits != bits_of(factor_dtype) for entry in cut.factors):
             cut = cut.rounded(factor_dtype)
         note = _note(whole.config, correction)
-        had = sum(sum(item.gains) for item in whole.factors.group_gains)
+        had = sum(sum(item.gains) for item in whole.headers.group_gains)
         kept = sum(float(entry.gains.sum()) for entry in cut.factors)
         provenance = cut.config.provenance
         command = command_line(output, "OUT2")
-        of_whole = {"of_factor_bytes": whole.factors.factor_bytes, "of_held_out": None}
+        of_whole = {"of_factor_bytes": whole.headers.factor_bytes, "of_held_out": None}
         selected = {**of_whole, **(provenance.selected or {}), "budget": budget}
         cut.config.record(selected=selected, command="\n".join(filter(None, (provenance.command, command))))
         write_directory(target, cut.write_files, checked=True)
@@ -72,10 +74,10 @@ def select(
             "max_rank": max_rank,
             "factor_dtype": factor_dtype,
             "groups": len(cut.ranks),
-            "of_groups": len(whole.factors.group_gains),
+            "of_groups": len(whole.headers.group_gains),
             "ranks": cut.ranks,
             "factor_bytes": cut.factor_bytes,
-            "of_factor_bytes": whole.factors.factor_bytes,
+            "of_factor_bytes": whole.headers.factor_bytes,
             "base_bytes": cut.base_bytes,
             "overhead": cut.overhead,
             "gain_kept": kept / had,
@@ -87,7 +89,7 @@ def select(
         show(result, lambda: _table(result))
 
 
-def _note(config: GlowQConfig, name: str) -> str | None:
+def _note(config: CorrectionConfig, name: str) -> str | None:
     """A warning if the measured gains are not reliable for choosing ranks; None if they are."""
     if config.provenance.distilled_steps:
         return (

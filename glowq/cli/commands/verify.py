@@ -7,33 +7,67 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import ConfigError
-from ...models.loading import load_config, load_model
 from ..options import JsonOption
 from ..output import command_line, grid, session
 
 __all__ = ["verify"]
 
+_NOTHING = "{} carries no glowq correction: there is nothing to verify. Correct it first."
+
 
 def verify(
     model: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a corrected model, either form.")],
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Check config.json and the headers alone: no weight, no base, no forward.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Load a corrected model and check that it is complete: no factor missing, all finite, made for these weights.
 
     The model is run on a few random tokens: its answers must change by as much as when it was corrected.
 
+    With --headers, nothing is loaded: a torn download is found in a second, values that were changed are not.
+
     \b
-    Example:
+    Examples:
       glowq verify corrected
+      glowq verify org/model-glowq --headers
     """
     with session(json) as show:
+        if headers:
+            result = _of_headers(model)
+            show(result, lambda: _table(result))
+            return
+        from ...models.loading import load_config, load_model
+
         config = load_config(model)
         stored = getattr(config, "quantization_config", None)
         if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
-            raise ConfigError(f"{model} carries no glowq correction: there is nothing to verify. Correct it first.")
+            raise ConfigError(_NOTHING.format(model))
         loaded = load_model(model, config)  # checks the factors, and the fingerprint of the base's weights
-        result = {"model": model, **_facts(loaded), **_change(loaded), "command": command_line()}
+        result = {"model": model, **_facts(loaded), **_change(loaded), "headers_only": False, "command": command_line()}
         show(result, lambda: _table(result))
+
+
+def _of_headers(model: str) -> dict[str, Any]:
+    from ...artifact.factor_headers import read_stored
+    from ...models.headers import read_headers
+
+    found = read_headers(model)
+    stored = found.config.get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
+        raise ConfigError(_NOTHING.format(model))
+    config, factors = read_stored(model, found)
+    base: dict[str, Any] = config.base_model or {}
+    return {
+        "model": model,
+        "groups": len(factors.group_gains),
+        "factor_bytes": factors.factor_bytes,
+        "base_model": base["name"],
+        "fingerprint": base["fingerprint"],
+        "headers_only": True,
+        "command": command_line(),
+    }
 
 
 def _facts(model: Any) -> dict[str, Any]:
@@ -58,16 +92,28 @@ def _change(model: Any) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> Any:
-    from ...artifact.fingerprint import shortened
-
+    if result["headers_only"]:
+        return grid(
+            {
+                "model": result["model"],
+                "made for": f"{result['base_model']}, {_shortened(result['fingerprint'])} (not loaded)",
+                "factors": f"{result['groups']} groups, {result['factor_bytes']:,} bytes, complete by their headers",
+            }
+        )
     return grid(
         {
             "model": result["model"],
-            "made for": f"{result['base_model']}, {shortened(result['fingerprint'])}: these weights",
+            "made for": f"{result['base_model']}, {_shortened(result['fingerprint'])}: these weights",
             "factors": f"{result['groups']} groups, {result['factor_bytes']:,} bytes, all finite",
             "answers": _words(result["change"], result["recorded_change"]),
         }
     )
+
+
+def _shortened(fingerprint: str) -> str:
+    """A fingerprint with its first twelve digits, for people to read."""
+    kind, _, digits = fingerprint.partition(":")
+    return f"{kind}:{digits[:12]}..."
 
 
 def _words(found: float | None, recorded: float | None) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...errors import ConfigError, CorrectionError, ModelNotFoundError
 from ...utils.files import read_json, refuse_pickles
-from ...utils.hub import local_snapshot
 from ...utils.output import EXPORT_MANIFEST
+from ...utils.snapshots import local_snapshot
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "KEY_PREFIX", "Adapter", "read_adapter"]
 

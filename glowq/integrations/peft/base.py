@@ -16,11 +16,11 @@ from ...errors import ConfigError, ExportError
 from ...models.forward import example_inputs
 from ...models.load_errors import loading
 from ...models.loading import load_config, model_class
-from ...quantizers.libraries.dense import mark_dense
+from ...quantizers.loading.dense import mark_dense
 from ...quantizers.model import prepare_model
 from ...quantizers.registry import is_calibrated, method_of, own_quantizers
 from ...quantizers.settings import base_settings
-from ...utils.hub import local_snapshot
+from ...utils.snapshots import local_snapshot
 from ..export.common import first_output
 
 __all__ = ["Base", "find_base", "load_base"]

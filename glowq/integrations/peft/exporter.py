@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...artifact.config import GlowQConfig
-from ...artifact.saved import open_saved
+from ...artifact.saved import read_saved
 from ...errors import ConfigError, ExportError, one_line
 from ...models.forward import example_inputs
 from ...quantizers.model import quantized_modules
@@ -113,8 +113,7 @@ def _check_ranks(source: str, config: GlowQConfig, max_rank: int | None) -> None
         return
     advice = f"Correct again with --rank {max_rank}, or with --budget and --max-rank {max_rank}."
     if config.format == "correction" and config.total:
-        with open_saved(source) as saved:
-            whole = saved.factors.factor_bytes
+        whole = read_saved(source).headers.factor_bytes
         advice = f"Cut it first: glowq select {source} --budget {whole} --max-rank {max_rank} --output SMALLER"
     raise ExportError(f"group {largest!r} has rank {ranks[largest]}, above --max-rank {max_rank}. {advice}")
 

@@ -25,7 +25,7 @@ from ...factors.group import Group, group_name
 from ...factors.units import GainUnit
 from ...models.forward import example_inputs
 from ...models.tracing import Trace, trace_groups
-from ...quantizers.libraries.dense import adopt_dense
+from ...quantizers.loading.dense import adopt_dense
 from ...quantizers.model import check_scales, packed_bytes, prepare_model, refuse_misloaded
 from ...runtime.attach import attached, factor_dtype
 from .adapter_files import Adapter, read_adapter

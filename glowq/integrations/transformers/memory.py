@@ -17,7 +17,7 @@ from ...errors import ConfigError
 from ...factors.factors import GroupFactors
 from ...models.wrappers import correctable
 from ...pipeline import correct as pipeline
-from ...quantizers.libraries.dense import adopt_dense
+from ...quantizers.loading.dense import adopt_dense
 from ...quantizers.model import check_scales, prepare_model
 from ...quantizers.registry import method_of, stored_base
 from ...quantizers.settings import base_settings

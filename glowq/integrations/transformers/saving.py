@@ -10,7 +10,7 @@ from torch import nn
 
 from ...artifact.base_files import model_shards, original_tensors
 from ...artifact.config import GlowQConfig
-from ...artifact.factor_layout import factor_tensors, with_checksums
+from ...artifact.factor_tensors import factor_tensors, with_checksums
 from ...quantizers.model import quantized_modules
 from ...quantizers.registry import method_of
 from ...runtime.attach import attached_factors, set_aside

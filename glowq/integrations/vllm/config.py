@@ -17,7 +17,7 @@ from ...artifact.base_files import base_folder, base_shards, refuse_unsafe
 from ...artifact.config import GlowQConfig
 from ...artifact.factor_layout import stored_group
 from ...errors import ConfigError, UnknownBaseError
-from ...quantizers.libraries.dense import DenseConfig
+from ...quantizers.loading.dense import DenseConfig
 from ...quantizers.registry import method_of
 from ...utils.files import read_json
 from .linear import GlowQLinearMethod

@@ -18,7 +18,7 @@ from ...artifact.factor_layout import FACTOR_KEYS
 from ...artifact.saved import FACTORS_FILE
 from ...errors import UnsupportedModuleError
 from ...utils.files import checkpoint_files
-from ...utils.hub import local_snapshot
+from ...utils.snapshots import local_snapshot
 from .config import GlowQQuantizationConfig
 from .linear import GlowQLinearMethod
 

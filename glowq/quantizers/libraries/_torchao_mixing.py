@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..base import Unavailable, changed
 
 __all__ = ["NEXT_BITS", "finer", "mixed", "wider"]
@@ -36,6 +34,7 @@ def finer(config: Any) -> Any | Unavailable:
 
 def wider(config: Any) -> Any | Unavailable:
     """See `Backend.wider`."""
+    import torch
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.quant_primitives import MappingType
 

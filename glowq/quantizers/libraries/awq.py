@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers.quantizers.quantizer_awq import AwqQuantizer
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, Scheme, StoredModule
-from ..divided_experts import loading_experts
 from ..registry import register
 from ._gptqmodel import keep_readable, let_rewrite
 
-_QUANTIZER = loading_experts(AwqQuantizer)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @register
@@ -37,13 +34,19 @@ class AWQ(Backend):
     loads_experts = True
 
     def quantizers(self) -> dict[str, type]:
-        return {"awq": _QUANTIZER}
+        from transformers.quantizers.quantizer_awq import AwqQuantizer
+
+        from ..loading.divided_experts import loading_experts
+
+        return {"awq": loading_experts(AwqQuantizer)}
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get("gptqmodel.nn_modules.qlinear")
         return library is not None and isinstance(module, library.AWQuantLinear)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        import torch
+
         keep_readable(module)
         # The first forward rounds the scales to its input's dtype, which changes the weight. Round them before a read.
         if module.scales is not None and not module.scales.is_meta:

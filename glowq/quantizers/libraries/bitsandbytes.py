@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
-
-import glowq_kernels
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import BackendError, RepackedWeightError
-from ...utils.processor import float32_is_faster, has_avx512
 from ..base import Backend, FusedProduct, Scheme, StoredModule, Unavailable, changed
-from ..derived import Derived
 from ..registry import register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # per element of bnb_4bit_quant_storage, if it is not one byte
 
@@ -35,7 +32,7 @@ def _config_4bit(quant_type: str, double: bool) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype="bfloat16",
     )
 
 
@@ -61,6 +58,10 @@ class BitsAndBytes4Bit(Backend):
         return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
+        import torch
+
+        from ...utils.processor import float32_is_faster
+
         # On AVX512-BF16 CPUs, the first forward without gradients repacks the weight in place. After that,
         # dequantize_4bit and save_pretrained silently produce a different weight.
         module.support_avx512bf16_for_cpu = False
@@ -77,14 +78,18 @@ class BitsAndBytes4Bit(Backend):
         return bool(module.support_avx512bf16_for_cpu)
 
     def may_differ(self, module: Any) -> bool:
+        from ...utils.processor import has_avx512
+
         # Where a row ends inside of a block, bitsandbytes' AVX512 kernel takes the scale of another block.
         state = getattr(module.weight, "quant_state", None)
         odd = state is not None and module.in_features % state.blocksize != 0
         return (odd and module.weight.is_cpu and has_avx512()) or super().may_differ(module)
 
     def fused_product(self, module: Any) -> FusedProduct | None:
+        from ..products.nf4 import Product
+
         library = sys.modules["bitsandbytes"].nn.Linear4bit
-        return _Product() if type(module).forward is library.forward else None
+        return Product() if type(module).forward is library.forward else None
 
     def weight(self, module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -92,6 +97,8 @@ class BitsAndBytes4Bit(Backend):
         return dequantize_4bit(module.weight.data, self._state(module))
 
     def codes(self, module: Any) -> list[Tensor]:
+        import torch
+
         self._state(module)
         return [module.weight.data.view(torch.uint8)]
 
@@ -147,53 +154,6 @@ class BitsAndBytes4Bit(Backend):
                 "and can no longer be read back exactly. Load the model again and call glowq before its first forward."
             )
         return state
-
-
-class _Product:
-    """See `Backend.fused_product`.
-
-    With double quantization, the scales are dequantized once and cached in float32: four bytes per block of values.
-    """
-
-    def __init__(self) -> None:
-        self._absmax = Derived()
-
-    def __call__(self, module: Any, x: Tensor) -> Callable[..., Tensor] | None:
-        weight, state = module.weight.data, getattr(module.weight, "quant_state", None)
-        if state is None or getattr(state, "packing_format_for_cpu", False) or weight.device != x.device:
-            return None
-        # If rows end inside a block, bitsandbytes itself reads some weights wrongly on the CPU.
-        if len(state.shape) != 2 or x.shape[-1] != state.shape[1] or state.shape[1] % state.blocksize:
-            return None
-        if x.numel() and not module.compute_type_is_set:  # as in the first forward of Linear4bit
-            module.set_compute_type(x)
-            module.compute_type_is_set = True
-        dtype, bias = module.compute_dtype or x.dtype, module.bias
-        return partial(
-            glowq_kernels.nf4_linear,
-            x.to(dtype),
-            weight if weight.dtype is torch.uint8 else weight.view(torch.uint8),
-            self._scales(state),
-            state.code,
-            blocksize=state.blocksize,
-            out_features=state.shape[0],
-            bias=None if bias is None else bias.to(dtype),
-        )
-
-    def _scales(self, state: Any) -> Tensor:
-        """One scale per block, float32, shape (blocks,)."""
-        if not state.nested:
-            return state.absmax
-        nested = state.state2
-        tensors = (state.absmax, nested.absmax, nested.code, state.offset)
-        return self._absmax.of(partial(_dequantized_scales, state), *tensors, key=nested.blocksize)
-
-
-def _dequantized_scales(state: Any) -> Tensor:
-    """The scales of a module with double quantization, dequantized: shape (blocks,), float32."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
 
 
 def _config_8bit() -> Any:

@@ -13,16 +13,15 @@ import re
 import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, Scheme, StoredModule
-from ..divided_experts import loading_experts
 from ..registry import register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _DENSE = "load the checkpoint with CompressedTensorsConfig(dequantize=True) and correct it with dense=True"
@@ -41,13 +40,20 @@ class CompressedTensors(Backend):
     loads_experts = True
 
     def quantizers(self) -> dict[str, type]:
-        return {"compressed-tensors": _QUANTIZER}
+        from ..loading.divided_experts import loading_experts
+        from ..loading.zero_points import PackedZeroPointsHfQuantizer
+
+        return {"compressed-tensors": loading_experts(PackedZeroPointsHfQuantizer)}
 
     def matches(self, module: nn.Module) -> bool:
         if type(module).__name__ == "CompressedTensorsFP8Linear":
             return True
+        if "compressed_tensors" not in sys.modules:
+            return False
+        from torch import nn
+
         weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
-        return weights is not None and isinstance(module, nn.Linear) and "compressed_tensors" in sys.modules
+        return weights is not None and isinstance(module, nn.Linear)
 
     def prepare(self, module: Any, dtype: torch.dtype) -> None:
         # In bfloat16, two 8-bit codes far from their zero point can give the same dense weight. So keep the packed
@@ -62,6 +68,8 @@ class CompressedTensors(Backend):
         return _compressor(module).decompress(_tensors(module), module.quantization_scheme)["weight"]
 
     def codes(self, module: Any) -> list[Tensor]:
+        import torch
+
         packed = self._packed(module)
         names = ("weight_packed", "weight", "weight_zero_point")
         found = [packed[name] for name in names if packed.get(name) is not None]
@@ -104,6 +112,8 @@ class CompressedTensors(Backend):
 
     def _packed(self, module: Any) -> dict[str, Tensor]:
         """The module's tensors in the packed form of a checkpoint, name -> tensor. Only the codes in them are exact."""
+        import torch
+
         self._check(module)
         state = _tensors(module)
         if _is_packed(module):
@@ -232,25 +242,3 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _as_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name].float() for name in ("weight", "weight_scale")}
-
-
-class PackedZeroPointsHfQuantizer(CompressedTensorsHfQuantizer):
-    """transformers' quantizer for compressed-tensors, with a fix for packed zero points.
-
-    compressed-tensors 0.18 to 0.20 prepares modules for zero points that are not packed. But the files hold zero points
-    packed like the codes, so from_pretrained stops with a size mismatch. This class prepares the modules for packed
-    zero points. It does nothing if the layout is already right.
-    """
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
-        for module in model.modules():
-            zeros = module._parameters.get("weight_zero_point")
-            if zeros is not None and "weight_packed" in module._parameters and zeros.dtype != torch.int32:
-                scheme: Any = module.quantization_scheme
-                rows = -(-zeros.shape[0] * scheme.weights.num_bits // 32)
-                packed = zeros.new_empty((rows, *zeros.shape[1:]), dtype=torch.int32)
-                module.weight_zero_point = nn.Parameter(packed, requires_grad=False)
-
-
-_QUANTIZER = loading_experts(PackedZeroPointsHfQuantizer)

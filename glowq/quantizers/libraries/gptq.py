@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
-from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
-
-import glowq_kernels
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import BackendError, RepackedWeightError
 from ..base import Backend, FusedProduct, Scheme, StoredModule, Unavailable, changed
-from ..derived import Derived
-from ..divided_experts import loading_experts
 from ..registry import register
 from ._gptqmodel import keep_readable, let_rewrite
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
 GROUP_SIZE = 128
-_QUANTIZER = loading_experts(GptqHfQuantizer)
 _LEAST_GROUP = 16
 _NEXT_BITS = {2: 3, 3: 4, 4: 8}
 
@@ -70,8 +65,12 @@ class GPTQ(Backend):
         return let_rewrite(module)
 
     def fused_product(self, module: Any) -> FusedProduct | None:
+        import torch
+
+        from ..products.gptq import Product
+
         plain = type(module).forward.__qualname__ in [f"{name}.forward" for name in _PLAIN]
-        return _Product() if plain and module.bits == 4 and module.pack_dtype is torch.int32 else None
+        return Product() if plain and module.bits == 4 and module.pack_dtype is torch.int32 else None
 
     def weight(self, module: Any) -> Tensor:
         self._check(module)
@@ -86,10 +85,12 @@ class GPTQ(Backend):
         return [module.scales]
 
     def scheme(self, module: Any) -> Scheme:
+        from ..products.gptq import consecutive
+
         self._check(module)
         # Computed from the tensors: optimum passes the module's flags in another order than gptqmodel expects.
         rows, groups = module.g_idx.numel(), module.scales.shape[0]
-        size = _consecutive(module.g_idx.long(), groups)
+        size = consecutive(module.g_idx.long(), groups)
         details = ["symmetric" if _is_symmetric(module) else "asymmetric"]
         if size is None:
             size = -(-rows // groups)
@@ -138,6 +139,8 @@ class GPTQ(Backend):
         return getattr(config, "dataset", None) is None
 
     def with_calibration(self, config: Any, sequences: Tensor) -> Any:
+        import torch
+
         if not self.calibrated(config):
             return config
         config = copy.copy(config)
@@ -150,7 +153,11 @@ class GPTQ(Backend):
         return config
 
     def quantizers(self) -> dict[str, type]:
-        return {"gptq": _QUANTIZER}
+        from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+
+        from ..loading.divided_experts import loading_experts
+
+        return {"gptq": loading_experts(GptqHfQuantizer)}
 
     @staticmethod
     def _check(module: Any) -> None:
@@ -168,65 +175,6 @@ class GPTQ(Backend):
             )
 
 
-class _Product:
-    """See `Backend.fused_product`.
-
-    It checks whether the groups are consecutive, and caches the result. Unlike gptqmodel's kernels, its kernel does not
-    round the weight to the dtype of the scales.
-    """
-
-    def __init__(self) -> None:
-        self._groups = Derived()
-
-    def __call__(self, module: Any, x: Tensor) -> Callable[..., Tensor] | None:
-        qweight, scales, g_idx = module.qweight, module.scales, module.g_idx
-        if getattr(module, "linear_mode", None) == "inference" or qweight.dtype is not torch.int32:
-            return None  # a kernel of gptqmodel has rewritten the weight
-        if module.adapter or module.online_full_had or module.online_partial_had:
-            return None  # the module computes more than a product
-        if qweight.device != x.device or not x.shape[-1] == module.in_features == len(g_idx):
-            return None
-        shape = len(scales), x.device
-        groups = self._groups.of(partial(_groups, g_idx, *shape), g_idx, key=shape)
-        if groups is None:
-            return None
-        size, order = groups
-        # The zero points need no offset: AutoGPTQ stores them minus one, but gptqmodel adds the one when it loads them.
-        return partial(
-            glowq_kernels.gptq_linear,
-            x,
-            qweight,
-            module.qzeros,
-            scales,
-            group_size=size,
-            g_idx=order,
-            bias=getattr(module, "bias", None),
-        )
-
-
-def _groups(g_idx: Tensor, count: int, device: torch.device) -> tuple[int, Tensor | None] | None:
-    """Group size and `g_idx` on `device`, as `gptq_linear` expects them; None if an entry is not a group's number."""
-    index = g_idx.long()
-    if int(index.min()) < 0 or int(index.max()) >= count:
-        return None
-    if count == 1:
-        return -1, None
-    size = _consecutive(index, count)
-    return (-(-len(index) // count), g_idx.to(device, torch.int32)) if size is None else (size, None)
-
-
-def _consecutive(index: Tensor, count: int) -> int | None:
-    """Size of the groups if they are consecutive rows, all of one size but the last; None if they are not.
-
-    Args:
-        index: number of the group of each row, shape (d,), int64.
-        count: number of groups.
-    """
-    size = max(1, int((index == 0).sum()))
-    natural = torch.arange(len(index), device=index.device) // size
-    return size if torch.equal(index, natural) and -(-len(index) // size) == count else None
-
-
 def _is_embedding(module: nn.Module) -> bool:
     torch_kernel = sys.modules.get("gptqmodel.nn_modules.qlinear.torch")
     return torch_kernel is not None and isinstance(module, torch_kernel.TorchQuantEmbeddings)
@@ -234,6 +182,8 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _is_symmetric(module: Any) -> bool:
     """Whether every zero point is the middle code. The packed words then repeat a fixed pattern of this one value."""
+    import torch
+
     bits = module.bits
     count = 32 // bits if bits != 3 else 32
     stream = sum((1 << (bits - 1)) << (bits * index) for index in range(count))

@@ -13,27 +13,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
-from transformers.quantizers.base import HfQuantizer
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import BackendError
 from ..base import Backend, Scheme, StoredModule, Unavailable, changed
 from ..registry import register
 
-__all__ = ["HQQ", "LOAD", "HQQHfQuantizer"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 GROUP_SIZE = 64  # HQQ's own default
 _GROUP_STEP = 8
 _NEXT_BITS = {1: 2, 2: 3, 3: 4, 4: 8}
-_SETTINGS = "weight_quant_params"  # of HQQ's own config; a config by name of modules does not have it
-LOAD = (
-    "load the model with hqq.models.hf.base.AutoHQQHFModel.from_quantized(folder), then call "
-    "glowq.load_correction(model, ...) or glowq.correct(model, ...); or quantize the full-precision model with "
-    "GlowQConfig(base='hqq-4')"
-)
 
 
 def _config(bits: int) -> Any:
@@ -93,7 +84,9 @@ class HQQ(Backend):
         return int(out_features * in_features * meta["nbits"]) // 8 + extra
 
     def finer(self, config: Any) -> Any | Unavailable:
-        size = config.quant_config.get(_SETTINGS, {}).get("group_size")
+        from ..loading.hqq import SETTINGS
+
+        size = config.quant_config.get(SETTINGS, {}).get("group_size")
         if not size or size % (2 * _GROUP_STEP):
             return Unavailable(
                 f"HQQ's groups hold multiples of {_GROUP_STEP} values, or there is more than one setting"
@@ -101,7 +94,9 @@ class HQQ(Backend):
         return _with(config, group_size=size // 2)
 
     def wider(self, config: Any) -> Any | Unavailable:
-        bits = config.quant_config.get(_SETTINGS, {}).get("nbits")
+        from ..loading.hqq import SETTINGS
+
+        bits = config.quant_config.get(SETTINGS, {}).get("nbits")
         if bits not in _NEXT_BITS:
             return Unavailable("HQQ packs 8 bits at most, or there is more than one setting")
         return _with(config, nbits=_NEXT_BITS[bits])
@@ -124,11 +119,17 @@ class HQQ(Backend):
         from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
         # transformers' quantizer cannot quantize and loads random weights. It is not replaced once it can quantize.
-        return {} if "get_quantize_ops" in vars(HqqHfQuantizer) else {"hqq": HQQHfQuantizer}
+        if "get_quantize_ops" in vars(HqqHfQuantizer):
+            return {}
+        from ..loading.hqq import HQQHfQuantizer
+
+        return {"hqq": HQQHfQuantizer}
 
     def stored_scheme(self, module: StoredModule, config: Mapping[str, Any]) -> Scheme | None:
         if "W_q" not in module.shapes:
             return None
+        from ..loading.hqq import LOAD
+
         raise BackendError(f"transformers loads no HQQ weights: {LOAD}")
 
     @staticmethod
@@ -140,6 +141,8 @@ class HQQ(Backend):
 
 def _tensors(meta: Mapping[str, Any]) -> Iterator[Tensor]:
     """Scales and zero points; if they are quantized themselves, also their own scales and zero points."""
+    from torch import Tensor
+
     for _, value in sorted(meta.items()):
         if isinstance(value, Tensor):
             yield value
@@ -151,95 +154,7 @@ def _with(config: Any, **settings: Any) -> Any:
     """A copy of an `HqqConfig` whose setting for all layers is changed; HQQ sets what depends on it."""
     from transformers import HqqConfig
 
-    same = {name: config.quant_config[_SETTINGS][name] for name in ("nbits", "group_size", "axis", "view_as_float")}
+    from ..loading.hqq import SETTINGS
+
+    same = {name: config.quant_config[SETTINGS][name] for name in ("nbits", "group_size", "axis", "view_as_float")}
     return changed(config, quant_config=HqqConfig(**{**same, **settings}).quant_config)
-
-
-class HQQHfQuantizer(HfQuantizer):
-    """Loads full-precision weights, then lets HQQ quantize one linear layer after another on the layer's device.
-
-    Raises:
-        BackendError: the checkpoint is quantized already.
-    """
-
-    requires_calibration = False
-
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        if self.pre_quantized:
-            raise BackendError(
-                f"transformers would load random weights for a model that HQQ quantized. Instead, {LOAD}."
-            )
-
-    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse to offload.
-
-        Raises:
-            BackendError: `device_map` names the disk, or the CPU beside another device.
-        """
-        places = set(device_map.values()) if isinstance(device_map, dict) else set()
-        if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise BackendError(
-                "HQQ's layers cannot be offloaded, because accelerate does not find their scales; give a device_map "
-                "without 'disk', and without 'cpu' beside another device."
-            )
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        _quantize(model, self.quantization_config)
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Always false: transformers cannot load such a model again."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        """Always true: HQQ's layers compute gradients of their inputs."""
-        return True
-
-
-def _quantize(model: nn.Module, config: Any) -> None:
-    """Replace every linear layer that HQQ's own AutoHQQHFModel would quantize with an HQQLinear.
-
-    Args:
-        model: the loaded full-precision model.
-        config: `HqqConfig`. Its `quant_config` holds settings for all layers, or settings by tag ("self_attn.q_proj")
-            and by name ("layers.0.self_attn.q_proj"), which HQQ itself has no keys for.
-
-    Raises:
-        BackendError: the config leaves no layer to quantize, or a layer cannot be divided into groups.
-    """
-    from transformers.integrations.hqq import name_to_linear_tag
-
-    def settings_of(name: str) -> Any:
-        if not {name, name.rpartition(".")[2], name_to_linear_tag(name)}.isdisjoint(config.skip_modules or ()):
-            return None
-        settings = config.quant_config
-        if _SETTINGS in settings:
-            return settings
-        # A key is a tag, which names all layers' modules of a kind, or a name, which may lack the model's prefix.
-        named = [key for key in settings if f".{name}".endswith(f".{key}") and key != name_to_linear_tag(key)]
-        return settings.get(named[0] if named else name_to_linear_tag(name))
-
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = {name: settings for name in linears if (settings := settings_of(name)) is not None}
-    if not chosen:
-        raise BackendError(
-            f"{type(model).__name__} holds no linear layer that the HqqConfig names; its layers are "
-            f"{', '.join(sorted({name_to_linear_tag(name) for name in linears})) or 'of other kinds'}."
-        )
-    for name, settings in chosen.items():
-        model.set_submodule(name, _quantized(name, linears[name], settings))
-
-
-def _quantized(name: str, linear: nn.Linear, settings: Mapping[str, Any]) -> nn.Module:
-    from hqq.core.quantize import HQQLinear
-
-    group = settings[_SETTINGS]["group_size"]
-    if group is not None and linear.weight.numel() % group:
-        raise BackendError(
-            f"{name} has shape {tuple(linear.weight.shape)}, which HQQ cannot cut into groups of {group}; give a "
-            "group_size that divides it, or name the layer in skip_modules."
-        )
-    with torch.no_grad():
-        return HQQLinear(linear, settings, compute_dtype=linear.weight.dtype, device=str(linear.weight.device))

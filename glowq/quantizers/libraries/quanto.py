@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import BackendError
 from ..base import Backend, Scheme, Unavailable, changed
 from ..registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _NEXT = {"int2": "int4", "int4": "int8"}
 
@@ -51,6 +51,8 @@ class Quanto(Backend):
         return tensor
 
     def codes(self, module: Any) -> list[Tensor]:
+        import torch
+
         weight = self._portable(module)
         shift = getattr(weight, "_shift", None)
         zero_points = [] if shift is None or shift.is_floating_point() else [shift]

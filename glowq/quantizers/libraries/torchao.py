@@ -7,16 +7,16 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import BackendError
 from ..base import Backend, Scheme, StoredModule, Unavailable
-from ..experts import ExpertLinear
 from ..registry import register
 from ._torchao_mixing import NEXT_BITS, finer, mixed, wider
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 GROUP_SIZE = 64
 
@@ -32,6 +32,7 @@ def _int8() -> Any:
 
 
 def _intx(bits: int) -> Any:
+    import torch
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.quant_primitives import MappingType
@@ -81,6 +82,10 @@ class TorchAO(Backend):
         return mixed(config, wider(config), wide, others)
 
     def matches(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        from ..experts import ExpertLinear
+
         if not isinstance(module, nn.Linear):
             return False
         return _is_packed(module.stack if isinstance(module, ExpertLinear) else module.weight)
@@ -99,6 +104,8 @@ class TorchAO(Backend):
         return tensor
 
     def codes(self, module: Any) -> list[Tensor]:
+        import torch
+
         codes = _known(module).qdata
         return [codes.view(torch.uint8) if codes.is_floating_point() else codes]
 
@@ -143,6 +150,8 @@ class TorchAO(Backend):
         return Scheme(f"int{bits}", bits, group, (mapping,))
 
     def rounds_inputs(self, module: Any) -> bool:
+        import torch
+
         weight = _known(module)
         settings = ("act_quant_kwargs", "activation_quantization")  # the name depends on the tensor class
         if any(getattr(weight, setting, None) is not None for setting in settings):
@@ -205,6 +214,8 @@ def _int4_weight(weight: Any) -> Tensor:
     A byte holds two codes from -8 to 7; the code of the even column is in the lower half. The weight is
     code * scale + zero point. Scale and zero point have the shape (in_features / group, out_features).
     """
+    import torch
+
     packed = weight.qdata
     codes = torch.stack([packed << 4 >> 4, packed >> 4], dim=-1).reshape(weight.shape).float()
     scale, zero = (

@@ -32,7 +32,7 @@ from glowq.factors.group import Group
 from glowq.factors.rounding import round_group
 from glowq.integrations.transformers.merge import merge_into_dense
 from glowq.models.tracing import find_groups
-from glowq.quantizers.libraries.dense import adopt_dense
+from glowq.quantizers.loading.dense import adopt_dense
 from glowq.quantizers.model import packed_bytes, prepare_model
 from glowq.quantizers.registry import base_config
 from support import writers
