@@ -108,6 +108,7 @@ class BlockSolver:
         solved: list[list[GroupFactors]] = [[] for _ in self.jobs]
         reference = self.weight_errors.reference.model
         inputs = [to_model(batch, reference) for batch in batches(sequences, _batch_size(sequences))]
+        inputs = inputs[::2] + inputs[1::2]  # both halves, which are compared, hold all kinds of the text
         middle = list(stops)[len(stops) // 2]
         halved = middle if middle and len(self.jobs) == 1 and self.jobs[0].method.allocation == "gain" else None
         bar = progress(total=len(inputs) * len(stops), desc="Correcting", unit="block")

@@ -86,7 +86,9 @@ class Problem:
         If the reference has no gradient, the result is empty, and one warning is shown.
         """
         reference, length = self.source.model, self.train.shape[1]
-        chosen = self.train[: max(1, _GRADIENT_TOKENS // length)]
+        count = min(len(self.train), max(1, _GRADIENT_TOKENS // length))
+        # From all parts of the text: token ids that a user joined may be prose first, and then code.
+        chosen = self.train[[(2 * number + 1) * len(self.train) // (2 * count) for number in range(count)]]
         inputs = [to_model(batch, reference) for batch in batches(chosen, max(1, _GRADIENT_BATCH // length))]
         again = True if _is_mapped(reference) else None
         try:

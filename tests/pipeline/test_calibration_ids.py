@@ -22,6 +22,8 @@ from transformers import (
 
 import glowq
 from glowq.artifact.request import CorrectionRequest
+from glowq.calibration.output_gradients import output_moments
+from glowq.calibration.text_gap import text_gap
 from glowq.errors import CalibrationError, GlowQError, TokenizerMismatchError
 from glowq.models.loading import load_config, token_limits
 from glowq.models.positions import position_limit
@@ -260,3 +262,43 @@ def test_a_calibrated_base_does_not_see_the_text_that_is_measured_on(
     rows = {tuple(row) for row in seen["base"].tolist()}
     assert rows
     assert not rows & {tuple(row) for row in seen["measured"].tolist()}
+
+
+def in_order(length: int, count: int) -> Tensor:
+    """Sequences of one kind of text, followed by as many of another."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(5, 15, (count, length), generator=generator)
+    return torch.cat([first, torch.randint(2000, 2010, (count, length), generator=generator)])
+
+
+class TestTextInAnOrder:
+    def test_gradients_are_of_all_its_kinds(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Tensor] = []
+
+        def watched(model: Any, groups: Any, inputs: Any, **options: Any) -> Any:
+            seen.extend(batch["input_ids"] for batch in inputs)
+            return output_moments(model, groups, inputs, **options)
+
+        monkeypatch.setattr("glowq.pipeline.problem._GRADIENT_TOKENS", 4 * 24)
+        monkeypatch.setattr("glowq.pipeline.problem.output_moments", watched)
+        glowq.correct(
+            quantized(source, "torchao-int4"), reference=source, calibration=in_order(24, 8), rank=2, force=True
+        )
+        firsts = torch.cat(seen)[:, 0]
+        assert len(firsts) == 4
+        assert int((firsts < 1000).sum()) == 2
+
+    def test_both_halves_that_are_compared_hold_all_its_kinds(
+        self, source: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        far: list[float] = []
+
+        def watched(error: Any, first: Any, whole: Any, *rest: Any) -> Any:
+            far.append(float((first.second - whole.second).norm() / whole.second.norm()))
+            return text_gap(error, first, whole, *rest)
+
+        monkeypatch.setattr("glowq.pipeline.block_solver.text_gap", watched)
+        ids = in_order(128, 64)
+        glowq.correct(quantized(source, "torchao-int4"), reference=source, calibration=ids, rank=2, force=True)
+        assert far
+        assert max(far) < 0.1
