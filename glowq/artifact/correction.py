@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -28,9 +26,10 @@ from ..utils.output import write_directory
 from ..utils.scratch import temporary_folder
 from .card import CARD, base_license, card_files
 from .config import GlowQConfig
+from .correction_files import write_correction
 from .custom_code import code_in
 from .factor_files import read_factors
-from .factor_tensors import describe_groups, factor_tensors, with_checksums
+from .factor_tensors import describe_groups, factor_tensors
 from .provenance import Selected
 from .saved import FACTORS_FILE, SavedCorrection, read_saved
 
@@ -221,25 +220,7 @@ class Correction:
         Raises:
             ConfigError: the base, as it is in memory, is stored nowhere.
         """
-        if self.unstored is not None:
-            raise ConfigError(
-                f"{self.unstored}, so that the base is stored nowhere that a correction could name. Save the model in "
-                "one piece (model.save_pretrained, or `glowq correct --format full`), or save the quantized model "
-                "first and correct what you saved."
-            )
-        config = {**self.model_config, "transformers_weights": FACTORS_FILE}
-        tensors, stored = self.tensors(), self.config.to_dict()
-        config["quantization_config"] = {**stored, "groups": with_checksums(stored["groups"], tensors)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (folder / FACTORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        if self.generation_config is not None:
-            # generation_config.save_pretrained refuses the settings of many published models.
-            (folder / "generation_config.json").write_text(self.generation_config.to_json_string())
-        for name, content in self.code.items():
-            (folder / name).write_bytes(content)
-        self.write_card(folder)
+        write_correction(self, folder)
 
     def push_to_hub(
         self,
