@@ -28,11 +28,11 @@ class CorrectionRequest:
             group's shape allows.
         max_rank: largest rank that a budget gives any group.
         method: name of the solver method, see `glowq.solving.methods`.
-        calibration: text (list of str, file, folder, data set or datasets name, see `glowq.data.text.read_texts`), or
-            token ids (integers of shape (n, length), or a tokenizer's result, see `glowq.data.ids.id_sequences`), or
-            samples of any other kind (a list of what a processor returns, a DataLoader, or a function that gives them,
-            see `glowq.data.read_inputs.read_inputs`). Of text, an encoder with a decoder reads the first half of each
-            sequence, and its decoder the second.
+        calibration: text (list of str, file, folder, data set or datasets name, see `glowq.data.text.read_texts`; or
+            several names, separated by commas, which give equal parts), or token ids (integers of shape (n, length), or
+            a tokenizer's result, see `glowq.data.ids.id_sequences`), or samples of any other kind (a list of what a
+            processor returns, a DataLoader, or a function that gives them, see `glowq.data.read_inputs.read_inputs`).
+            Of text, an encoder with a decoder reads the first half of each sequence, and its decoder the second.
         calibration_tokens: number of tokens to use, taken from all parts of the text; of token ids and samples all are
             used. Of a loader, a function or an iterator, only as many samples as give a linear layer that many rows.
         sequence_length: tokens per sequence of text; lowered to the model's limit.

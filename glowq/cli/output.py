@@ -173,9 +173,13 @@ def command_line(output: str | None = None, shown: str = "OUT") -> str:
 
 def _without_folders(argument: str) -> str:
     option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{','.join(map(_last_part, value.split(',')))}"  # several texts are separated by commas
+
+
+def _last_part(value: str) -> str:
     path = Path(value)
     outside = path.is_absolute() or value.startswith("~") or ".." in path.parts
-    return f"{option}{equals}{path.name}" if outside and path.name else argument
+    return path.name if outside and path.name else value
 
 
 def grid(rows: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from .ids import holds_ids
 from .read_inputs import holds_inputs
 from .text_files import FOLDER_SUFFIXES, SUFFIXES, read_file
 
-__all__ = ["CalibrationSource", "check_source", "read_rows", "read_texts"]
+__all__ = ["CalibrationSource", "check_source", "read_rows", "read_texts", "sources_of"]
 
 CalibrationSource = str | os.PathLike[str] | Sequence[Document]
 
@@ -40,7 +40,8 @@ def read_texts(source: CalibrationSource) -> list[Document]:
             `glowq.data.text_files.read_file`); a folder (all .txt, .py, .md, .jsonl and .ndjson files below it, by
             relative path); "python-stdlib" or "python-stdlib:held-out" (parts of this Python's standard library that
             share no file); or a `datasets` name "org/name" or "org/name:config:split" with a column "text" (split
-            "train" unless given; "train[:1000]" takes a slice).
+            "train" unless given; "train[:1000]" takes a slice). Several names, separated by commas, are read one after
+            the other.
 
     Returns:
         The documents, at least one, in the order of the source.
@@ -52,7 +53,7 @@ def read_texts(source: CalibrationSource) -> list[Document]:
     """
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        texts = _read_named(name)
+        texts = [text for part in sources_of(name) for text in _read_named(part)]
     else:
         name, texts = "the list of texts", _given(source)
     found: list[Document] = []
@@ -83,6 +84,13 @@ def _check_characters(name: str, index: int, text: str) -> None:
         )
 
 
+def sources_of(source: Any) -> list[Any]:
+    """The sources that a text names, separated by commas; or the source itself, also if a file has such a name."""
+    if not isinstance(source, str) or "," not in source or os.path.exists(source):
+        return [source]
+    return [part.strip() for part in source.split(",")]
+
+
 def check_source(source: Any) -> None:
     """Refuse, without reading it, what is neither text nor token ids nor samples, before a model is loaded.
 
@@ -92,7 +100,8 @@ def check_source(source: Any) -> None:
             `glowq.data.read_inputs.read_inputs`.
     """
     if isinstance(source, (str, os.PathLike)):
-        _check_named(os.fspath(source))
+        for part in sources_of(os.fspath(source)):
+            _check_named(part)
     elif not holds_ids(source) and not holds_inputs(source):
         _check_given(source)
 

@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, ConfigError, TokenizerMismatchError
 from .conversations import Document, render
+from .text import CalibrationSource, read_texts, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["token_sequences"]
+__all__ = ["sequences_of", "token_sequences"]
 
 _PIECE = 65_536  # characters; a long document is sampled in pieces, so that few sequences need little tokenizing
 _OVERSAMPLING = 4  # tokens that are read for each token that is kept
 _CHUNK = 16  # documents per call of the tokenizer
+
+
+def sequences_of(
+    source: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    limit: int | None = None,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    least: int = 1,
+) -> Tensor:
+    """Read a source and turn its documents into sequences, see `read_texts` and `token_sequences`.
+
+    Of several sources, separated by commas, each gives an equal part of `limit`, or all that it has if that is less.
+
+    Raises:
+        GlowQError: see `read_texts` and `token_sequences`.
+    """
+    names = sources_of(source)
+    options: dict[str, Any] = {"length": length, "seed": seed, "vocab_size": vocab_size}
+    if len(names) == 1:
+        return token_sequences(read_texts(source), tokenizer, limit=limit, least=least, **options)
+    share = None if limit is None else limit // len(names)
+    return torch.cat([token_sequences(read_texts(name), tokenizer, limit=share, **options) for name in names])
 
 
 def token_sequences(

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.inputs import split
-from ..data.text import read_texts
-from ..data.tokens import token_sequences
+from ..data.tokens import sequences_of
 from ..models.loading import load_config, load_model, token_limits
 from ..runtime.switching import disabled
 from .figures import finite
@@ -30,9 +29,8 @@ def parted_sequences(
         CalibrationError: the text, or `tokens`, is shorter than two sequences.
     """
     length, vocab_size = token_limits(config, sequence_length)
-    texts = read_texts(calibration)
-    sequences = token_sequences(
-        texts, tokenizer, length=length, limit=tokens, seed=seed, vocab_size=vocab_size, least=2
+    sequences = sequences_of(
+        calibration, tokenizer, length=length, limit=tokens, seed=seed, vocab_size=vocab_size, least=2
     )
     return split(sequences, _HELD_OUT, seed)
 

@@ -11,8 +11,7 @@ from ..artifact.request import CorrectionRequest
 from ..data.ids import holds_ids, id_sequences
 from ..data.inputs import Inputs, Samples, SomeSamples, split
 from ..data.read_inputs import holds_inputs, peeked, read_inputs
-from ..data.text import read_texts
-from ..data.tokens import token_sequences
+from ..data.tokens import sequences_of
 from ..errors import CalibrationError
 from ..factors.form import bits_of
 from ..models.positions import position_limit
@@ -61,12 +60,11 @@ def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenize
 def _ids(model: nn.Module, request: CorrectionRequest, tokenizer: Any, calibration: Any) -> Tensor:
     if holds_ids(calibration):
         return checked_ids(model, calibration)
-    texts = read_texts(calibration)
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
     length, positions = request.sequence_length, position_limit(model)
-    return token_sequences(
-        texts,
+    return sequences_of(
+        calibration,
         tokenizer,
         length=length if positions is None else min(length, positions),
         limit=request.calibration_tokens,

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from glowq.data.inputs import batches, split
-from glowq.data.text import read_texts
-from glowq.data.tokens import token_sequences
+from glowq.data.text import check_source, read_texts
+from glowq.data.tokens import sequences_of, token_sequences
 from glowq.errors import CalibrationError, ConfigError, ModelNotFoundError, TokenizerMismatchError
 
 MODEL = Path(__file__).parents[2] / "examples" / "stdlib-llama"
@@ -286,3 +286,37 @@ class TestSplit:
     def test_fraction_outside_its_range(self, fraction):
         with pytest.raises(ConfigError, match="must lie between 0 and 1"):
             split(torch.zeros(4, 8, dtype=torch.int64), fraction)
+
+
+class TestSeveralSources:
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "long.txt").write_text("alpha beta gamma " * 3000)
+        (tmp_path / "short.txt").write_text("1 2 3 4 5 6 7 8 9 0 " * 400)
+        return tmp_path
+
+    def test_each_gives_an_equal_part(self, folder, tokenizer):
+        both = sequences_of("long.txt, short.txt", tokenizer, length=32, limit=1024)
+        alone = [
+            token_sequences(read_texts(name), tokenizer, length=32, limit=512) for name in ("long.txt", "short.txt")
+        ]
+        assert both.shape == (32, 32)
+        assert torch.equal(both, torch.cat(alone))
+
+    def test_one_that_is_too_short_gives_all_that_it_has(self, folder, tokenizer):
+        (folder / "tiny.txt").write_text("x + " * 20)
+        found = sequences_of("long.txt,tiny.txt", tokenizer, length=16, limit=1024)
+        assert len(found) == 32 + len(token_sequences(read_texts("tiny.txt"), tokenizer, length=16))
+
+    def test_a_file_may_have_a_comma_in_its_name(self, folder, tokenizer):
+        (folder / "a,b.txt").write_text("one text")
+        assert read_texts("a,b.txt") == ["one text"]
+
+    def test_the_one_that_is_missing_is_named(self, folder, tokenizer):
+        for name in ("long.txt,gone.txt", "gone.txt,long.txt"):
+            for read in (check_source, lambda name: sequences_of(name, tokenizer, length=16)):
+                with pytest.raises(ModelNotFoundError, match=r"no file or folder 'gone\.txt'"):
+                    read(name)
+        with pytest.raises(ModelNotFoundError, match="no file or folder ''"):
+            read_texts("long.txt,")

@@ -74,7 +74,9 @@ def _check_dtypes(value: str | None) -> str | None:
 
 def compare(
     model: ModelArgument,
-    calibration: Annotated[str, typer.Option(metavar="FILE", help="Text: a file, a folder, or a datasets name.")],
+    calibration: Annotated[
+        str, typer.Option(metavar="FILE", help="Text: a file, folder or datasets name; or several, by commas.")
+    ],
     data: Annotated[str, typer.Option(metavar="FILE", help="Text to measure on; must not overlap the calibration.")],
     base: BaseOption = "none",
     reference: Annotated[
@@ -246,11 +248,10 @@ def _check_early(names: Sequence[str], tasks: Sequence[str], output: str | None,
 
 def _sequences(config: Any, tokenizer: Any, text: str, tokens: int, sequence_length: int, seed: int) -> Tensor:
     """Token ids, shape (n, length)."""
-    from ...data.text import read_texts
-    from ...data.tokens import token_sequences
+    from ...data.tokens import sequences_of
 
     length, vocab_size = token_limits(config, sequence_length)
-    return token_sequences(read_texts(text), tokenizer, length=length, limit=tokens, seed=seed, vocab_size=vocab_size)
+    return sequences_of(text, tokenizer, length=length, limit=tokens, seed=seed, vocab_size=vocab_size)
 
 
 def _tasks(

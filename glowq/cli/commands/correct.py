@@ -36,7 +36,11 @@ def correct(
     model: ModelArgument,
     calibration: Annotated[
         str,
-        typer.Option(metavar="FILE", help="Text, or what MODEL reads in its place: a file, folder or datasets name."),
+        typer.Option(
+            metavar="FILE",
+            help="Text, or what MODEL reads in its place: a file, folder or datasets name; of text also several, "
+            "separated by commas, which give equal parts.",
+        ),
     ],
     output: Annotated[str, typer.Option(metavar="OUT", help="Folder to write; must be new, empty, or an old result.")],
     base: BaseOption = "none",

@@ -35,17 +35,15 @@ def evaluate(
       glowq evaluate org/model org/model-nf4 corrected --data held-out.txt
     """
     with session(json) as show:
-        from ...data.text import read_texts
-        from ...data.tokens import token_sequences
+        from ...data.tokens import sequences_of
         from ...evaluation.cloze import cloze_items, cloze_scores
         from ...evaluation.intervals import LEAST_SEQUENCES
         from ...evaluation.scores import perplexity, perplexity_ratio, score_models
 
         configs = {name: load_config(name) for name in models}
         limits = _common_limits(configs, sequence_length)
-        texts = read_texts(data)
         tokenizer = load_tokenizer(*models)
-        sequences = token_sequences(texts, tokenizer, length=limits[0], limit=tokens, seed=seed, vocab_size=limits[1])
+        sequences = sequences_of(data, tokenizer, length=limits[0], limit=tokens, seed=seed, vocab_size=limits[1])
         items = cloze_items(sequences, cloze, seed=seed) if cloze else None
         labels = [name if name not in models[:at] else f"{name} ({at + 1})" for at, name in enumerate(models)]
         loaded = {label: load_model(name, configs[name]) for label, name in zip(labels, models, strict=True)}
