@@ -11,6 +11,7 @@ from ..artifact.request import CorrectionRequest
 from ..data.ids import holds_ids, id_sequences
 from ..data.inputs import Inputs, Samples, SomeSamples, split
 from ..data.read_inputs import holds_inputs, peeked, read_inputs
+from ..data.text import check_source
 from ..data.tokens import sequences_of
 from ..errors import CalibrationError
 from ..factors.form import bits_of
@@ -60,6 +61,7 @@ def calibration_sequences(model: nn.Module, request: CorrectionRequest, tokenize
 def _ids(model: nn.Module, request: CorrectionRequest, tokenizer: Any, calibration: Any) -> Tensor:
     if holds_ids(calibration):
         return checked_ids(model, calibration)
+    check_source(calibration)
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
     length, positions = request.sequence_length, position_limit(model)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import glowq
 from glowq.models.tracing import trace_groups
-from glowq.quantizers.libraries import bitsandbytes as backend
+from glowq.utils import processor
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
 ODD = "model.layers.0.mlp.down_proj"
@@ -42,17 +42,17 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("wrong_kernel")
 def test_a_layer_that_this_processor_computes_wrongly_is_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "has_avx512", lambda: True)
+    monkeypatch.setattr(processor, "has_avx512", lambda: True)
     trace = trace_groups(model, INPUTS)
     assert trace.skipped == {ODD: "its output differs from W x + b by 20%"}
     assert len(trace.groups) == 3
 
 
 def test_a_right_kernel_is_not_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "has_avx512", lambda: True)
+    monkeypatch.setattr(processor, "has_avx512", lambda: True)
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         assert trace_groups(model, INPUTS).skipped == {}
-    monkeypatch.setattr(backend, "has_avx512", lambda: False)
+    monkeypatch.setattr(processor, "has_avx512", lambda: False)
     assert trace_groups(model, INPUTS).skipped == {}
 
 
