@@ -14,6 +14,8 @@ import resource
 import subprocess
 import sys
 
+from glowq.evaluation.timing import processor
+
 _REGISTRY = "import transformers.quantizers.auto"
 STARTS = {  # name of the row -> arguments of python
     "python": ["-c", ""],
@@ -53,7 +55,7 @@ def main() -> None:
             least[name] = min(least[name], cpu_seconds([sys.executable, *words]))
     rows = [{"start": name, "cpu_seconds": seconds} for name, seconds in least.items()]
     if arguments.json:
-        print(json.dumps({"command": sys.argv, "repeats": arguments.repeats, "rows": rows}))
+        print(json.dumps({"machine": processor(), "repeats": arguments.repeats, "rows": rows}))
         return
     print(f"{'start':44} CPU seconds, minimum of {arguments.repeats}")
     for name, seconds in least.items():
