@@ -109,6 +109,15 @@ def test_help_names_every_base_and_method() -> None:
     assert get_args(RoundedDtype) == ("auto", *(name for name, bits in FACTOR_DTYPES.items() if bits))
 
 
+@pytest.mark.parametrize("name", ["dense", "divided_experts", "hqq", "zero_points"])
+def test_a_loader_can_be_the_first_import(name: str) -> None:
+    code = f"import glowq.quantizers.loading.{name}; import transformers.quantizers.auto as auto"
+    assert after(f"{code}; known = sorted({{'dense', 'glowq'}} & set(auto.AUTO_QUANTIZER_MAPPING))")["known"] == [
+        "dense",
+        "glowq",
+    ]
+
+
 # Each order of the imports needs a new interpreter, which takes seconds. Both are asked all questions at once.
 REGISTRY = """
 import transformers.quantizers.auto
