@@ -150,7 +150,7 @@ models-all: $(DEMO_READY)  ## fetch Qwen2.5-Coder-0.5B and 1.5B and Whisper base
 	$(BIN)/python examples/models.py --all
 
 # REAL="--calibration valid.txt --data test.txt" reads WikiText-2 from files in place of the Hub.
-real: setup models  ## correct SmolLM2-135M on nf4 and torchao-int3, beside other methods and other settings (an hour)
+real: setup models  ## correct SmolLM2-135M on nf4 and torchao-int3, beside other methods and other settings (about an hour)
 	$(BIN)/python examples/benchmarks/real.py $(REAL)
 
 real-all: setup models-all  ## the same of every base and model; an interrupted run goes on (many hours)

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glowq.cli.reports.comparison_rows import figures
-from glowq.data.text import read_texts
-from glowq.data.tokens import token_sequences
+from glowq.data.tokens import sequences_of
 from glowq.evaluation.timing import processor
 from glowq.pipeline.compare.comparison import Comparison, compare_methods, score_entries
 from glowq.quantizers.registry import base_config
@@ -67,13 +65,14 @@ def measure(arguments: argparse.Namespace, base: str) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     sources = {"prose": arguments.prose, "code": "python-stdlib"}
     reports = {"prose": arguments.prose_data, "code": "python-stdlib:held-out"}
-    data = {kind: tokens_of(source, tokenizer, arguments.tokens) for kind, source in reports.items()}
+    size: dict[str, Any] = {"length": LENGTH, "limit": arguments.tokens}
+    data = {kind: sequences_of(name, tokenizer, **size) for kind, name in reports.items()}
     reference = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     rows = []
     for text in arguments.texts:
         kinds, _, amount = text.partition(":")
-        parts = kinds.split("+")
-        calibration = torch.cat([tokens_of(sources[kind], tokenizer, int(amount) // len(parts)) for kind in parts])
+        named = ",".join(sources[kind] for kind in kinds.split("+"))
+        calibration = sequences_of(named, tokenizer, length=LENGTH, limit=int(amount))
         model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=base_config(base))
         start = time.perf_counter()
         found = compare_methods(
@@ -94,11 +93,6 @@ def measure(arguments: argparse.Namespace, base: str) -> list[dict[str, Any]]:
         told = ", ".join(f"{kind} {row[kind]['undone']:.1%}" for kind in data)
         print(f"{base}, {text}: {told} undone, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     return rows
-
-
-def tokens_of(source: str, tokenizer: Any, amount: int) -> Tensor:
-    """A random sample of a source, shape (n, LENGTH), int64."""
-    return token_sequences(read_texts(source), tokenizer, length=LENGTH, limit=amount)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Correct models that people know, on several bases, and compare the methods and what a user would do instead.
 
-python examples/benchmarks/real.py                      # SmolLM2-135M on nf4 and torchao-int3, under an hour on 2 cores
+python examples/benchmarks/real.py                      # SmolLM2-135M on nf4 and torchao-int3, about an hour on 2 cores
 python examples/benchmarks/real.py --all                # every base and every model of `make models-all`: hours
 python examples/benchmarks/real.py --table              # the tables of what was measured before; runs nothing
 python examples/benchmarks/real.py --table --results examples/benchmarks/results   # those that are published

@@ -165,7 +165,7 @@ class CorrectionConfig:
             shown += [repr(self.request)]
         else:
             shown += [f"format={self.format!r}", f"method={self.method!r}", f"groups={len(self.groups or {})}"]
-        return f"GlowQConfig({', '.join(shown)})"
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

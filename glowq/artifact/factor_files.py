@@ -34,7 +34,7 @@ class StoredFactors:
         group_gains: one entry per group, with one gain per stored rank.
         bits: group name -> bits per value of its factors; None for floats.
         totals: group name -> error without a correction.
-        tensors: factor name -> the open file that holds it, and the file's path.
+        tensors: tensor name -> the open file that holds it, and the file's path.
         checksums: factor name -> SHA-256 of its values; empty for files of glowq 0.1, which are not checked.
     """
 
@@ -125,22 +125,13 @@ class StoredFactors:
 
 @contextmanager
 def open_factors(files: Sequence[Path], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredFactors]:
-    """Open and check the factors of `groups` in safetensors files. Other tensors in the files are ignored.
-
-    Args:
-        files: files that together hold every factor of `groups`, and no factor of another group.
-        groups: group name -> description, as config.json stores them.
-
-    Raises:
-        CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
-        ReadError: a file is no regular file.
-    """
+    """Check the headers of factors, see `read_factor_headers`, and open their files."""
     headers = read_factor_headers(files, groups)
     totals = {name: float(stored["total"]) for name, stored in groups.items()}
     digests = {name: digest for stored in groups.values() for name, digest in stored.get("sha256", {}).items()}
     with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        tensors = {name: (opened[file], file) for name, file in headers.files.items()}
+        opened = [(stack.enter_context(safe_open(file, framework="pt")), file) for file in files]
+        tensors = {name: (handle, file) for handle, file in opened for name in handle.keys()}  # noqa: SIM118 - no dict
         yield StoredFactors(headers.group_gains, headers.bits, totals, tensors, digests)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +34,10 @@ class FactorHeaders:
     Attributes:
         group_gains: one entry per group, with one gain per stored rank.
         bits: group name -> bits per value of its factors; None for floats.
-        files: name of a tensor of a factor -> the file that holds it.
     """
 
     group_gains: list[GroupGains]
     bits: Mapping[str, int | None]
-    files: Mapping[str, Path]
 
     @property
     def factor_bytes(self) -> int:
@@ -58,9 +56,7 @@ def read_factor_headers(files: Sequence[Path], groups: Mapping[str, Mapping[str,
         CorrectionError: a file is corrupt or truncated, or a factor is missing, extra or misshaped.
         ReadError: a file is no regular file.
     """
-    headers = {name: header for file in files for name, header in _headers(file)}
-    checked = _check(headers, groups)
-    return replace(checked, files={name: Path(header.where) for name, header in headers.items()})
+    return _check({name: header for file in files for name, header in _headers(file)}, groups)
 
 
 def read_stored(name: str, headers: Headers) -> tuple[CorrectionConfig, FactorHeaders]:
@@ -85,7 +81,7 @@ def read_stored(name: str, headers: Headers) -> tuple[CorrectionConfig, FactorHe
 
 
 def _check(headers: Mapping[str, _Header], groups: Mapping[str, Mapping[str, Any]]) -> FactorHeaders:
-    """Refuse factors that are missing, extra or misshaped. `files` of the result is empty."""
+    """Refuse factors that are missing, extra or misshaped."""
     unmatched, group_gains, bits = dict(headers), [], {}
     for name, stored in groups.items():
         found = headers.get(f"{name}.right")
@@ -101,7 +97,7 @@ def _check(headers: Mapping[str, _Header], groups: Mapping[str, Mapping[str, Any
             f"extra factor {min(unmatched)!r} ({len(unmatched)} in all) that no group of config.json names; the file "
             "and its config.json do not belong together. Download or correct again."
         )
-    return FactorHeaders(group_gains, bits, {})
+    return FactorHeaders(group_gains, bits)
 
 
 def _headers(file: Path) -> list[tuple[str, _Header]]:

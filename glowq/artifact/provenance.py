@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 from ..errors import ConfigError
+from ..evaluation.figures import is_better, measured_share
 from ..factors.units import GainUnit
 from ..utils.checks import check_amount, check_int, check_text, is_number, shown
 
@@ -61,16 +62,12 @@ class Benefit(TypedDict, total=False):
 
 
 class Improvement(TypedDict, total=False):
-    """Mean divergence from the reference without and with the correction; see `glowq.evaluation.improvement`.
-
-    "predicted" is the share of it that the gains predicted to be undone, before it was measured.
-    """
+    """Mean divergence from the reference without and with the correction; see `glowq.evaluation.improvement`."""
 
     tokens: int
     quantized: float
     corrected: float
     benefit: Benefit
-    predicted: float | None
 
 
 class Mixed(TypedDict, total=False):
@@ -113,8 +110,7 @@ class Provenance:
         measured_tokens: number of tokens that each group's benefit was measured on.
         not_restored: group name -> measured benefit, for groups that a budget left out because they made answers worse.
         total: loss of the quantized model in the unit of the gains: its divergence from the reference where groups were
-            measured, or else the sum of what the solver predicts for all groups. Once the whole correction was
-            measured, the loss of which its gains are the measured share.
+            measured, or else the sum of what the solver predicts for all groups.
         distilled_steps: steps of gradient descent on the chosen factors.
         factor_dtype: "int8", "int4" or "int3" if the factors were rounded to it.
         rounding: measured loss of accuracy by rounding.
@@ -183,6 +179,23 @@ class Provenance:
     def names(cls) -> list[str]:
         """The names of all fields."""
         return [field.name for field in fields(cls)]
+
+    def times_predicted(self, predicted: float | None) -> float | None:
+        """How many times what was predicted of the whole correction was measured of it; None if that is not known.
+
+        The gains of single ranks come from a second-order model of the loss. All together undo more where the errors of
+        different groups add up, as those of 3-bit weights do. The factor is nearly the same at every budget (see the
+        guide on results), so that it also tells what to expect of a part of the correction.
+
+        Args:
+            predicted: share of `total` that the gains of all ranks are.
+        """
+        found, share = self.improvement, measured_share(self.improvement)
+        if found is None or share is None or not predicted or self.gains in (None, GainUnit.SQUARED_OUTPUT):
+            return None
+        if self.distilled_steps or found["benefit"]["low"] is None or not is_better(found):
+            return None
+        return share / predicted
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that config.json stores: all that are not None."""

@@ -40,8 +40,7 @@ def read_texts(source: CalibrationSource) -> list[Document]:
             `glowq.data.text_files.read_file`); a folder (all .txt, .py, .md, .jsonl and .ndjson files below it, by
             relative path); "python-stdlib" or "python-stdlib:held-out" (parts of this Python's standard library that
             share no file); or a `datasets` name "org/name" or "org/name:config:split" with a column "text" (split
-            "train" unless given; "train[:1000]" takes a slice). Several names, separated by commas, are read one after
-            the other.
+            "train" unless given; "train[:1000]" takes a slice).
 
     Returns:
         The documents, at least one, in the order of the source.
@@ -53,7 +52,7 @@ def read_texts(source: CalibrationSource) -> list[Document]:
     """
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        texts = [text for part in sources_of(name) for text in _read_named(part)]
+        texts = _read_named(name)
     else:
         name, texts = "the list of texts", _given(source)
     found: list[Document] = []

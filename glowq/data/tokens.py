@@ -1,4 +1,4 @@
-"""Turn calibration and evaluation text into sequences of tokens. `glowq.data.text` reads the text."""
+"""Turn calibration and evaluation text into sequences of tokens."""
 
 from __future__ import annotations
 
@@ -24,24 +24,19 @@ _CHUNK = 16  # documents per call of the tokenizer
 
 
 def sequences_of(
-    source: CalibrationSource,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    length: int,
-    limit: int | None = None,
-    seed: int = 0,
-    vocab_size: int | None = None,
-    least: int = 1,
+    source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, *, limit: int | None, least: int = 1, **options: Any
 ) -> Tensor:
-    """Read a source and turn its documents into sequences, see `read_texts` and `token_sequences`.
+    """Read a source, or several whose names are separated by commas, and turn its documents into sequences.
 
-    Of several sources, separated by commas, each gives an equal part of `limit`, or all that it has if that is less.
+    Args:
+        source, tokenizer, limit, least: see `read_texts` and `token_sequences`. Of several sources, each gives an equal
+            part of `limit`, or all that it has if that is less.
+        **options: other arguments of `token_sequences`.
 
     Raises:
         GlowQError: see `read_texts` and `token_sequences`.
     """
     names = sources_of(source)
-    options: dict[str, Any] = {"length": length, "seed": seed, "vocab_size": vocab_size}
     if len(names) == 1:
         return token_sequences(read_texts(source), tokenizer, limit=limit, least=least, **options)
     share = None if limit is None else limit // len(names)

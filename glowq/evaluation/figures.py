@@ -13,6 +13,7 @@ __all__ = [
     "interval_ends",
     "is_better",
     "is_worse",
+    "measured_share",
     "not_better",
     "shown",
     "shown_share",
@@ -66,6 +67,13 @@ def undone(figures: Mapping[str, Any] | None) -> dict[str, float] | None:
     if not figures or figures["quantized"] <= 0:
         return None
     return {name: 1 - figures[name] / figures["quantized"] for name in ("rounded", "same_bytes", "same_ranks")}
+
+
+def measured_share(found: Mapping[str, Any] | None) -> float | None:
+    """The share of the divergence that an `improvement` undoes; None if there was none, or nothing was measured."""
+    if found is None or not found["quantized"] > 0:
+        return None
+    return float(1 - found["corrected"] / found["quantized"])
 
 
 def is_better(found: Mapping[str, Any]) -> bool:

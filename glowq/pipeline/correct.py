@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -125,9 +125,7 @@ def correct(
             _report_text_gap(problem, correction)
             if held is not None:
                 found = _improvement(model, source.model, correction.factors, held)
-                if found is not None:
-                    found["predicted"] = correction.predicted
-                    correction.config.record(improvement=found, total=_total(correction, found))
+                correction.config.record(improvement=found)
                 if found is not None and is_worse(found) and not request.force:
                     raise NoImprovementError(f"the correction makes the model worse: {not_better(found)}")
             with applied(model, correction.factors):
@@ -184,23 +182,6 @@ def _report_text_gap(problem: Problem, correction: Correction) -> None:
         f"{problem.train.numel():,}",
         100 * found[1],
     )
-
-
-def _total(correction: Correction, improvement: Mapping[str, Any]) -> float | None:
-    """The loss of the quantized model of which the gains of a correction's ranks are the measured share.
-
-    The gains of single ranks come from a second-order model of the loss. Measured together they undo another share:
-    more where the errors of different groups add up, as those of 3-bit weights do. Parts of the correction are
-    predicted with this total.
-    """
-    provenance, predicted = correction.config.provenance, correction.predicted
-    least = improvement["benefit"]["low"]  # None on too little text
-    if not predicted or not least or least < 0 or provenance.gains == GainUnit.SQUARED_OUTPUT:
-        return provenance.total
-    if provenance.distilled_steps:  # the gains are those before distillation
-        return provenance.total
-    share = 1 - improvement["corrected"] / improvement["quantized"]
-    return float(predicted * correction.config.total / share)
 
 
 def _improvement(

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["Backend", "FusedProduct", "Scheme", "StoredModule", "Unavailable", "changed"]
+__all__ = ["DENSE_MARK", "Backend", "FusedProduct", "Scheme", "StoredModule", "Unavailable", "changed"]
+
+DENSE_MARK = "glowq_corrects_dense_weight"
+"""Attribute of the modules whose plain float weight is to be corrected, see `glowq.quantizers.loading.dense`."""
 
 _MODEL_CODE = ("transformers.models.", "transformers_modules.")  # the second is custom code from the Hub
 

@@ -82,22 +82,17 @@ def test_visible(text: str, expected: str) -> None:
 
 
 def test_a_stored_command_names_no_folder_outside_of_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    typed = [
-        "glowq",
-        "correct",
-        "/home/me/models/tiny",
-        "--base",
-        "nf4",
-        "--calibration=/data/a.txt,b.txt,../c.txt",
-        "--resume",
-    ]
+    typed = ["glowq", "correct", "/home/me/models/tiny", "--base", "nf4", "--calibration=/data/notes.txt", "--resume"]
     typed += ["--reference", "../secret/full", "--output", "/home/me/out", "--budget", "recover 80%"]
     monkeypatch.setattr(sys, "argv", [*typed, "org/model", "data/own.txt", "~/x/y.txt"])
-    stored = (
-        "glowq correct tiny --base nf4 --calibration=a.txt,b.txt,c.txt --resume --reference full --output OUT --budget"
-    )
+    stored = "glowq correct tiny --base nf4 --calibration=notes.txt --resume --reference full --output OUT --budget"
     assert command_line("/home/me/out") == f"{stored} 'recover 80%' org/model data/own.txt y.txt"
     assert "/home/me/models/tiny" in command_line()
+
+
+def test_of_several_texts_each_is_stored_without_its_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["glowq", "correct", "--calibration=/data/a.txt,b.txt,../c.txt", "--output", "o"])
+    assert command_line("o") == "glowq correct --calibration=a.txt,b.txt,c.txt --output OUT"
 
 
 def test_notes_and_tables_pass_the_same_function(capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,11 +312,13 @@ class TestSeveralSources:
     def test_a_file_may_have_a_comma_in_its_name(self, folder, tokenizer):
         (folder / "a,b.txt").write_text("one text")
         assert read_texts("a,b.txt") == ["one text"]
+        check_source("a,b.txt")
+        assert len(sequences_of("a,b.txt", tokenizer, length=2, limit=None)) >= 1
 
     def test_the_one_that_is_missing_is_named(self, folder, tokenizer):
         for name in ("long.txt,gone.txt", "gone.txt,long.txt"):
-            for read in (check_source, lambda name: sequences_of(name, tokenizer, length=16)):
+            for read in (check_source, lambda name: sequences_of(name, tokenizer, length=16, limit=None)):
                 with pytest.raises(ModelNotFoundError, match=r"no file or folder 'gone\.txt'"):
                     read(name)
         with pytest.raises(ModelNotFoundError, match="no file or folder ''"):
-            read_texts("long.txt,")
+            sequences_of("long.txt,", tokenizer, length=16, limit=None)

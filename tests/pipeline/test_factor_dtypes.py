@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import glowq
 from glowq.cli.app import app
 from glowq.errors import CalibrationError, RoundingError
+from glowq.pipeline.correct import _solved_ranks as solved_ranks
 from support import tiny
 
 
@@ -49,6 +51,11 @@ def test_where_rounding_loses_too_much_the_factors_stay_floats(
     def lose(*_: object) -> dict[str, Any]:
         raise RoundingError("int4 factors lose too much")
 
+    def as_for_int4(groups: Any, request: Any, *rest: Any) -> Any:
+        return solved_ranks(groups, replace(request, factor_dtype="auto"), *rest)
+
+    # Both are solved at the same ranks: beside other ranks, the last bit of a factor differs on some processors.
+    monkeypatch.setattr("glowq.pipeline.correct._solved_ranks", as_for_int4)
     floats = tiny.corrected(source, "nf4", rank=None, budget="12%", factor_dtype="float")[1]
     monkeypatch.setattr("glowq.pipeline.finish.rounding_cost", lose)
     with caplog.at_level(logging.WARNING, logger="glowq"):
@@ -57,7 +64,7 @@ def test_where_rounding_loses_too_much_the_factors_stay_floats(
     assert found.config.provenance.factor_dtype is None
     assert found.ranks == floats.ranks
     for name, tensor in floats.tensors().items():
-        torch.testing.assert_close(found.tensors()[name], tensor)  # solved beside more ranks, with other roundings
+        assert torch.equal(found.tensors()[name], tensor), name
 
 
 def test_text_for_fewer_ranks_than_4_bits_would_hold(source: Path) -> None:
@@ -73,7 +80,8 @@ def test_text_for_fewer_ranks_than_4_bits_would_hold(source: Path) -> None:
 def test_a_target_is_reached_by_the_rounded_factors(source: Path) -> None:
     correction = tiny.corrected(source, "nf4", rank=None, budget="recover 70%")[1]
     assert {entry.bits for entry in correction.factors} == {4}
-    assert 0.7 <= correction.config.provenance.improvement["predicted"] < 0.8
+    assert correction.predicted is not None
+    assert 0.7 <= correction.predicted < 0.8
 
 
 def test_select_cuts_what_has_these_bits_already(source: Path, tmp_path: Path) -> None:

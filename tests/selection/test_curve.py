@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import glowq
+from glowq.artifact.provenance import Provenance
+from glowq.factors.units import GainUnit
 from glowq.selection.budget import RankRequest
 from glowq.selection.curve import budget_curve
 from glowq.selection.ranks import choose_ranks
@@ -102,3 +104,39 @@ class TestInspect:
         copy = changed(folder / "correction", tmp_path / "copy", remove_gains)
         assert result_of("inspect", copy)["curve"] == []
         assert "predicted share" not in call("inspect", copy).stdout
+
+    def test_what_to_expect_of_a_part_follows_the_measurement_of_the_whole(self, folder: Path, tmp_path: Path) -> None:
+        found = result_of("inspect", folder / "correction")
+        measured, whole = found["provenance"]["improvement"], found["curve"][-1]["predicted"]
+        share = 1 - measured["corrected"] / measured["quantized"]
+        assert found["times_predicted"] == pytest.approx(share / whole)
+        assert "to expect, as the whole was measured" in call("inspect", folder / "correction").stdout
+        cut = result_of("select", folder / "correction", "--budget", "5%", "--output", tmp_path / "cut")
+        assert cut["expected"] == pytest.approx(cut["predicted"] * share / whole)
+        again = result_of("select", tmp_path / "cut", "--budget", "2%", "--output", tmp_path / "again")
+        assert again["expected"] is None  # the figures of the whole are not those of the part
+        assert "to expect" not in call("inspect", tmp_path / "cut").stdout
+
+
+MEASURED: Any = {"tokens": 512, "quantized": 2.0, "corrected": 0.5, "benefit": {"value": 1.5, "low": 1.2, "high": 1.8}}
+
+
+@pytest.mark.parametrize(
+    ("change", "times"),
+    [
+        ({}, 1.5),
+        ({"gains": GainUnit.SQUARED_DISTANCE}, 1.5),
+        ({"gains": GainUnit.SQUARED_OUTPUT}, None),
+        ({"gains": None}, None),
+        ({"distilled_steps": 20}, None),
+        ({"improvement": None}, None),
+        ({"improvement": {**MEASURED, "quantized": 0.0}}, None),
+        ({"improvement": {**MEASURED, "benefit": {"value": 1.5, "low": None, "high": None}}}, None),
+        ({"improvement": {**MEASURED, "benefit": {"value": 1.5, "low": -0.1, "high": 3.1}}}, None),
+    ],
+    ids=str,
+)
+def test_when_it_is_known_what_to_expect(change: dict[str, Any], times: float | None) -> None:
+    provenance = Provenance(**{"gains": GainUnit.NATS, "improvement": MEASURED, **change})
+    assert provenance.times_predicted(0.5) == times
+    assert provenance.times_predicted(None) is provenance.times_predicted(0.0) is None

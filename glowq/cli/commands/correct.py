@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ...evaluation.figures import shown, shown_share, undone
+from ...evaluation.figures import measured_share, shown, shown_share, undone
 from ...utils.timeline import timeline
 from ..options import (
     BaseOption,
@@ -168,17 +168,10 @@ def _predicted(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _measured(result: dict[str, Any]) -> dict[str, str]:
-    found, share = result["improvement"], _share(result["improvement"])
+    found, share = result["improvement"], measured_share(result["improvement"])
     if share is None:
         return {}
     return {"measured": f"{share:.1%} of that is undone on {found['tokens']:,} tokens that no factor was calibrated on"}
-
-
-def _share(improvement: dict[str, Any] | None) -> float | None:
-    """Measured share of the divergence that the correction undoes; None if there was none, or nothing was measured."""
-    if improvement is None or not improvement["quantized"] > 0:
-        return None
-    return float(1 - improvement["corrected"] / improvement["quantized"])
 
 
 def _rounding(figures: dict[str, Any] | None, factor_dtype: str, steps: int | None) -> dict[str, str]:
@@ -195,7 +188,7 @@ def _rounding(figures: dict[str, Any] | None, factor_dtype: str, steps: int | No
 
 def _instead(result: dict[str, Any]) -> dict[str, str]:
     """What would gain more in the same bytes, if it is predicted to; it is no advice for a base that has both."""
-    found, own = result["instead"], max(result["predicted"] or 0, _share(result["improvement"]) or 0)
+    found, own = result["instead"], max(result["predicted"] or 0, measured_share(result["improvement"]) or 0)
     if found is None or result["mixed"] is not None or found["predicted"] < own + _CLEARLY:
         return {}
     return {

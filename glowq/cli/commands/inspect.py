@@ -24,6 +24,9 @@ _PARTS = {
     "skipped": "quantized, cannot be corrected",
     "not_quantized": "not quantized",
 }
+_APART = frozenset(  # of the rows of the first table
+    {"groups", "curve", "times_predicted", "schemes", "modules", "correctable", "skipped", "coverage", "note", "next"}
+)
 _WIDEST = 80  # characters of the longest setting that the table shows
 
 
@@ -192,6 +195,7 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
     config, factors = read_stored(model, headers)
     group_gains = factors.group_gains
     groups = [_group(item, (config.groups or {})[item.group.name]) for item in group_gains]
+    curve = budget_curve(group_gains, config.total, config.base_bytes or 0)
     # Only a full model has quantized modules: a correction's base is another model, and dense weights are floats.
     base = stored.get("base") or {}
     whole = config.format == "full" and base.get("quant_method") != "dense"
@@ -208,7 +212,8 @@ def _correction(model: str, stored: dict[str, Any], headers: Headers) -> dict[st
         "seed": config.seed,
         "coverage": covered(config.provenance.coverage, (item.group for item in group_gains)),
         "provenance": config.provenance.to_dict(),
-        "curve": [asdict(point) for point in budget_curve(group_gains, config.total, config.base_bytes or 0)],
+        "curve": [asdict(point) for point in curve],
+        "times_predicted": config.provenance.times_predicted(curve[-1].predicted if curve else None),
         "groups": groups,
     }
 
@@ -222,7 +227,18 @@ def _tables(result: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.table import Table
 
-    apart = ("groups", "curve", "schemes", "modules", "correctable", "skipped", "coverage", "note", "next")
+    apart = (
+        "groups",
+        "curve",
+        "times_predicted",
+        "schemes",
+        "modules",
+        "correctable",
+        "skipped",
+        "coverage",
+        "note",
+        "next",
+    )
     facts = {key: value for key, value in result.items() if key not in apart}
     if "correctable" in result and result["kind"] != "gguf":
         facts["quantized modules"] = len(result["modules"])
@@ -241,7 +257,7 @@ def _tables(result: dict[str, Any]) -> Any:
     if result.get("groups"):
         shown.append(_groups(result["groups"], result["provenance"].get("gains", "squared output")))
     if result.get("curve"):
-        shown.append(_curve(result["curve"]))
+        shown.append(_curve(result["curve"], result["times_predicted"]))
     return Group(*shown, *(f"{key}: {result[key]}" for key in ("note", "next") if result.get(key)))
 
 
@@ -267,12 +283,16 @@ def _groups(groups: list[dict[str, Any]], unit: str) -> Any:
     return table
 
 
-def _curve(points: list[dict[str, Any]]) -> Any:
+def _curve(points: list[dict[str, Any]], times: float | None) -> Any:
     from rich.table import Table
 
     table = Table("bytes", "% of base", "predicted share recovered", title=_CURVE, title_justify="left")
+    if times is not None:
+        table.add_column("to expect, as the whole was measured")
     for point in points:
-        table.add_row(f"{point['bytes']:,}", f"{100 * point['share_of_base']:.3g}", f"{point['predicted']:.1%}")
+        expected = [] if times is None else [f"{min(1.0, times * point['predicted']):.1%}"]
+        row = f"{point['bytes']:,}", f"{100 * point['share_of_base']:.3g}", f"{point['predicted']:.1%}"
+        table.add_row(*row, *expected)
     return table
 
 

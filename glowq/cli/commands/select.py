@@ -59,6 +59,7 @@ def select(
         note = _note(whole.config, correction)
         had = sum(sum(item.gains) for item in whole.headers.group_gains)
         kept = sum(float(entry.gains.sum()) for entry in cut.factors)
+        times = whole.config.provenance.times_predicted(had / whole.config.total if whole.config.total else None)
         provenance = cut.config.provenance
         command = command_line(output, "OUT2")
         of_whole = {"of_factor_bytes": whole.headers.factor_bytes, "of_held_out": None}
@@ -82,6 +83,7 @@ def select(
             "overhead": cut.overhead,
             "gain_kept": kept / had,
             "predicted": cut.predicted,
+            "expected": None if times is None or cut.predicted is None else min(1.0, times * cut.predicted),
             "note": note,
             "seed": cut.config.seed,
             "command": command_line(),
@@ -106,6 +108,7 @@ def _note(config: CorrectionConfig, name: str) -> str | None:
 
 def _table(result: dict[str, Any]) -> Any:
     ranks = sorted(set(result["ranks"].values()))
+    expected = result["expected"]
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     return grid(
         {
@@ -115,6 +118,7 @@ def _table(result: dict[str, Any]) -> Any:
             f"of {result['base_bytes']:,}",
             "predicted gain kept": f"{result['gain_kept']:.1%}",
             "predicted share of the loss recovered": _share(result["predicted"]),
+            **({} if expected is None else {"to expect, as the whole was measured": _share(expected)}),
         }
     )
 

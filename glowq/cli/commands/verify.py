@@ -12,8 +12,6 @@ from ..output import command_line, grid, session
 
 __all__ = ["verify"]
 
-_NOTHING = "{} carries no glowq correction: there is nothing to verify. Correct it first."
-
 
 def verify(
     model: Annotated[str, typer.Argument(metavar="OUT", help="Folder or Hub name of a corrected model, either form.")],
@@ -34,18 +32,8 @@ def verify(
       glowq verify org/model-glowq --headers
     """
     with session(json) as show:
-        if headers:
-            result = _of_headers(model)
-            show(result, lambda: _table(result))
-            return
-        from ...models.loading import load_config, load_model
-
-        config = load_config(model)
-        stored = getattr(config, "quantization_config", None)
-        if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
-            raise ConfigError(_NOTHING.format(model))
-        loaded = load_model(model, config)  # checks the factors, and the fingerprint of the base's weights
-        result = {"model": model, **_facts(loaded), **_change(loaded), "headers_only": False, "command": command_line()}
+        facts = _of_headers(model) if headers else _of_the_model(model)
+        result = {"model": model, **facts, "headers_only": headers, "command": command_line()}
         show(result, lambda: _table(result))
 
 
@@ -54,20 +42,29 @@ def _of_headers(model: str) -> dict[str, Any]:
     from ...models.headers import read_headers
 
     found = read_headers(model)
-    stored = found.config.get("quantization_config")
-    if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
-        raise ConfigError(_NOTHING.format(model))
+    _refuse_another(model, found.config.get("quantization_config"))
     config, factors = read_stored(model, found)
-    base: dict[str, Any] = config.base_model or {}
+    base: Any = config.base_model
     return {
-        "model": model,
         "groups": len(factors.group_gains),
         "factor_bytes": factors.factor_bytes,
         "base_model": base["name"],
         "fingerprint": base["fingerprint"],
-        "headers_only": True,
-        "command": command_line(),
     }
+
+
+def _of_the_model(model: str) -> dict[str, Any]:
+    from ...models.loading import load_config, load_model
+
+    config = load_config(model)
+    _refuse_another(model, getattr(config, "quantization_config", None))
+    loaded = load_model(model, config)  # checks the factors, and the fingerprint of the base's weights
+    return {**_facts(loaded), **_change(loaded)}
+
+
+def _refuse_another(model: str, stored: Any) -> None:
+    if not isinstance(stored, dict) or stored.get("quant_method") != "glowq":
+        raise ConfigError(f"{model} carries no glowq correction: there is nothing to verify. Correct it first.")
 
 
 def _facts(model: Any) -> dict[str, Any]:
@@ -92,22 +89,14 @@ def _change(model: Any) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> Any:
+    made_for = f"{result['base_model']}, {_shortened(result['fingerprint'])}"
+    factors = f"{result['groups']} groups, {result['factor_bytes']:,} bytes"
     if result["headers_only"]:
-        return grid(
-            {
-                "model": result["model"],
-                "made for": f"{result['base_model']}, {_shortened(result['fingerprint'])} (not loaded)",
-                "factors": f"{result['groups']} groups, {result['factor_bytes']:,} bytes, complete by their headers",
-            }
-        )
-    return grid(
-        {
-            "model": result["model"],
-            "made for": f"{result['base_model']}, {_shortened(result['fingerprint'])}: these weights",
-            "factors": f"{result['groups']} groups, {result['factor_bytes']:,} bytes, all finite",
-            "answers": _words(result["change"], result["recorded_change"]),
-        }
-    )
+        seen = {"made for": f"{made_for} (not loaded)", "factors": f"{factors}, complete by their headers"}
+    else:
+        answers = _words(result["change"], result["recorded_change"])
+        seen = {"made for": f"{made_for}: these weights", "factors": f"{factors}, all finite", "answers": answers}
+    return grid({"model": result["model"], **seen})
 
 
 def _shortened(fingerprint: str) -> str:

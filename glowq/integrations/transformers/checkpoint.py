@@ -67,11 +67,11 @@ def correct_checkpoint(
 
     Returns:
         "output", "groups" (number of groups), "ranks" (group name -> rank), "factor_bytes", "base_bytes", "overhead"
-        (`factor_bytes` as a share of `base_bytes`), "predicted" (share of the loss that the factors were predicted to
-        remove before that was measured, or None), "instead" (share that more bits are predicted to undo in the same
-        bytes, see `glowq.pipeline.more_bits`, or None), "gains" (unit of that loss), "calibration_tokens",
-        "factor_dtype", "distilled_steps" (None if the factors were not distilled), "rounding" (measured cost of
-        rounding, see `glowq.evaluation.rounding_cost`; None if they are not rounded),
+        (`factor_bytes` as a share of `base_bytes`), "predicted" (share of the predicted loss that the factors remove,
+        or None), "instead" (share that more bits are predicted to undo in the same bytes, see
+        `glowq.pipeline.more_bits`, or None), "gains" (unit of that loss), "calibration_tokens", "factor_dtype",
+        "distilled_steps" (None if the factors were not distilled), "rounding" (measured cost of rounding, see
+        `glowq.evaluation.rounding_cost`; None if they are not rounded),
         "improvement" (measured divergences without and with the correction, see `glowq.evaluation.improvement`; None if
         no sequence could be held out), "held_out" (perplexities; None if the model does not predict the next token),
         "mixed" (the groups that got more bits, see `glowq.pipeline.mixed.Mixture`; None if none did), "coverage" (which
@@ -132,7 +132,7 @@ def correct_checkpoint(
         "factor_bytes": correction.factor_bytes,
         "base_bytes": correction.base_bytes,
         "overhead": correction.overhead,
-        "predicted": (correction.config.provenance.improvement or {}).get("predicted", correction.predicted),
+        "predicted": correction.predicted,
         "instead": correction.config.provenance.instead,
         "gains": correction.config.provenance.gains,
         "calibration_tokens": correction.config.provenance.calibration_tokens,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..base import Backend, Scheme
+from ..base import DENSE_MARK, Backend, Scheme
 from ..registry import register
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ class Dense(Backend):
     methods = ("dense",)
 
     def matches(self, module: nn.Module) -> bool:
-        from ..loading.dense import MARK
-
-        return MARK in module.__dict__
+        return DENSE_MARK in module.__dict__
 
     def weight(self, module: Any) -> Tensor:
         from transformers.pytorch_utils import Conv1D

@@ -11,14 +11,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import ConfigError, UnsupportedModuleError
+from ..base import DENSE_MARK
 from ..experts import WHOLE, open_experts
 from ..model import quantized_modules
 from ..registry import find_backend, method_of
 
-__all__ = ["MARK", "DenseConfig", "DenseHfQuantizer", "adopt_dense", "dequantized_from", "mark_dense"]
-
-MARK = "glowq_corrects_dense_weight"
-"""Attribute of the modules that `mark_dense` has marked."""
+__all__ = ["DenseConfig", "DenseHfQuantizer", "adopt_dense", "dequantized_from", "mark_dense"]
 
 _ITEMSIZES = (2, 4, 8)  # of the dtypes that are corrected
 
@@ -101,7 +99,7 @@ def mark_dense(model: nn.Module) -> None:
             "nothing to correct."
         )
     for module in found:
-        setattr(module, MARK, True)
+        setattr(module, DENSE_MARK, True)
 
 
 def dequantized_from(model: nn.Module) -> str | None:
